@@ -1,0 +1,55 @@
+# The commands a newcomer needs. `make VENV=none ...` uses the python3, torch and packages that are already there.
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+ifeq ($(VENV),none)
+PYTHON ?= python3
+INSTALLED := build/.built
+export PYTHONPATH := $(CURDIR):$(PYTHONPATH)
+else
+BASE_PYTHON ?= python3
+PYTHON := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+endif
+
+SOURCES := setup.py pyproject.toml build_backend.py $(shell find csrc -type f)
+
+.PHONY: build demo test test-tiers test-triton bench gpu lint clean
+
+build: $(INSTALLED)
+
+$(VENV)/.installed: $(SOURCES)
+	test -x $(PYTHON) || $(BASE_PYTHON) -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --upgrade "$(TORCH)" numpy ninja "setuptools>=77" wheel
+	$(PYTHON) -m pip install --quiet --no-build-isolation --editable ".[test,bench,lint]"
+	touch $@
+
+build/.built: $(SOURCES)
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	mkdir -p build && touch $@
+
+demo: build  ## the operators on a bundled picture, written to demo/
+	$(PYTHON) -m ribfast.demo --out demo
+
+test: build
+	$(PYTHON) -m pytest $(PYTEST_ARGS)
+
+test-tiers: build  ## the operators' tests under each CPU tier
+	$(PYTHON) -m pytest tests/test_backends.py -k tier $(PYTEST_ARGS)
+
+test-triton: build  ## the Triton kernels in their interpreter, and compiled for sm_80 and sm_90
+	$(PYTHON) -m pytest tests/test_backends.py tests/test_triton_compile.py -k triton $(PYTEST_ARGS)
+
+bench: build  ## CPU ratios against plain torch, to benchmarks/results/
+	$(PYTHON) benchmarks/run_cpu.py
+
+gpu: ## everything that a GPU can check and measure, in one call, to benchmarks/results/
+	$(PYTHON) benchmarks/gpu.py
+
+lint: build
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+clean:
+	rm -rf build dist *.egg-info ribfast/_C*.so

@@ -1,0 +1,49 @@
+"""Runs the CPU benchmarks and writes benchmarks/results/cpu.json: ratios against plain torch, beside their targets."""
+
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from ribfast import info
+
+HERE = Path(__file__).parent
+RESULT = HERE / "results" / "cpu.json"
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        raw = Path(folder) / "raw.json"
+        command = [sys.executable, "-m", "pytest", str(HERE), "-q", "-o", "python_files=bench_*.py"]
+        command += ["-o", "python_functions=bench_*", "--benchmark-disable-gc", "--benchmark-columns=min,median"]
+        code = subprocess.run([*command, f"--benchmark-json={raw}", *sys.argv[1:]]).returncode
+        if code or not raw.exists():
+            return code or 1
+        report = json.loads(raw.read_text())
+    cpu = report["machine_info"].get("cpu", {})
+    facts = info.collect()
+    result = {
+        "machine": {"cpu": cpu.get("brand_raw"), "cores": cpu.get("count"), "system": platform.platform(terse=True)},
+        "versions": {name: facts[name] for name in ("ribfast", "python", "torch")},
+        "tier": facts["cpu"]["tier"],
+        "compiler": facts["built"]["compiler"],
+        "note": "ratio: median over interleaved pairs of baseline time / ours; seconds: minima in the same run",
+        "benchmarks": [
+            {"name": b["name"].removeprefix("bench_"), **dict(sorted(b["extra_info"].items()))}
+            for b in report["benchmarks"]
+        ],
+    }
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"\n{'benchmark':<70} {'ratio':>7} {'target':>7}")
+    for row in result["benchmarks"]:
+        target = "" if row["target"] is None else f"{row['target']:.1f}"
+        missed = "  MISSED" if row["target"] and row["ratio"] < row["target"] else ""
+        print(f"{row['name']:<70} {row['ratio']:>7.2f} {target:>7}{missed}")
+    print(f"wrote {RESULT.relative_to(HERE.parent)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,26 @@
+"""Small calls of every operator on the device, for compute-sanitizer: sizes that break tiles and vectors."""
+
+import torch
+
+from ribfast import ops
+
+
+def main():
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.float16):
+        for shape in ((2, 3, 9, 13), (1, 2, 64, 64), (1, 1, 1, 1), (1, 1, 151, 129)):
+            maps = torch.randn(shape, device="cuda").to(dtype).requires_grad_()
+            ops.gndrp(maps, torch.rand(shape[:2], device="cuda") < 0.7).sum().backward()
+            ops.normalize_cams(maps.detach())
+        sizes = [(37, 50), (1, 9), (130, 21)]
+        batch = [
+            [torch.randn(2, 3, *(max(1, round(s * f / 16)) for s in size), device="cuda").to(dtype).requires_grad_()
+             for f in (1, 0.5, 1.5, 2, 3)]
+            for size in sizes
+        ]  # fmt: skip
+        sum(merged.sum() for merged in ops.accumulate_cams_batch(batch, sizes)).backward()
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+// What operators demand of their tensors, for every device, and the one form in which they refuse:
+// "op: expected X, got Y". Python says the same earlier and with more help (ribfast/ops/contract.py); these checks
+// keep memory safe when torch.ops.ribfast is called directly.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <vector>
+
+#define RIBFAST_CHECK_VALUE(cond, op, expected, ...) \
+  TORCH_CHECK_VALUE(cond, op, ": expected ", expected, ", got ", __VA_ARGS__)
+#define RIBFAST_CHECK_TYPE(cond, op, expected, ...) \
+  TORCH_CHECK_TYPE(cond, op, ": expected ", expected, ", got ", __VA_ARGS__)
+
+namespace ribfast {
+
+inline at::ScalarType accumulator_type(at::ScalarType type) {
+  return type == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+inline void check_float(const char* op, const char* name, const at::Tensor& t) {
+  const auto type = t.scalar_type();
+  RIBFAST_CHECK_TYPE(type == at::kDouble || type == at::kFloat || type == at::kHalf || type == at::kBFloat16, op,
+                     c10::str(name, " in float64, float32, float16 or bfloat16"), c10::toString(type));
+}
+
+inline void check_same_device(const char* op, const at::Tensor& a, const at::Tensor& b) {
+  RIBFAST_CHECK_VALUE(a.device() == b.device(), op, "all tensors on one device", a.device(), " and ", b.device());
+}
+
+inline void check_gndrp(const char* op, const at::Tensor& maps, const at::Tensor& present) {
+  check_float(op, "maps", maps);
+  RIBFAST_CHECK_VALUE(maps.dim() == 4 && maps.size(2) > 0 && maps.size(3) > 0, op, "maps (N, C, H, W) with H, W >= 1",
+                      maps.sizes());
+  RIBFAST_CHECK_TYPE(present.scalar_type() == at::kBool, op, "present in bool", c10::toString(present.scalar_type()));
+  RIBFAST_CHECK_VALUE(present.dim() == 2 && present.size(0) == maps.size(0) && present.size(1) == maps.size(1), op,
+                      "present (N, C) of the maps", present.sizes(), " for maps ", maps.sizes());
+  check_same_device(op, maps, present);
+}
+
+inline void check_gndrp_backward(const at::Tensor& grad, const at::Tensor& maps, const at::Tensor& present,
+                                 const at::Tensor& stats) {
+  RIBFAST_CHECK_VALUE(grad.sizes() == present.sizes() && stats.numel() == 2 * present.numel(), "gndrp_backward",
+                      "grad (N, C) and stats (N, C, 2)", grad.sizes(), " and ", stats.sizes());
+  RIBFAST_CHECK_TYPE(stats.scalar_type() == accumulator_type(maps.scalar_type()), "gndrp_backward",
+                     "the stats that gndrp returned", c10::toString(stats.scalar_type()));
+  check_same_device("gndrp_backward", maps, grad);
+  check_same_device("gndrp_backward", maps, stats);
+}
+
+// One image of accumulate_cams: its maps over scales, contiguous, and where they go.
+struct CamImage {
+  std::vector<at::Tensor> scales;  // (V, C, h, w)
+  int64_t channels, height, width, padded_height, padded_width;
+};
+
+// maps: all scales of all images in a row, counts[i] of them for image i; sizes and padded: H, W of each image.
+inline std::vector<CamImage> check_accumulate_cams(const char* op, at::TensorList maps, at::IntArrayRef counts,
+                                                   at::IntArrayRef sizes, at::IntArrayRef padded) {
+  RIBFAST_CHECK_VALUE(sizes.size() == 2 * counts.size() && padded.size() == sizes.size(), op,
+                      "an (H, W) in sizes and padded for each image", sizes.size(), " and ", padded.size(),
+                      " numbers for ", counts.size(), " images");
+  std::vector<CamImage> images(counts.size());
+  size_t next = 0;
+  for (size_t i = 0; i < counts.size(); ++i) {
+    CamImage& image = images[i];
+    image.height = sizes[2 * i], image.width = sizes[2 * i + 1];
+    image.padded_height = padded[2 * i], image.padded_width = padded[2 * i + 1];
+    RIBFAST_CHECK_VALUE(image.height > 0 && image.width > 0 && image.padded_height >= image.height &&
+                            image.padded_width >= image.width && image.padded_height < (1 << 24) &&
+                            image.padded_width < (1 << 24),
+                        op, "1 <= size <= padded < 2^24", "size (", image.height, ", ", image.width, ") and padded (",
+                        image.padded_height, ", ", image.padded_width, ")");
+    RIBFAST_CHECK_VALUE(counts[i] > 0 && counts[i] <= static_cast<int64_t>(maps.size() - next), op,
+                        "counts that add up to the number of maps", "counts ", counts, " for ", maps.size(), " maps");
+    for (int64_t s = 0; s < counts[i]; ++s, ++next) {
+      const at::Tensor& map = maps[next];
+      check_float(op, "maps", map);
+      check_same_device(op, map, maps[0]);
+      RIBFAST_CHECK_TYPE(map.scalar_type() == maps[0].scalar_type(), op, "maps of one dtype",
+                         c10::toString(map.scalar_type()), " and ", c10::toString(maps[0].scalar_type()));
+      RIBFAST_CHECK_VALUE(map.dim() == 4 && (map.size(0) == 1 || map.size(0) == 2) && map.size(2) > 0 &&
+                              map.size(3) > 0 && map.size(2) < (1 << 24) && map.size(3) < (1 << 24),
+                          op, "maps (V, C, h, w) with V 1 or 2 and h, w >= 1", map.sizes());
+      image.channels = s == 0 ? map.size(1) : image.channels;
+      RIBFAST_CHECK_VALUE(map.size(1) == image.channels, op, "the same classes at every scale", map.size(1), " and ",
+                          image.channels);
+      image.scales.push_back(map.contiguous());
+    }
+  }
+  RIBFAST_CHECK_VALUE(next == maps.size(), op, "counts that add up to the number of maps", "counts ", counts, " for ",
+                      maps.size(), " maps");
+  return images;
+}
+
+// H, W of each (C, H, W) tensor in a row: the `sizes` of check_accumulate_cams.
+inline std::vector<int64_t> sizes_of(at::TensorList targets) {
+  std::vector<int64_t> sizes;
+  for (const at::Tensor& target : targets) {
+    RIBFAST_CHECK_VALUE(target.dim() == 3, "accumulate_cams", "targets (C, H, W)", target.sizes());
+    sizes.insert(sizes.end(), {target.size(1), target.size(2)});
+  }
+  return sizes;
+}
+
+// The (C, H, W) targets of `images`: what accumulate_cams adds into, and what its backward reads.
+inline void check_cam_targets(const char* op, at::TensorList targets, const std::vector<CamImage>& images) {
+  RIBFAST_CHECK_VALUE(targets.size() == images.size(), op, "one (C, H, W) tensor for each image", targets.size(),
+                      " for ", images.size(), " images");
+  for (size_t i = 0; i < images.size(); ++i) {
+    const at::Tensor &target = targets[i], &map = images[i].scales[0];
+    const std::vector<int64_t> shape{images[i].channels, images[i].height, images[i].width};
+    RIBFAST_CHECK_VALUE(target.sizes() == at::IntArrayRef(shape), op, c10::str("a tensor of shape ", shape),
+                        target.sizes());
+    RIBFAST_CHECK_TYPE(target.scalar_type() == accumulator_type(map.scalar_type()), op,
+                       c10::str(c10::toString(accumulator_type(map.scalar_type())), " for such maps"),
+                       c10::toString(target.scalar_type()));
+    check_same_device(op, target, map);
+  }
+}
+
+inline void check_normalize_cams(const char* op, const at::Tensor& cams) {
+  check_float(op, "cams", cams);
+  RIBFAST_CHECK_VALUE(cams.dim() >= 2 && cams.size(-1) > 0 && cams.size(-2) > 0, op, "cams (..., H, W) with H, W >= 1",
+                      cams.sizes());
+}
+
+}  // namespace ribfast

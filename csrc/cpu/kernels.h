@@ -1,0 +1,67 @@
+// The CPU kernels of one tier, as a table of plain functions over raw memory. Free of torch.
+#pragma once
+
+#include <cstdint>
+
+namespace ribfast::cpu {
+
+// How maps are stored; sums are held in double for kDouble, else in float.
+enum Storage { kDouble, kFloat, kHalf, kBFloat16, kStorages };
+
+// One image's scale, as accumulate and its backward read it. All arrays belong to the caller.
+struct CamScale {
+  const void* map;      // view 0 of the channel at hand, (height, width) contiguous
+  int64_t view_stride;  // elements from view 0 to view 1; 0 where there is one view
+  int32_t height, width;
+  const int32_t* row_cell;  // tap of each output row: cells and weights (math.h)
+  const void* row_t;
+  const int32_t* column_cell;  // tap of each output column, padded to `columns`
+  const void* column_t;
+};
+
+struct CamJob {
+  const CamScale* scales;
+  int32_t count;
+  int64_t row_begin, row_end;
+  int64_t width;    // of the output
+  int64_t columns;  // width rounded up to kColumnBlock
+  bool relu;
+  void* scratch;  // cam_scratch() bytes
+};
+
+constexpr int64_t kColumnBlock = 16;  // lanes of the widest vector
+constexpr int64_t kCacheLine = 64;
+
+// Bytes of a job's scratch, for `count` scales whose widest map has `widest` columns.
+constexpr int64_t cam_scratch(int64_t count, int64_t columns, int64_t widest, int64_t accumulator_size) {
+  return (2 * count * columns + widest + 2 * kColumnBlock) * accumulator_size + kCacheLine;
+}
+
+struct Kernels {
+  const char* name;
+  // One map of n positions -> pooled value and stats {maximum, divisor}, in accumulators.
+  void (*gndrp[kStorages])(const void* map, int64_t n, bool present, double tau, bool divide_by_all, bool strict,
+                           void* pooled, void* stats);
+  // grad: one accumulator; result in the map's storage.
+  void (*gndrp_backward[kStorages])(const void* map, int64_t n, bool present, double tau, bool strict,
+                                    const void* stats, const void* grad, void* result);
+  // Rows of one channel; out (rows of the whole channel, `width` apart) is set, or added to.
+  void (*accumulate[kStorages])(const CamJob& job, void* out, bool add);
+  // One scale of one channel: the gradient of its map (storage; same strides as the map) from (row_end, width) grads.
+  void (*accumulate_backward[kStorages])(const CamJob& job, const void* grads, void* result);
+  // One map of n positions, result may be the map itself.
+  void (*normalize[kStorages])(const void* map, int64_t n, double eps, void* result);
+};
+
+// The tier that torch itself runs on (ATEN_CPU_CAPABILITY steers both), or the best compiled one below it.
+const Kernels& kernels();
+const char* compiled_tiers();  // names, separated by spaces
+
+extern const Kernels tier_default;
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define RIBFAST_X86_TIERS 1
+extern const Kernels tier_avx2;
+extern const Kernels tier_avx512;
+#endif
+
+}  // namespace ribfast::cpu

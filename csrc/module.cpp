@@ -1,0 +1,80 @@
+// Every operator's schema, and the pybind11 module for what is not a tensor.
+#include <ATen/Parallel.h>
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include <mutex>
+#include <set>
+#include <thread>
+
+#include "cpu/kernels.h"
+
+TORCH_LIBRARY(ribfast, m) {
+  // (N, C, H, W), (N, C) bool -> pooled (N, C); stats (N, C, 2) = maximum, divisor: what the backward needs
+  m.def("gndrp(Tensor maps, Tensor present, float tau, bool divide_by_all, bool strict) -> (Tensor pooled, Tensor stats)");
+  m.def("gndrp_backward(Tensor grad, Tensor maps, Tensor present, Tensor stats, float tau, bool strict) -> Tensor");
+
+  // maps: every scale of every image, each (V, C, h, w); counts: scales of each image; sizes, padded: H, W of each
+  m.def("accumulate_cams(Tensor[] maps, int[] counts, SymInt[] sizes, SymInt[] padded, bool relu) -> Tensor[]");
+  m.def("accumulate_cams_(Tensor(a!)[] out, Tensor[] maps, int[] counts, SymInt[] padded, bool relu) -> ()");
+  m.def("accumulate_cams_backward(Tensor[] grads, Tensor[] maps, int[] counts, SymInt[] padded, bool relu) -> Tensor[]");
+
+  // (..., H, W)
+  m.def("normalize_cams(Tensor cams, float eps) -> Tensor");
+  m.def("normalize_cams_(Tensor(a!) cams, float eps) -> ()");
+}
+
+namespace {
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["torch"] = TORCH_VERSION;
+  info["compiler"] =
+#if defined(__clang__)
+      "clang " __clang_version__;
+#elif defined(__GNUC__)
+      "gcc " __VERSION__;
+#else
+      "unknown";
+#endif
+#if defined(RIBFAST_WITH_CUDA)
+  info["cuda"] = true;
+  info["cuda_architectures"] = RIBFAST_CUDA_ARCHS;
+#else
+  info["cuda"] = false;
+  info["cuda_architectures"] = "";
+#endif
+  info["cuda_reason"] = RIBFAST_CUDA_REASON;
+#if defined(_OPENMP)
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+#if defined(NDEBUG)
+  info["debug"] = false;
+#else
+  info["debug"] = true;
+#endif
+  return info;
+}
+
+// How many threads a parallel loop really has: without OpenMP at compile time, ATen's would be a plain one.
+int64_t parallel_threads() {
+  std::mutex mutex;
+  std::set<std::thread::id> threads;
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    threads.insert(std::this_thread::get_id());
+  });
+  return static_cast<int64_t>(threads.size());
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.def("build_info", &build_info);
+  m.def("parallel_threads", &parallel_threads);
+  m.def("cpu_tier", [] { return ribfast::cpu::kernels().name; });
+  m.def("compiled_cpu_tiers", [] { return ribfast::cpu::compiled_tiers(); });
+}

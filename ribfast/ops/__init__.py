@@ -1,0 +1,7 @@
+"""The operators. Each is served by C++ on the CPU, by C++ or Triton on CUDA devices, and specified by ribfast.reference."""
+
+from .accumulate_cams import accumulate_cams, accumulate_cams_batch
+from .gndrp import gndrp
+from .normalize_cams import normalize_cams
+
+__all__ = ["accumulate_cams", "accumulate_cams_batch", "gndrp", "normalize_cams"]

@@ -1,0 +1,48 @@
+"""What operators tell torch's dispatcher beside their kernels."""
+
+import torch
+
+_library = torch.library.Library("ribfast", "IMPL")
+_DEVICES = ("CPU", "CUDA")
+
+
+def run_under_autocast(name: str, rule) -> None:
+    """Under autocast, `rule(op, *args)` runs in the operator's place, with autocast off inside."""
+    op = getattr(torch.ops.ribfast, name).default
+    for device in _DEVICES:
+
+        def run(*args, _keys=torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))):
+            with torch._C._ExcludeDispatchKeyGuard(_keys):
+                return rule(op, *args)
+
+        _library.impl(name, run, f"Autocast{device}")
+
+
+def run_as_is_under_autocast(name: str) -> None:
+    run_under_autocast(name, lambda op, *args: op(*args))
+
+
+def call_in_backward(op, *args):
+    """An operator called by a backward: past autograd, which costs as much as a small kernel, unless the backward is
+    itself being differentiated."""
+    if torch.is_grad_enabled():
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def refuse_gradient(name: str, advice: str) -> None:
+    """Asking for the gradient of an operator that has none is an error, not a silent None."""
+    op = getattr(torch.ops.ribfast, name).default
+
+    def run(*args):
+        if torch.is_grad_enabled():
+            for arg in args:
+                for t in arg if isinstance(arg, (list, tuple)) else (arg,):
+                    if isinstance(t, torch.Tensor) and t.requires_grad:
+                        raise RuntimeError(f"{name.rstrip('_')}: expected tensors that need no gradient, "
+                                           f"got one with requires_grad=True; {advice}")  # fmt: skip
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    _library.impl(name, run, "Autograd")

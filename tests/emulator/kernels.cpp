@@ -1,0 +1,142 @@
+// The CUDA kernels behind C functions, launched with the geometry that csrc/cuda/*.cu gives them.
+// Storage: 0 float64, 1 float32, 2 float16, 3 bfloat16.
+#include "cuda_on_cpu.h"
+
+#include "../../csrc/cuda/accumulate_cams.cuh"
+#include "../../csrc/cuda/gndrp.cuh"
+#include "../../csrc/cuda/normalize_cams.cuh"
+
+using namespace ribfast::cuda;
+
+namespace {
+
+template <typename F>
+void with_element(int storage, F&& f) {
+  switch (storage) {
+    case 0: return f(double{});
+    case 1: return f(float{});
+    case 2: return f(__half{});
+    default: return f(__nv_bfloat16{});
+  }
+}
+
+template <typename T, typename F>
+void with_vector(bool wide, F&& f) {
+  if (wide) {
+    f(std::integral_constant<int, 16 / sizeof(T)>{});
+  } else {
+    f(std::integral_constant<int, 1>{});
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+void gndrp(int storage, bool wide, unsigned order, const void* maps, const bool* present, int64_t count, int64_t n,
+           double tau, bool divide_by_all, bool strict, void* pooled, void* stats) {
+  with_element(storage, [&](auto element) {
+    using T = decltype(element);
+    with_vector<T>(wide, [&](auto vec) {
+      emulator::launch(count, gndrp_threads(n, vec.value), order, [&] {
+        gndrp_kernel<T, vec.value>(static_cast<const T*>(maps), present, n, tau, divide_by_all, strict,
+                                   static_cast<Acc<T>*>(pooled), static_cast<Acc<T>*>(stats));
+      });
+    });
+  });
+}
+
+void gndrp_backward(int storage, bool wide, unsigned order, const void* grad, const void* maps, const bool* present,
+                    const void* stats, int64_t count, int64_t n, double tau, bool strict, void* result) {
+  with_element(storage, [&](auto element) {
+    using T = decltype(element);
+    with_vector<T>(wide, [&](auto vec) {
+      const int64_t blocks = gndrp_backward_blocks(n, vec.value);
+      emulator::launch(count * blocks, kBackwardThreads, order, [&] {
+        gndrp_backward_kernel<T, vec.value>(static_cast<const Acc<T>*>(grad), static_cast<const T*>(maps), present,
+                                            static_cast<const Acc<T>*>(stats), n, blocks, tau, strict,
+                                            static_cast<T*>(result));
+      });
+    });
+  });
+}
+
+void normalize_cams(int storage, bool wide, unsigned order, const void* cams, int64_t count, int64_t n, double eps,
+                    void* result) {
+  with_element(storage, [&](auto element) {
+    using T = decltype(element);
+    with_vector<T>(wide, [&](auto vec) {
+      const int64_t parts = normalize_parts(n, vec.value);
+      std::vector<Acc<T>> maxima(count * parts);
+      emulator::launch(count * parts, kNormalizeThreads, order, [&] {
+        part_maximum_kernel<T, vec.value>(static_cast<const T*>(cams), n, parts, maxima.data());
+      });
+      emulator::launch(count * parts, kNormalizeThreads, order, [&] {
+        normalize_kernel<T, vec.value>(static_cast<const T*>(cams), n, parts, maxima.data(), eps,
+                                       static_cast<T*>(result));
+      });
+    });
+  });
+}
+
+// Images of one number of scales; maps, shapes (V, C, h, w) scale after scale, image after image;
+// sizes: H, W, padded H, padded W of each image.
+void accumulate_cams(int storage, unsigned order, int images, int scales, const void** maps, const int64_t* shapes,
+                     const int32_t* sizes, void** out, bool relu, bool add) {
+  with_element(storage, [&](auto element) {
+    using T = decltype(element);
+    constexpr int kImages = 8;
+    static CamBatch<kImages> batch;
+    batch.count = images, batch.relu = relu, batch.add = add;
+    int64_t blocks = 0;
+    for (int i = 0; i < images; ++i) {
+      CamImage& image = batch.images[i];
+      image = {};
+      image.count = scales;
+      for (int s = 0; s < scales; ++s) {
+        const int64_t* shape = shapes + 4 * (i * scales + s);
+        image.scales[s] = {maps[i * scales + s], shape[0] == 2 ? shape[1] * shape[2] * shape[3] : 0,
+                           static_cast<int32_t>(shape[2]), static_cast<int32_t>(shape[3])};
+        image.channels = static_cast<int32_t>(shape[1]);
+      }
+      image.out = out[i];
+      image.height = sizes[4 * i], image.width = sizes[4 * i + 1];
+      image.padded_height = sizes[4 * i + 2], image.padded_width = sizes[4 * i + 3];
+      image.first_block = static_cast<uint32_t>(blocks);
+      blocks += accumulate_blocks(image);
+    }
+    emulator::launch(blocks, kWarp * kSweepWarps, order, [&] { accumulate_kernel<T, kImages>(batch); });
+  });
+}
+
+// One entry a map; sizes as above, one for each map.
+void accumulate_cams_backward(int storage, unsigned order, int count, const void** maps, const int64_t* shapes,
+                              const int32_t* sizes, const void** grads, void** results, bool relu) {
+  with_element(storage, [&](auto element) {
+    using T = decltype(element);
+    constexpr int kEntries = 32;
+    static CamGradients<kEntries> batch;
+    batch.count = count, batch.relu = relu;
+    int64_t blocks = 0;
+    for (int i = 0; i < count; ++i) {
+      const int64_t* shape = shapes + 4 * i;
+      const int32_t* size = sizes + 4 * i;
+      batch.entries[i] = {maps[i],
+                          grads[i],
+                          results[i],
+                          shape[0] == 2 ? shape[1] * shape[2] * shape[3] : 0,
+                          static_cast<int32_t>(shape[1]),
+                          static_cast<int32_t>(shape[2]),
+                          static_cast<int32_t>(shape[3]),
+                          size[0],
+                          size[1],
+                          size[2],
+                          size[3],
+                          static_cast<uint32_t>(blocks)};
+      blocks += accumulate_backward_blocks(batch.entries[i]);
+    }
+    emulator::launch(blocks, kWarp * kGatherWarps, order, [&] { accumulate_backward_kernel<T, kEntries>(batch); });
+  });
+}
+
+}  // extern "C"

@@ -1,0 +1,101 @@
+"""Every operator can be captured in a CUDA graph, and its replays follow new inputs."""
+
+import pytest
+import torch
+from cases import logits, scales
+
+from ribfast import ops, reference
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
+
+
+def replayed(run, inputs):
+    """What `run()` returns when replayed from a graph after `inputs` were given new values."""
+    torch.use_deterministic_algorithms(False)  # capture forbids nothing, but filling with NaN would be captured too
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+    for tensor in inputs:
+        tensor.copy_(torch.randn_like(tensor) * 2)
+    graph.replay()
+    torch.cuda.synchronize()
+    return results
+
+
+def test_gndrp():
+    maps = logits((8, 20, 32, 32), torch.float32, "cuda")
+    present, grad = torch.rand(8, 20, device="cuda") < 0.3, torch.randn(8, 20, device="cuda")
+
+    def run():
+        pooled, stats = torch.ops.ribfast.gndrp(maps, present, 0.4, False, False)
+        return pooled, torch.ops.ribfast.gndrp_backward(grad, maps, present, stats, 0.4, False)
+
+    pooled, grads = replayed(run, [maps])
+    leaf = maps.clone().requires_grad_()
+    expected = reference.gndrp(leaf, present)
+    expected.backward(grad)
+    torch.testing.assert_close(pooled, expected.detach(), rtol=2e-5, atol=1e-5)
+    torch.testing.assert_close(grads, leaf.grad)
+
+
+def test_gndrp_with_its_gradient():
+    maps = logits((4, 5, 16, 17), torch.float32, "cuda").requires_grad_()
+    present = torch.rand(4, 5, device="cuda") < 0.5
+
+    def run():
+        return torch.autograd.grad(ops.gndrp(maps, present).sum(), maps)
+
+    with torch.no_grad():
+        fresh = maps.detach()
+    (grads,) = replayed(run, [fresh])
+    leaf = fresh.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(reference.gndrp(leaf, present).sum(), leaf)
+    torch.testing.assert_close(grads, expected)
+
+
+def test_accumulate_cams():
+    batch = [scales((90, 130), (1, 0.5, 1.5, 2), 3, torch.float32, "cuda") for _ in range(3)]
+    flat = [m for image in batch for m in image]
+    grads = [torch.rand(3, 90, 130, device="cuda") for _ in batch]
+    layout = ([4] * 3, [90, 130] * 3, [96, 144] * 3, True)
+
+    def run():
+        merged = torch.ops.ribfast.accumulate_cams(flat, *layout)
+        back = torch.ops.ribfast.accumulate_cams_backward(grads, flat, layout[0], *layout[2:])
+        return [*merged, *back]
+
+    results = replayed(run, flat)
+    for i, maps in enumerate(batch):
+        leaves = [m.clone().requires_grad_() for m in maps]
+        expected = reference.accumulate_cams(leaves, (90, 130), padded=(96, 144))
+        torch.testing.assert_close(results[i], expected.detach(), rtol=2e-5, atol=1e-5)
+        expected.backward(grads[i])
+        for got, leaf in zip(results[3 + 4 * i :], leaves, strict=False):
+            torch.testing.assert_close(got, leaf.grad, rtol=1e-4, atol=1e-2)
+
+
+def test_normalize_cams():
+    cams = torch.rand(20, 90, 130, device="cuda")
+    result = replayed(lambda: ops.normalize_cams(cams), [cams])
+    torch.testing.assert_close(result, reference.normalize_cams(cams))
+
+
+def test_normalize_cams_in_place():
+    cams = torch.rand(20, 90, 130, device="cuda")
+    graph_input = torch.empty_like(cams)
+
+    def run():
+        graph_input.copy_(cams)
+        return ops.normalize_cams(graph_input, inplace=True)
+
+    result = replayed(run, [cams])
+    torch.testing.assert_close(result, reference.normalize_cams(cams))

@@ -1,0 +1,180 @@
+"""The CUDA kernels themselves, run on the CPU (tests/emulator): what they compute, where there is no GPU to ask.
+
+Threads are scheduled in several orders; a result that depends on the order is a race.
+"""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from cases import DTYPES, NAMES, logits, needing_grad, rounding, scales, special_maps, tolerance
+from cuda_toolkit import CUDA_INCLUDE, NO_CUDA_INCLUDE
+
+from ribfast import ops, reference
+
+pytestmark = pytest.mark.skipif(CUDA_INCLUDE is None, reason=NO_CUDA_INCLUDE)
+STORAGE = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+ORDERS = (0, 1, 7)
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ to build the emulator")
+    library = tmp_path_factory.mktemp("emulator") / "kernels.so"
+    source = Path(__file__).parent / "emulator" / "kernels.cpp"
+    flags = "-std=c++20 -O1 -shared -fPIC -Wall -Wno-unknown-pragmas -Werror".split()
+    subprocess.run(["g++", *flags, "-isystem", CUDA_INCLUDE, str(source), "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def at(tensor):
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def pointers(tensors):
+    return (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
+
+
+def integers(kind, values):
+    return (kind * len(values))(*values)
+
+
+def same_in_every_order(run):
+    first, *others = [run(order) for order in ORDERS]
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            assert torch.equal(a.nan_to_num(nan=123), b.nan_to_num(nan=123))
+    return first
+
+
+def gndrp(kernels, maps, present, grad, tau, divide_by, strict, wide):
+    """(pooled, gradient)"""
+    count, n = present.numel(), maps.shape[2] * maps.shape[3]
+    accumulator = reference.accumulator_dtype(maps.dtype)
+    grad = grad.to(accumulator)
+
+    def run(order):
+        pooled = torch.full(present.shape, torch.nan, dtype=accumulator)
+        stats = torch.full((*present.shape, 2), torch.nan, dtype=accumulator)
+        result = torch.full_like(maps, torch.nan)
+        geometry = (ctypes.c_int64(count), ctypes.c_int64(n), ctypes.c_double(tau))
+        head = (STORAGE[maps.dtype], wide, order)
+        kernels.gndrp(*head, at(maps), at(present), *geometry, divide_by == "all", strict, at(pooled), at(stats))
+        kernels.gndrp_backward(*head, at(grad), at(maps), at(present), at(stats), *geometry, strict, at(result))
+        return pooled, result
+
+    return same_in_every_order(run)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize(
+    "shape, wide",
+    [((2, 2, 32, 32), True), ((1, 2, 100, 96), True), ((1, 2, 5, 13), False), ((1, 1, 1, 1), False),
+     ((1, 2, 97, 95), False)],
+    ids=str,
+)  # fmt: skip
+def test_gndrp(kernels, dtype, shape, wide):
+    maps, present = logits(shape, dtype), torch.rand(shape[:2]) < 0.7
+    present[0, 0] = True
+    grad = torch.randn(shape[:2])
+    for divide_by, strict in [("kept", False), ("all", True)]:
+        leaf = maps.clone().requires_grad_()
+        expected = reference.gndrp(leaf, present, divide_by=divide_by, strict=strict)
+        expected.backward(grad.to(expected.dtype))
+        pooled, result = gndrp(kernels, maps, present, grad, 0.4, divide_by, strict, wide)
+        torch.testing.assert_close(pooled, expected.detach(), **tolerance(dtype))
+        torch.testing.assert_close(result, leaf.grad, **rounding(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("tau", [0.4, 0.0, -0.25, 1.5])
+def test_gndrp_odd_maxima(kernels, dtype, tau):
+    maps = special_maps(dtype)
+    maps[0, 9, 3, 3] = torch.nan
+    present = torch.ones(1, 10, dtype=torch.bool)
+    leaf = maps.clone().requires_grad_()
+    expected = reference.gndrp(leaf, present, tau)
+    expected.backward(torch.ones_like(expected))
+    pooled, result = gndrp(kernels, maps, present, torch.ones(1, 10), tau, "kept", False, False)
+    torch.testing.assert_close(pooled, expected.detach(), **tolerance(dtype), equal_nan=True)
+    torch.testing.assert_close(result, leaf.grad, **rounding(dtype), equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("shape, wide", [((3, 64, 64), True), ((2, 151, 129), False), ((2, 1, 1), False)], ids=str)
+def test_normalize_cams(kernels, dtype, shape, wide):
+    cams = torch.rand(shape).mul_(7).to(dtype)
+    cams[0, -1, -1] = torch.nan
+    count, n = shape[0], shape[1] * shape[2]
+
+    def run(order):
+        result = cams.clone()  # in place
+        head = (STORAGE[dtype], wide, order)
+        kernels.normalize_cams(
+            *head, at(result), ctypes.c_int64(count), ctypes.c_int64(n), ctypes.c_double(1e-5), at(result)
+        )
+        return (result,)
+
+    (result,) = same_in_every_order(run)
+    torch.testing.assert_close(result, reference.normalize_cams(cams), **rounding(dtype), equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("relu", [True, False])
+def test_accumulate_cams(kernels, dtype, views, relu):
+    sizes, padded = [(37, 150), (1, 9), (140, 21)], [(48, 160), (1, 9), (144, 32)]
+    factors = (1, 0.5, 1.5, 8)
+    images = [needing_grad(scales(size, factors, 2, dtype, "cpu", views)) for size in sizes]
+    maps = [m.detach() for image in images for m in image]
+    shapes = integers(ctypes.c_int64, [side for m in maps for side in m.shape])
+    geometry = integers(ctypes.c_int32, [s for size, pad in zip(sizes, padded, strict=True) for s in (*size, *pad)])
+    accumulator = reference.accumulator_dtype(dtype)
+    for add in (False, True):
+
+        def run(order, add=add):
+            out = [torch.full((2, *size), 1.0 if add else torch.nan, dtype=accumulator) for size in sizes]
+            kernels.accumulate_cams(
+                STORAGE[dtype], order, len(sizes), len(factors), pointers(maps), shapes, geometry, pointers(out), relu, add
+            )
+            return out
+
+        for got, image, size, pad in zip(same_in_every_order(run), images, sizes, padded, strict=True):
+            expected = reference.accumulate_cams(image, size, padded=pad, relu=relu).detach() + add
+            torch.testing.assert_close(got, expected, **tolerance(dtype))
+
+    grads = [torch.rand((2, *size), dtype=accumulator) for size in sizes]
+    for image, size, pad, grad in zip(images, sizes, padded, grads, strict=True):
+        reference.accumulate_cams(image, size, padded=pad, relu=relu).backward(grad)
+    each = [i for i in range(len(sizes)) for _ in factors]
+    map_geometry = integers(ctypes.c_int32, [s for i in each for s in (*sizes[i], *padded[i])])
+
+    def run_backward(order):
+        results = [torch.full_like(m, torch.nan) for m in maps]
+        kernels.accumulate_cams_backward(
+            STORAGE[dtype], order, len(maps), pointers(maps), shapes, map_geometry,
+            pointers([grads[i] for i in each]), pointers(results), relu,
+        )  # fmt: skip
+        return results
+
+    leaves = [leaf for image in images for leaf in image]
+    for got, leaf in zip(same_in_every_order(run_backward), leaves, strict=True):
+        close = rounding(dtype)
+        widest = leaf.grad.abs().max().clamp(min=1).item()
+        torch.testing.assert_close(got, leaf.grad, rtol=close["rtol"], atol=close["atol"] * widest)
+
+
+def test_emulated_kernels_equal_the_cpu_kernels(kernels):
+    """One engine-sized case against the operator that everything else is tested with."""
+    maps = scales((375, 500), (1, 0.5, 1.5, 2), 1, torch.float32)
+    out = torch.full((1, 375, 500), torch.nan)
+    shapes = integers(ctypes.c_int64, [side for m in maps for side in m.shape])
+    kernels.accumulate_cams(
+        1, 0, 1, 4, pointers(maps), shapes, integers(ctypes.c_int32, [375, 500, 384, 512]), pointers([out]), True, False
+    )
+    expected = ops.accumulate_cams(maps, (375, 500), padded=(384, 512))
+    torch.testing.assert_close(out, expected, **tolerance(torch.float32))

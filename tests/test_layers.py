@@ -1,0 +1,72 @@
+"""Who may import and include whom."""
+
+import ast
+import re
+from pathlib import Path
+
+import ribfast
+
+PACKAGE = Path(ribfast.__file__).parent
+CSRC = PACKAGE.parent / "csrc"
+TORCH_HEADER = re.compile(r'#include\s*[<"](ATen|c10|torch|pybind11)/')
+
+
+def imports(path):
+    """Modules that a file imports, relative ones resolved: 'ribfast.ops.contract', 'torch', ..."""
+    base = ["ribfast", *path.relative_to(PACKAGE).parts[:-1]]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            stem = [*base[: len(base) - node.level + 1], *([node.module] if node.module else [])] if node.level else [node.module]
+            yield from (".".join([*stem, alias.name]) for alias in node.names)
+
+
+def foreign(path, allowed):
+    standard = {"math", "itertools", "collections", "typing"}
+    return [m for m in imports(path) if m.split(".")[0] not in standard and not m.startswith(tuple(allowed))]
+
+
+def test_reference_imports_torch_alone():
+    assert foreign(PACKAGE / "reference.py", ["torch"]) == []
+
+
+def test_ops_import_torch_and_the_extension():
+    allowed = ["torch", "ribfast._ext", "ribfast.reference", "ribfast.ops"]
+    for path in (PACKAGE / "ops").glob("*.py"):
+        assert foreign(path, allowed) == [], path.name
+
+
+def test_triton_imports_torch_and_triton():
+    paths = list((PACKAGE / "triton").glob("*.py"))
+    assert paths
+    for path in paths:
+        assert foreign(path, ["torch", "triton", "ribfast.triton"]) == [], path.name
+
+
+def test_nobody_imports_the_commands():
+    for path in PACKAGE.rglob("*.py"):
+        assert not [m for m in imports(path) if m.startswith(("ribfast.cli", "ribfast.demo"))], path.name
+
+
+def test_kernels_are_free_of_torch():
+    kernels = [CSRC / "math.h", *(CSRC / "cpu" / name for name in ("kernels.h", "kernels.inl", "simd.h"))]
+    kernels += [*(CSRC / "cpu").glob("tier_*.cpp"), *(CSRC / "cuda").glob("*.cuh")]
+    assert len(kernels) >= 11
+    for path in kernels:
+        assert not TORCH_HEADER.search(path.read_text()), path.name
+
+
+def test_only_the_module_sees_pybind11():
+    users = [p.name for p in CSRC.rglob("*") if p.is_file() and "pybind11/" in p.read_text()]
+    assert users == ["module.cpp"]
+
+
+def test_every_kernel_is_registered_for_its_schemas():
+    """A schema without a kernel would only fail when somebody calls it."""
+    schemas = set(re.findall(r'm\.def\("(\w+)\(', (CSRC / "module.cpp").read_text()))
+    for folder, pattern in (("cpu", "*.cpp"), ("cuda", "*.cu")):
+        found = set()
+        for path in (CSRC / folder).glob(pattern):
+            found |= set(re.findall(r'm\.impl\("(\w+)"', path.read_text()))
+        assert found == schemas, folder
