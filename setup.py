@@ -1,6 +1,6 @@
 """Builds the one extension, ribfast._C.
 
-RIBFAST_CUDA=auto|0|1   auto (default): with CUDA where torch and a CUDA toolkit have it; 1: or fail, saying what is missing
+RIBFAST_CUDA=auto|0|1   auto: with CUDA where torch and a CUDA toolkit have it; 1: or fail, saying what is missing
 RIBFAST_DEBUG=1         -O0 -g and assertions
 TORCH_CUDA_ARCH_LIST    as torch reads it; default: the architectures torch itself was built for
 """
@@ -35,8 +35,10 @@ def cuda_choice():
     if not missing:
         return True, f"torch for CUDA {torch.version.cuda}, toolkit at CUDA_HOME"
     if choice == "1":
-        sys.exit(f"RIBFAST_CUDA=1: cannot build with CUDA, missing: {'; '.join(missing)}. "
-                 "Install what is missing, or set RIBFAST_CUDA=0 for a CPU build.")
+        sys.exit(
+            f"RIBFAST_CUDA=1: cannot build with CUDA, missing: {'; '.join(missing)}. "
+            "Install what is missing, or set RIBFAST_CUDA=0 for a CPU build."
+        )
     return False, "missing " + "; ".join(missing)
 
 
@@ -87,7 +89,7 @@ def commands():
     return {"build_ext": BuildExtension.with_options(use_ninja=True)}
 
 
-if {"sdist", "egg_info", "--version", "clean"}.intersection(sys.argv) and not {"build_ext", "bdist_wheel"}.intersection(sys.argv):
-    setup()  # an sdist needs neither torch nor a compiler
+if {"sdist", "egg_info"}.intersection(sys.argv[1:2]):
+    setup()  # needs neither torch nor a compiler
 else:
     setup(ext_modules=[extension()], cmdclass=commands())

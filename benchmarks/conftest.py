@@ -23,7 +23,7 @@ def seconds(call):
 
 @pytest.fixture
 def compare(benchmark):
-    """compare(ours, baseline, target): times `ours` for the table, and records the median ratio of interleaved pairs."""
+    """compare(ours, baseline, target): times `ours`, and records the median ratio of interleaved pairs."""
 
     def run(ours, baseline, target=None, rounds=40, **facts):
         for _ in range(3):

@@ -80,7 +80,7 @@ def main(argv=None) -> None:
     ok, png = cv2.imencode(".png", cv2.cvtColor(np.concatenate(panels, axis=1), cv2.COLOR_RGB2BGR))
     assert ok, "OpenCV cannot encode PNG"
     path.write_bytes(png.tobytes())
-    log.info("wrote %s (the picture, then the merged map of each class); `python -m ribfast.info` tells what ran it", path)
+    log.info("wrote %s: the picture, then the merged map of each class", path)
 
 
 if __name__ == "__main__":

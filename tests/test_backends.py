@@ -46,9 +46,7 @@ def test_tier(tier):
 @NO_TRITON
 def test_triton_interpreted():
     narrowed = "not float64 and not compiles and not opcheck and not launch_describes and not gradcheck"
-    operators_pass(
-        "-k", narrowed, TRITON_INTERPRET="1", RIBFAST_BACKEND="triton", RIBFAST_TEST_DEVICE="cpu"
-    )
+    operators_pass("-k", narrowed, TRITON_INTERPRET="1", RIBFAST_BACKEND="triton", RIBFAST_TEST_DEVICE="cpu")
 
 
 @pytest.mark.cuda

@@ -26,7 +26,7 @@ def kernels(tmp_path_factory):
         pytest.skip("no g++ to build the emulator")
     library = tmp_path_factory.mktemp("emulator") / "kernels.so"
     source = Path(__file__).parent / "emulator" / "kernels.cpp"
-    flags = "-std=c++20 -O1 -shared -fPIC -Wall -Wno-unknown-pragmas -Werror".split()
+    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Werror"]
     subprocess.run(["g++", *flags, "-isystem", CUDA_INCLUDE, str(source), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))
 
@@ -139,7 +139,16 @@ def test_accumulate_cams(kernels, dtype, views, relu):
         def run(order, add=add):
             out = [torch.full((2, *size), 1.0 if add else torch.nan, dtype=accumulator) for size in sizes]
             kernels.accumulate_cams(
-                STORAGE[dtype], order, len(sizes), len(factors), pointers(maps), shapes, geometry, pointers(out), relu, add
+                STORAGE[dtype],
+                order,
+                len(sizes),
+                len(factors),
+                pointers(maps),
+                shapes,
+                geometry,
+                pointers(out),
+                relu,
+                add,
             )
             return out
 

@@ -18,7 +18,8 @@ def imports(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            stem = [*base[: len(base) - node.level + 1], *([node.module] if node.module else [])] if node.level else [node.module]
+            stem = [*base[: len(base) - node.level + 1]] if node.level else []
+            stem += [node.module] if node.module else []
             yield from (".".join([*stem, alias.name]) for alias in node.names)
 
 

@@ -85,12 +85,15 @@ def test_wheel_from_the_sdist_imports_in_a_clean_environment(wheel, tmp_path):
 
 def test_build_isolation_uses_the_installed_torch():
     """`pip install .` must build against the torch of the environment that it installs into, not fetch another."""
-    code = "import build_backend as b; print(b.HAS_TORCH, [r for r in b.get_requires_for_build_wheel() if 'torch' in r])"
+    code = (
+        "import build_backend as b\nprint(b.HAS_TORCH, [r for r in b.get_requires_for_build_wheel() if 'torch' in r])"
+    )
     installed = Path(torch.__file__).is_relative_to(Path(sys.prefix))
     if not installed:
         pytest.skip("torch is not in this interpreter's own site-packages")
     assert run([sys.executable, "-c", code], cwd=ROOT).strip().endswith("True []")
-    bare = run([sys.executable, "-c", "import sysconfig; sysconfig.get_path = lambda name: '/nowhere'\n" + code], cwd=ROOT)
+    nowhere = "import sysconfig; sysconfig.get_path = lambda name: '/nowhere'\n"
+    bare = run([sys.executable, "-c", nowhere + code], cwd=ROOT)
     assert bare.strip().endswith("False ['torch>=2.6']")
 
 

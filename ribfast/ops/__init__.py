@@ -1,4 +1,4 @@
-"""The operators. Each is served by C++ on the CPU, by C++ or Triton on CUDA devices, and specified by ribfast.reference."""
+"""The operators: C++ on the CPU, C++ or Triton on CUDA devices, each specified by ribfast.reference."""
 
 from .accumulate_cams import accumulate_cams, accumulate_cams_batch
 from .gndrp import gndrp

@@ -3,19 +3,18 @@
 import torch
 
 _library = torch.library.Library("ribfast", "IMPL")
-_DEVICES = ("CPU", "CUDA")
 
 
 def run_under_autocast(name: str, rule) -> None:
     """Under autocast, `rule(op, *args)` runs in the operator's place, with autocast off inside."""
     op = getattr(torch.ops.ribfast, name).default
-    for device in _DEVICES:
+    for key in (torch._C.DispatchKey.AutocastCPU, torch._C.DispatchKey.AutocastCUDA):
 
-        def run(*args, _keys=torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))):
-            with torch._C._ExcludeDispatchKeyGuard(_keys):
+        def run(*args, off=torch._C.DispatchKeySet(key)):  # noqa: B008
+            with torch._C._ExcludeDispatchKeyGuard(off):
                 return rule(op, *args)
 
-        _library.impl(name, run, f"Autocast{device}")
+        _library.impl(name, run, key.name)
 
 
 def run_as_is_under_autocast(name: str) -> None:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gndrp import divide
+from .gndrp import accumulator, check, check_floats, check_same_device, divide
 
 MOST_SCALES = 8
 MOST_IMAGES = 8
@@ -168,9 +168,43 @@ def _accumulate_backward(grad, maps, grad_maps, channels, height, width, padded_
         row += channels.to(tl.int64) * h * w
 
 
-def _scales_of_images(maps: list[Tensor], counts: list[int]) -> list[list[Tensor]]:
+def _images(op: str, maps: list[Tensor], counts: list[int], sizes: list[int], padded: list[int]) -> list[list[Tensor]]:
+    """The scales of each image, checked, contiguous."""
+    check(len(sizes) == len(padded) == 2 * len(counts), ValueError, op, "an (H, W) in sizes and padded for each image",
+          f"{len(sizes)} and {len(padded)} numbers for {len(counts)} images")  # fmt: skip
+    check(sum(counts) == len(maps) and min(counts, default=1) > 0, ValueError, op,
+          "counts that add up to the number of maps", f"counts {counts} for {len(maps)} maps")  # fmt: skip
+    check(all(1 <= size <= large < 2**24 for size, large in zip(sizes, padded, strict=True)), ValueError, op,
+          "1 <= size <= padded < 2^24", f"sizes {sizes} and padded {padded}")  # fmt: skip
+    for scale in maps:
+        shape = tuple(scale.shape)
+        check_floats(op, "maps", scale)
+        check(scale.dtype == maps[0].dtype, TypeError, op, "maps of one dtype", f"{scale.dtype} and {maps[0].dtype}")
+        check(len(shape) == 4 and shape[0] in (1, 2) and all(1 <= side < 2**24 for side in shape[2:]), ValueError, op,
+              "maps (V, C, h, w) with V 1 or 2 and h, w >= 1", shape)  # fmt: skip
+        check_same_device(op, maps[0], scale)
     remaining = iter(maps)
-    return [[next(remaining).contiguous() for _ in range(count)] for count in counts]
+    images = [[next(remaining).contiguous() for _ in range(count)] for count in counts]
+    for scales in images:
+        classes = {scale.shape[1] for scale in scales}
+        check(len(classes) == 1, ValueError, op, "the same classes at every scale", sorted(classes))
+    return images
+
+
+def _check_targets(op: str, targets: list[Tensor], images: list[list[Tensor]], sizes: list[int]) -> None:
+    check(len(targets) == len(images), ValueError, op, "one (C, H, W) tensor for each image",
+          f"{len(targets)} for {len(images)} images")  # fmt: skip
+    for target, (first, *_), height, width in zip(targets, images, sizes[::2], sizes[1::2], strict=True):
+        shape, dtype = (first.shape[1], height, width), accumulator(first.dtype)
+        check(target.shape == shape, ValueError, op, f"a tensor of shape {shape}", tuple(target.shape))
+        check(target.dtype == dtype, TypeError, op, f"{dtype} for such maps", target.dtype)
+        check_same_device(op, first, target)
+
+
+def _sizes(op: str, targets: list[Tensor]) -> list[int]:
+    for target in targets:
+        check(target.ndim == 3, ValueError, op, "a tensor (C, H, W) for each image", tuple(target.shape))
+    return [side for target in targets for side in target.shape[1:]]
 
 
 def _numbers(values) -> tuple[int, ...]:
@@ -218,19 +252,22 @@ def _launch(jobs: list[tuple], part: slice, relu: bool, add: bool) -> None:
 def accumulate_cams(
     maps: list[Tensor], counts: list[int], sizes: list[int], padded: list[int], relu: bool
 ) -> list[Tensor]:
-    images = _scales_of_images(maps, counts)
-    outs = []
-    for scales, height, width in zip(images, sizes[::2], sizes[1::2], strict=True):
-        first = scales[0]
-        dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-        outs.append(torch.empty((first.shape[1], height, width), dtype=dtype, device=first.device))
+    images = _images("accumulate_cams", maps, counts, sizes, padded)
+    outs = [
+        first.new_empty((first.shape[1], height, width), dtype=accumulator(first.dtype))
+        for (first, *_), height, width in zip(images, sizes[::2], sizes[1::2], strict=True)
+    ]
     _accumulate_into(outs, images, padded, relu, add=False)
     return outs
 
 
 def accumulate_cams_(out: list[Tensor], maps: list[Tensor], counts: list[int], padded: list[int], relu: bool) -> None:
+    op = "accumulate_cams"
+    sizes = _sizes(op, out)
+    images = _images(op, maps, counts, sizes, padded)
+    _check_targets(op, out, images, sizes)
     dense = [target.contiguous() for target in out]
-    _accumulate_into(dense, _scales_of_images(maps, counts), padded, relu, add=True)
+    _accumulate_into(dense, images, padded, relu, add=True)
     for target, total in zip(out, dense, strict=True):
         if total is not target:
             target.copy_(total)
@@ -239,9 +276,12 @@ def accumulate_cams_(out: list[Tensor], maps: list[Tensor], counts: list[int], p
 def accumulate_cams_backward(
     grads: list[Tensor], maps: list[Tensor], counts: list[int], padded: list[int], relu: bool
 ) -> list[Tensor]:
+    op = "accumulate_cams_backward"
+    sizes = _sizes(op, grads)
+    images = _images(op, maps, counts, sizes, padded)
+    _check_targets(op, grads, images, sizes)
     grad_maps = []
-    images = zip(grads, _scales_of_images(maps, counts), padded[::2], padded[1::2], strict=True)
-    for grad, scales, padded_height, padded_width in images:
+    for grad, scales, padded_height, padded_width in zip(grads, images, padded[::2], padded[1::2], strict=True):
         grad = grad.contiguous()
         channels, height, width = grad.shape
         for scale in scales:

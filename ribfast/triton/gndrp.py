@@ -15,6 +15,27 @@ from torch import Tensor
 
 WHOLE_MAP = 16384  # the largest map that a program holds in registers
 CHUNK = 4096  # pixels at a time of a larger one
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def check(holds: bool, error: type[Exception], op: str, expected: str, got) -> None:
+    """What keeps memory safe when torch.ops.ribfast is called directly, as csrc/check.h does for C++."""
+    if not holds:
+        raise error(f"{op}: expected {expected}, got {got}")
+
+
+def check_floats(op: str, name: str, tensor: Tensor) -> None:
+    check(tensor.dtype in _FLOATS, TypeError, op, f"{name} in float64, float32, float16 or bfloat16", tensor.dtype)
+
+
+def check_same_device(op: str, first: Tensor, *others: Tensor) -> None:
+    for other in others:
+        check(other.device == first.device, ValueError, op, "all tensors on one device",
+              f"{first.device} and {other.device}")  # fmt: skip
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @triton.jit
@@ -105,12 +126,21 @@ def _pool_backward(grad, maps, present, stats, grad_maps, pixels: tl.int64, chan
     tl.store(grad_maps + plane * pixels + offset, grad_x.to(grad_maps.dtype.element_ty), mask=mask)
 
 
+def _check_gndrp(op: str, maps: Tensor, present: Tensor) -> None:
+    shape = tuple(maps.shape)
+    check_floats(op, "maps", maps)
+    check(len(shape) == 4 and 0 not in shape[2:], ValueError, op, "maps (N, C, H, W) with H, W >= 1", shape)
+    check(present.dtype == torch.bool, TypeError, op, "present in bool", present.dtype)
+    check(present.shape == shape[:2], ValueError, op, f"present {shape[:2]}, the maps' (N, C)", tuple(present.shape))
+    check_same_device(op, maps, present)
+
+
 def gndrp(maps: Tensor, present: Tensor, tau: float, divide_by_all: bool, strict: bool) -> tuple[Tensor, Tensor]:
+    _check_gndrp("gndrp", maps, present)
     maps, present = maps.contiguous(), present.contiguous()
     n, channels, height, width = maps.shape
-    dtype = torch.float64 if maps.dtype == torch.float64 else torch.float32
-    pooled = torch.empty((n, channels), dtype=dtype, device=maps.device)
-    stats = torch.empty((n, channels, 2), dtype=dtype, device=maps.device)
+    pooled = torch.empty((n, channels), dtype=accumulator(maps.dtype), device=maps.device)
+    stats = pooled.new_empty((n, channels, 2))
     if n * channels == 0:
         return pooled, stats
     pixels = height * width
@@ -125,6 +155,13 @@ def gndrp(maps: Tensor, present: Tensor, tau: float, divide_by_all: bool, strict
 
 
 def gndrp_backward(grad: Tensor, maps: Tensor, present: Tensor, stats: Tensor, tau: float, strict: bool) -> Tensor:
+    op = "gndrp_backward"
+    _check_gndrp(op, maps, present)
+    check_floats(op, "grad", grad)
+    check(grad.shape == present.shape, ValueError, op, f"grad {tuple(present.shape)}", tuple(grad.shape))
+    check(stats.shape == (*present.shape, 2) and stats.dtype == accumulator(maps.dtype), ValueError, op,
+          "the stats that gndrp returned", f"{tuple(stats.shape)} in {stats.dtype}")  # fmt: skip
+    check_same_device(op, maps, grad, stats)
     maps, present, stats = maps.contiguous(), present.contiguous(), stats.contiguous()
     n, channels, height, width = maps.shape
     grad_maps = torch.empty(maps.shape, dtype=maps.dtype, device=maps.device)

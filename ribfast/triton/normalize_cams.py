@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gndrp import divide
+from .gndrp import accumulator, check, check_floats, divide
 
 WHOLE_MAP = 16384  # the largest map that a program holds in registers
 PART = 4096  # pixels of a larger one to each program, where that makes no more than MOST_PARTS
@@ -62,6 +62,13 @@ def _normalize_by(cams, maxima, out, pixels: tl.int64, parts, eps: tl.float64, A
     tl.store(out + plane * pixels + lane, result.to(out.dtype.element_ty), mask=lane < pixels)
 
 
+def _check_cams(cams: Tensor) -> None:
+    shape = tuple(cams.shape)
+    check_floats("normalize_cams", "cams", cams)
+    check(len(shape) >= 2 and 0 not in shape[-2:], ValueError, "normalize_cams", "cams (..., H, W) with H, W >= 1",
+          shape)  # fmt: skip
+
+
 def _launch(cams: Tensor, out: Tensor, eps: float) -> None:
     """Both contiguous; they may be one tensor."""
     if cams.numel() == 0:
@@ -75,8 +82,7 @@ def _launch(cams: Tensor, out: Tensor, eps: float) -> None:
             _normalize[(planes,)](cams, out, pixels, eps, acc, block, num_warps=min(max(block // 256, 1), 16))
             return
         parts = min(triton.cdiv(pixels, PART), MOST_PARTS)
-        dtype = torch.float64 if cams.dtype == torch.float64 else torch.float32
-        maxima = torch.empty(planes * parts, dtype=dtype, device=cams.device)
+        maxima = torch.empty(planes * parts, dtype=accumulator(cams.dtype), device=cams.device)
         _part_maxima[(planes * parts,)](cams, maxima, pixels, triton.cdiv(pixels, parts), parts, acc, BLOCK)
         _normalize_by[(planes * triton.cdiv(pixels, BLOCK),)](
             cams, maxima, out, pixels, parts, eps, acc, triton.next_power_of_2(parts), BLOCK
@@ -84,6 +90,7 @@ def _launch(cams: Tensor, out: Tensor, eps: float) -> None:
 
 
 def normalize_cams(cams: Tensor, eps: float) -> Tensor:
+    _check_cams(cams)
     cams = cams.contiguous()
     out = torch.empty(cams.shape, dtype=cams.dtype, device=cams.device)
     _launch(cams, out, eps)
@@ -91,6 +98,7 @@ def normalize_cams(cams: Tensor, eps: float) -> Tensor:
 
 
 def normalize_cams_(cams: Tensor, eps: float) -> None:
+    _check_cams(cams)
     if cams.is_contiguous():
         _launch(cams, cams, eps)
     else:
