@@ -39,7 +39,7 @@ test-tiers: build  ## the operators' tests under each CPU tier
 	$(PYTHON) -m pytest tests/test_backends.py -k tier $(PYTEST_ARGS)
 
 test-triton: build  ## the Triton kernels in their interpreter, and compiled for sm_80 and sm_90
-	$(PYTHON) -m pytest tests/test_backends.py tests/test_triton_compile.py -k triton $(PYTEST_ARGS)
+	$(PYTHON) -m pytest tests/test_backends.py tests/test_triton_compile.py -k triton -m "slow or not slow" $(PYTEST_ARGS)
 
 bench: build  ## CPU ratios against plain torch, to benchmarks/results/
 	$(PYTHON) benchmarks/run_cpu.py

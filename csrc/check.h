@@ -4,6 +4,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
 #include <vector>
@@ -102,6 +103,17 @@ inline std::vector<int64_t> sizes_of(at::TensorList targets) {
     sizes.insert(sizes.end(), {target.size(1), target.size(2)});
   }
   return sizes;
+}
+
+// Uninitialised results of accumulate_cams.
+inline std::vector<at::Tensor> empty_cams(const std::vector<CamImage>& images) {
+  std::vector<at::Tensor> out;
+  for (const CamImage& image : images) {
+    const at::Tensor& map = image.scales[0];
+    out.push_back(at::empty({image.channels, image.height, image.width},
+                            map.options().dtype(accumulator_type(map.scalar_type()))));
+  }
+  return out;
 }
 
 // The (C, H, W) targets of `images`: what accumulate_cams adds into, and what its backward reads.

@@ -13,6 +13,7 @@ from ribfast import _ext
 
 TESTS = Path(__file__).parent
 OPERATORS = [str(TESTS / f"test_{op}.py") for op in _ext.OPS]
+WITHOUT_COMPILER = "not compiles and not opcheck"
 NO_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
@@ -40,13 +41,21 @@ def test_tier(tier):
         pytest.skip(f"this processor has no {tier}: torch falls to {running.stdout.strip()}")
     if tier == _ext.cpu_tier():
         pytest.skip(f"tier {tier} is what the suite itself runs on")
-    operators_pass("-k", "not compiles and not opcheck", ATEN_CPU_CAPABILITY=tier, RIBFAST_TEST_DEVICE="cpu")
+    operators_pass("-k", WITHOUT_COMPILER, ATEN_CPU_CAPABILITY=tier, RIBFAST_TEST_DEVICE="cpu")
+
+
+# the interpreter takes seconds for what a GPU does in microseconds
+SMALL = (
+    f"{WITHOUT_COMPILER} and not float64 and not (float16 and not bfloat16) and not gradcheck and not launch_describes"
+    " and not plain and not padded and not larger_than and not batch_of and not adds_into and not out_keeps"
+    " and not any_number"
+)
 
 
 @NO_TRITON
-def test_triton_interpreted():
-    narrowed = "not float64 and not compiles and not opcheck and not launch_describes and not gradcheck"
-    operators_pass("-k", narrowed, TRITON_INTERPRET="1", RIBFAST_BACKEND="triton", RIBFAST_TEST_DEVICE="cpu")
+@pytest.mark.parametrize("cases", [SMALL, pytest.param(WITHOUT_COMPILER, marks=pytest.mark.slow)], ids=["small", "all"])
+def test_triton_interpreted(cases):
+    operators_pass("-k", cases, TRITON_INTERPRET="1", RIBFAST_BACKEND="triton", RIBFAST_TEST_DEVICE="cpu")
 
 
 @pytest.mark.cuda

@@ -2,7 +2,6 @@
 // only the interpolation tables and a few rows a thread are allocated.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <vector>
@@ -104,12 +103,7 @@ void accumulate_into(at::TensorList out, const std::vector<CamImage>& images, bo
 std::vector<at::Tensor> accumulate_cams(at::TensorList maps, at::IntArrayRef counts, at::IntArrayRef sizes,
                                         at::IntArrayRef padded, bool relu) {
   const auto images = check_accumulate_cams("accumulate_cams", maps, counts, sizes, padded);
-  std::vector<at::Tensor> out;
-  for (const CamImage& image : images) {
-    const at::Tensor& map = image.scales[0];
-    out.push_back(at::empty({image.channels, image.height, image.width},
-                            map.options().dtype(accumulator_type(map.scalar_type()))));
-  }
+  const std::vector<at::Tensor> out = empty_cams(images);
   accumulate_into(out, images, relu, false);
   return out;
 }

@@ -91,12 +91,7 @@ std::vector<at::Tensor> accumulate_cams(at::TensorList maps, at::IntArrayRef cou
   const auto images = check_accumulate_cams("accumulate_cams", maps, counts, sizes, padded);
   if (images.empty()) return {};
   const c10::cuda::CUDAGuard guard(maps[0].device());
-  std::vector<at::Tensor> out;
-  for (const auto& image : images) {
-    const at::Tensor& map = image.scales[0];
-    out.push_back(at::empty({image.channels, image.height, image.width},
-                            map.options().dtype(accumulator_type(map.scalar_type()))));
-  }
+  const std::vector<at::Tensor> out = empty_cams(images);
   accumulate_into(out, images, relu, false);
   return out;
 }
