@@ -20,9 +20,9 @@ SOURCES := setup.py pyproject.toml build_backend.py $(shell find csrc -type f)
 build: $(INSTALLED)
 
 $(VENV)/.installed: $(SOURCES)
-	test -x $(PYTHON) || $(BASE_PYTHON) -m venv $(VENV)
+	$(PYTHON) -m pip --version >/dev/null 2>&1 || $(BASE_PYTHON) -m venv --clear $(VENV)
 	$(PYTHON) -m pip install --quiet --upgrade "$(TORCH)" numpy ninja "setuptools>=77" wheel
-	$(PYTHON) -m pip install --quiet --no-build-isolation --editable ".[test,bench,lint]"
+	$(PYTHON) -m pip install --quiet --no-build-isolation "$(TORCH)" --editable ".[test,bench,lint]"
 	touch $@
 
 build/.built: $(SOURCES)

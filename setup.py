@@ -6,7 +6,9 @@ TORCH_CUDA_ARCH_LIST    as torch reads it; default: the architectures torch itse
 """
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +16,14 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent.resolve()
 FALLBACK_ARCHITECTURES = "8.0;9.0+PTX"
+
+
+def toolkit_major(home):
+    """The major version of the CUDA toolkit, or None where nvcc does not say."""
+    nvcc = Path(home) / "bin" / "nvcc"
+    said = subprocess.run([str(nvcc) if nvcc.exists() else "nvcc", "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+)\.", said)
+    return found[1] if found else None
 
 
 def cuda_choice():
@@ -32,8 +42,10 @@ def cuda_choice():
         missing.append(f"a torch with CUDA (torch {torch.__version__} is a CPU-only build)")
     if not (Path(home) / "bin" / "nvcc").exists() and shutil.which("nvcc") is None:
         missing.append("a CUDA toolkit (no nvcc under CUDA_HOME or on PATH)")
+    elif torch.version.cuda is not None and toolkit_major(home) not in (None, torch.version.cuda.split(".")[0]):
+        missing.append(f"a CUDA toolkit of torch's version, {torch.version.cuda} (nvcc is of CUDA {toolkit_major(home)})")
     if not missing:
-        return True, f"torch for CUDA {torch.version.cuda}, toolkit at CUDA_HOME"
+        return True, f"torch for CUDA {torch.version.cuda}, toolkit at {home}"
     if choice == "1":
         sys.exit(
             f"RIBFAST_CUDA=1: cannot build with CUDA, missing: {'; '.join(missing)}. "

@@ -7,6 +7,8 @@
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
+#include <utility>
 #include <vector>
 
 #define RIBFAST_CHECK_VALUE(cond, op, expected, ...) \
@@ -129,6 +131,33 @@ inline void check_cam_targets(const char* op, at::TensorList targets, const std:
                        c10::str(c10::toString(accumulator_type(map.scalar_type())), " for such maps"),
                        c10::toString(target.scalar_type()));
     check_same_device(op, target, map);
+  }
+}
+
+// Targets are written from several threads at once: each must have memory that no other target and no map shares.
+inline void check_apart(const char* op, at::TensorList targets, at::TensorList maps) {
+  using Range = std::pair<uintptr_t, uintptr_t>;
+  const auto range = [](const at::Tensor& t) -> Range {
+    int64_t last = 0;
+    for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+    const auto begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+    return {begin, begin + (last + 1) * t.element_size()};
+  };
+  std::vector<Range> taken;
+  for (const at::Tensor& target : targets) {
+    if (target.numel() > 0) taken.push_back(range(target));
+  }
+  std::sort(taken.begin(), taken.end());
+  for (size_t i = 1; i < taken.size(); ++i) {
+    RIBFAST_CHECK_VALUE(taken[i - 1].second <= taken[i].first, op, "every out in memory of its own",
+                        "two that share some; clone() one");
+  }
+  for (const at::Tensor& map : maps) {
+    if (map.numel() == 0) continue;
+    const Range own = range(map);
+    const auto after = std::lower_bound(taken.begin(), taken.end(), Range{own.second, 0});
+    RIBFAST_CHECK_VALUE(after == taken.begin() || (after - 1)->second <= own.first, op,
+                        "out in memory of its own", "one that shares some with a map; clone() it");
   }
 }
 

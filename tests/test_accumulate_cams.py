@@ -1,4 +1,5 @@
 import math
+import os
 
 import pytest
 import torch
@@ -190,6 +191,18 @@ def test_compiles_without_graph_breaks(device):
     for leaf, other in zip(leaves, expected, strict=True):
         torch.testing.assert_close(leaf.grad, other.grad)
 
+    def enlarged(maps, total):
+        size = (maps.shape[2] * 4, maps.shape[3] * 4)
+        return ops.accumulate_cams([maps], size, out=total) if total is not None else ops.accumulate_cams([maps], size)
+
+    compiled = torch.compile(enlarged, fullgraph=True, backend="aot_eager")
+    for side in (5, 6, 7):  # sizes that change become symbolic
+        maps = logits((2, 3, side, 8), torch.float32, device)
+        torch.testing.assert_close(compiled(maps, None), enlarged(maps, None))
+        totals = [torch.ones(3, side * 4, 32, device=device) for _ in range(2)]
+        compiled(maps, totals[0]), enlarged(maps, totals[1])
+        torch.testing.assert_close(*totals)
+
 
 def test_autocast_promotes_mixed_scales(device):
     maps = scales((20, 30), (1, 2), 2, torch.float32, device)
@@ -219,7 +232,10 @@ def test_refuses_bad_input():
     refused(ValueError, "one device, got cpu and meta", [*maps, maps[0].to("meta")], (8, 8))
     refused(ValueError, r"size to be \(H, W\), got 8", maps, 8)
     refused(TypeError, r"pair of integers \(H, W\), got \(8.5, 8\)", maps, (8.5, 8))
-    refused(ValueError, r"size of at least \(1, 1\), got \(0, 8\)", maps, (0, 8))
+    refused(ValueError, r"size of at least \(1, 1\) .*, got \(0, 8\)", maps, (0, 8))
+    refused(ValueError, r"at most 2\^24 a side, got", maps, (2**63, 8))
+    mixed = [torch.zeros(1, 1, 2, 2, device="meta"), torch.zeros(1, 1, 2, 2, device="meta").half()]
+    refused(TypeError, "expected maps of one dtype", mixed, (8, 8))
     refused(ValueError, r"padded of at least the size \(8, 8\), got \(16, 7\)", maps, (8, 8), padded=(16, 7))
     refused(ValueError, r"out of shape \(3, 8, 8\), got \(3, 8, 9\)", maps, (8, 8), out=torch.zeros(3, 8, 9))
     refused(TypeError, "out in torch.float32, got torch.float16", maps, (8, 8), out=torch.zeros(3, 8, 8).half())
@@ -227,6 +243,26 @@ def test_refuses_bad_input():
         ops.accumulate_cams_batch([maps, maps], [(8, 8)])
     with pytest.raises(ValueError, match="an out for each of 1 images, got 0"):
         ops.accumulate_cams_batch([maps], [(8, 8)], out=[])
+
+
+def test_adding_into_out_is_seen_by_autograd(device):
+    weight, total = torch.ones(1, device=device, requires_grad=True), torch.ones(1, 4, 4, device=device)
+    loss = (weight * total).sum()
+    ops.accumulate_cams([torch.ones(1, 1, 2, 2, device=device)], (4, 4), out=total)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.skipif("RIBFAST_BACKEND" in os.environ, reason="the compiled operators look at memory, Triton's do not")
+def test_refuses_memory_that_is_shared(device):
+    maps, total = torch.ones(1, 1, 4, 6, device=device), torch.zeros(1, 40, 40, device=device)
+    with pytest.raises(ValueError, match="expected every out in memory of its own, got two that share some"):
+        ops.accumulate_cams_batch([[maps], [maps]], [(40, 40)] * 2, out=[total, total])
+    with pytest.raises(ValueError, match="expected out in memory of its own, got one that shares some with a map"):
+        ops.accumulate_cams([maps], (4, 6), out=maps[0])
+    two = torch.zeros(2, 40, 40, device=device)  # neighbours in memory are apart
+    ops.accumulate_cams_batch([[maps], [maps]], [(40, 40)] * 2, out=[two[:1], two[1:]])
+    assert torch.equal(two[0], two[1]) and two.min() > 0
 
 
 def test_inplace_operator_refuses_a_gradient(device):

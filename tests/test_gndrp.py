@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from cases import DTYPES, MAP_SHAPES, NAMES, logits, rounding, special_maps, tolerance
@@ -99,6 +100,15 @@ def test_zero_images_and_classes(device, shape):
     assert maps.grad.shape == shape
 
 
+@pytest.mark.parametrize("present", [True, False])
+def test_large_maps_lose_nothing(device, present):
+    """A plain float32 sum of a million equal numbers is off by a tenth of a percent."""
+    maps = torch.full((1, 1, 1024, 1024), 0.1, device=device)
+    maps[0, 0, 0, 0] = 1
+    value = ops.gndrp(maps, torch.tensor([[present]], device=device)).item()
+    assert value == pytest.approx(0.1, rel=2e-5)
+
+
 def test_any_strides(device):
     maps = logits((3, 4, 6, 10), torch.float32, device)
     present = torch.rand(4, 3, device=device).t() < 0.7
@@ -142,6 +152,10 @@ def test_compiles_without_graph_breaks(device):
         pool(leaf, present).square().sum().backward()
         grads.append(leaf.grad)
     torch.testing.assert_close(*grads)
+    compiled = torch.compile(lambda m, p, t: ops.gndrp(m, p, t), fullgraph=True, backend="aot_eager")
+    for tau, height in ((0.5, 8), (0.6, 10), (0.7, 12)):  # numbers and sizes that change become symbolic
+        maps = logits((2, 3, height, 9), torch.float32, device)
+        torch.testing.assert_close(compiled(maps, present, tau), ops.gndrp(maps, present, tau))
 
 
 def test_autocast_reads_16_bit_and_sums_in_float32(device):
@@ -169,6 +183,7 @@ def test_refuses_bad_input():
     for tau in (math.nan, math.inf, -math.inf):
         refused(ValueError, "tau to be a finite number", maps, present, tau)
     refused(TypeError, "tau to be a number, got str", maps, present, "0.4")
+    refused(TypeError, "tau to be a number, got ndarray", maps, present, np.array([0.4, 0.5]))
     refused(ValueError, "divide_by to be 'kept' or 'all', got 'some'", maps, present, divide_by="some")
     refused(ValueError, "one device, got cpu and meta", maps, present.to("meta"))
 

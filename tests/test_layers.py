@@ -24,8 +24,16 @@ def imports(path):
 
 
 def foreign(path, allowed):
-    standard = {"math", "itertools", "collections", "typing"}
-    return [m for m in imports(path) if m.split(".")[0] not in standard and not m.startswith(tuple(allowed))]
+    standard = {"math", "operator", "sys", "itertools", "collections", "typing"}
+
+    def within(module, package):
+        return module == package or module.startswith(package + ".")
+
+    return [
+        module
+        for module in imports(path)
+        if module.split(".")[0] not in standard and not any(within(module, package) for package in allowed)
+    ]
 
 
 def test_reference_imports_torch_alone():

@@ -58,6 +58,24 @@ def test_opcheck(device):
     torch.library.opcheck(torch.ops.ribfast.normalize_cams_.default, (values, 1e-5))
 
 
+def test_writing_in_place_is_seen_by_autograd(device):
+    values = (torch.ones(1, 2, 2, device=device, requires_grad=True) * 1).exp()
+    with torch.no_grad():
+        ops.normalize_cams(values, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        values.sum().backward()
+
+
+def test_compiles_without_graph_breaks(device):
+    values = cams((3, 20, 30), torch.float32, device)
+    compiled = torch.compile(lambda c: ops.normalize_cams(c * 2), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(values), ops.normalize_cams(values * 2))
+    written = torch.compile(lambda c: ops.normalize_cams(c, inplace=True), fullgraph=True, backend="aot_eager")
+    copy = values.clone()
+    written(copy)
+    torch.testing.assert_close(copy, ops.normalize_cams(values))
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 def test_refuses_a_gradient(device, inplace):
     values = cams((3, 20, 30), torch.float32, device).requires_grad_()
@@ -70,7 +88,9 @@ def test_refuses_a_gradient(device, inplace):
 def test_autocast_keeps_the_dtype(device):
     values = cams((3, 20, 30), torch.float32, device)
     with torch.autocast(device, dtype=torch.bfloat16):
-        assert torch.equal(ops.normalize_cams(values), ops.normalize_cams(values.clone()))
+        result = ops.normalize_cams(values)
+    assert result.dtype == torch.float32
+    assert torch.equal(result, ops.normalize_cams(values))
 
 
 def test_refuses_bad_input():

@@ -112,6 +112,7 @@ void accumulate_cams_(at::TensorList out, at::TensorList maps, at::IntArrayRef c
                       bool relu) {
   const auto images = check_accumulate_cams("accumulate_cams", maps, counts, sizes_of(out), padded);
   check_cam_targets("accumulate_cams", out, images);
+  check_apart("accumulate_cams", out, maps);
   std::vector<at::Tensor> dense;
   for (const at::Tensor& target : out) dense.push_back(target.contiguous());
   accumulate_into(dense, images, relu, true);

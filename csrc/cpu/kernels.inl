@@ -110,6 +110,8 @@ struct KeptTest {
   }
 };
 
+// Sum and count of the kept elements. Partial sums of a few thousand elements are added up in double, so that large
+// maps lose nothing.
 template <class St, int How>
 void kept_sum(const typename St::Element* map, int64_t n, const Kept<typename St::S>& kept, typename St::S* sum,
               int64_t* count) {
@@ -117,33 +119,39 @@ void kept_sum(const typename St::Element* map, int64_t n, const Kept<typename St
   using V = typename St::V;
   using Mask = typename Wide<S>::Mask;
   constexpr int L = St::lanes;
+  constexpr int64_t kPart = 4096;
   const KeptTest<St, How> test{kept};
-  V total[4] = {V{}, V{}, V{}, V{}};
-  Mask minus_count[4] = {Mask{}, Mask{}, Mask{}, Mask{}};
-  int64_t i = 0;
-  for (; i + 4 * L <= n; i += 4 * L) {
-    for (int k = 0; k < 4; ++k) {
-      const V x = St::load(map + i + k * L);
-      const Mask mask = test(x);
-      total[k] += bits<V>(mask & bits<Mask>(x));
-      minus_count[k] += mask;
-    }
-  }
-  for (; i + L <= n; i += L) {
-    const V x = St::load(map + i);
-    const Mask mask = test(x);
-    total[0] += bits<V>(mask & bits<Mask>(x));
-    minus_count[0] += mask;
-  }
-  *sum = sum_lanes<S>((total[0] + total[1]) + (total[2] + total[3]));
+  double whole = 0;
   *count = 0;
-  for (int k = 0; k < 4; ++k) {
-    for (int lane = 0; lane < L; ++lane) *count -= minus_count[k][lane];
+  for (int64_t begin = 0; begin < n; begin += kPart) {
+    const int64_t end = begin + kPart < n ? begin + kPart : n;
+    V total[4] = {V{}, V{}, V{}, V{}};
+    Mask minus_count[4] = {Mask{}, Mask{}, Mask{}, Mask{}};
+    int64_t i = begin;
+    for (; i + 4 * L <= end; i += 4 * L) {
+      for (int k = 0; k < 4; ++k) {
+        const V x = St::load(map + i + k * L);
+        const Mask mask = test(x);
+        total[k] += bits<V>(mask & bits<Mask>(x));
+        minus_count[k] += mask;
+      }
+    }
+    for (; i + L <= end; i += L) {
+      const V x = St::load(map + i);
+      const Mask mask = test(x);
+      total[0] += bits<V>(mask & bits<Mask>(x));
+      minus_count[0] += mask;
+    }
+    S part = sum_lanes<S>((total[0] + total[1]) + (total[2] + total[3]));
+    const Mask counts = (minus_count[0] + minus_count[1]) + (minus_count[2] + minus_count[3]);
+    for (int lane = 0; lane < L; ++lane) *count -= counts[lane];
+    for (; i < end; ++i) {
+      const S x = St::get(map + i);
+      if (test(x)) part += x, ++*count;
+    }
+    whole += part;
   }
-  for (; i < n; ++i) {
-    const S x = St::get(map + i);
-    if (test(x)) *sum += x, ++*count;
-  }
+  *sum = static_cast<S>(whole);
 }
 
 template <class St>
@@ -226,11 +234,14 @@ RIBFAST_INLINE void stretch(const float* source, const CamScale& scale, int64_t 
     const int32_t* cell = scale.column_cell + x;
     const VFloat weight = load_raw<VFloat>(t + x);
     VFloat left, right;
+#if !defined(__clang__)  // which has no shuffle by a vector that varies
     if (cell[kLanes - 1] - cell[0] < kLanes) {  // always so when enlarging: a block's cells lie in one vector
       const VInt32 lane = load_raw<VInt32>(cell) - cell[0];
       left = __builtin_shuffle(load_raw<VFloat>(source + cell[0]), lane);
       right = __builtin_shuffle(load_raw<VFloat>(source + cell[0] + 1), lane);
-    } else {
+    } else
+#endif
+    {
       for (int k = 0; k < kLanes; ++k) left[k] = source[cell[k]], right[k] = source[cell[k] + 1];
     }
     store_raw(result + x, (1 - weight) * left + weight * right);

@@ -100,6 +100,7 @@ void accumulate_cams_(at::TensorList out, at::TensorList maps, at::IntArrayRef c
                       bool relu) {
   const auto images = check_accumulate_cams("accumulate_cams", maps, counts, sizes_of(out), padded);
   check_cam_targets("accumulate_cams", out, images);
+  check_apart("accumulate_cams", out, maps);
   if (images.empty()) return;
   const c10::cuda::CUDAGuard guard(maps[0].device());
   std::vector<at::Tensor> dense;

@@ -67,12 +67,17 @@ __global__ void gndrp_kernel(const T* maps, const bool* present, int64_t n, doub
       for (int v = 0; v < kVec; ++v) add(held[k].at[v]);
     }
   }
+  S total = sum, error = 0;  // compensated (Kahan): a thread may add up thousands of elements here
   for (int64_t i = beyond; i < accesses; i += blockDim.x) {
     const Pack<T, kVec> x = map[i];
+    sum = 0;
 #pragma unroll
     for (int v = 0; v < kVec; ++v) add(x.at[v]);
+    const S corrected = sum - error, next = total + corrected;
+    error = (next - total) - corrected;
+    total = next;
   }
-  sum = block_reduce(sum, Plus(), shared_sum);
+  sum = block_reduce(total, Plus(), shared_sum);
   count = block_reduce(count, Plus(), shared_count);
   if (threadIdx.x == 0) {
     const S divisor = divide_by_all || !is_present ? static_cast<S>(n) : static_cast<S>(count > 0 ? count : 1);

@@ -51,7 +51,7 @@ def accumulate_cams_batch(
     flat = list(itertools.chain.from_iterable(maps))
     if not flat:
         return []
-    if any(t.dtype != flat[0].dtype for t in flat) and not torch.is_autocast_enabled(flat[0].device.type):
+    if any(t.dtype != flat[0].dtype for t in flat) and not _autocast(flat[0].device.type):
         raise TypeError(f"{_OP}: expected maps of one dtype, got {' and '.join(sorted({str(t.dtype) for t in flat}))}")
     contract.same_device(_OP, *flat)
     if out is not None:
@@ -70,6 +70,10 @@ def accumulate_cams_batch(
         return [target.add_(total) for target, total in zip(out, sums, strict=True)]
     torch.ops.ribfast.accumulate_cams_(out, flat, counts, flat_padded, bool(relu))
     return out
+
+
+def _autocast(device: str) -> bool:
+    return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
 
 
 def _scales(maps) -> list[Tensor]:
@@ -177,7 +181,7 @@ def _backward_of_backward(ctx, grads):
 def _promote(op, *args):
     """Autocast's rule: 16-bit maps are read as they are; where scales differ in dtype, all become float32."""
     args = list(args)
-    at = 0 if isinstance(args[1][0], int) else 1  # maps come first, or after `out`
+    at = len(args) - (5 if op is torch.ops.ribfast.accumulate_cams.default else 4)  # maps come first, or after `out`
     if len({scale.dtype for scale in args[at]}) > 1:
         wide = max((reference.accumulator_dtype(scale.dtype) for scale in args[at]), key=lambda d: d.itemsize)
         args[at] = [scale.to(wide) for scale in args[at]]

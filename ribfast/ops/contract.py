@@ -1,10 +1,14 @@
 """What operators ask of their arguments, in the one form of error: "op: expected X, got Y"."""
 
 import math
+import operator
+import sys
 
 import torch
 from torch import Tensor
 
+LARGEST = sys.float_info.max
+LONGEST_SIDE = 2**24 - 1  # float32 tells positions apart up to here
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -30,11 +34,12 @@ def same_device(op: str, first: Tensor, *others: Tensor) -> None:
 
 
 def number(op: str, name: str, value, *, at_least: float = -math.inf) -> float:
-    """A finite number, as a float."""
-    if isinstance(value, Tensor) or not hasattr(value, "__float__"):
-        raise TypeError(f"{op}: expected {name} to be a number, got {type(value).__name__}")
-    value = float(value)
-    if not math.isfinite(value) or value < at_least:
+    """A finite number."""
+    if not isinstance(value, (int, float)):  # torch.compile passes symbolic ones off as these
+        if isinstance(value, (Tensor, str)) or getattr(value, "shape", ()) != () or not hasattr(value, "__float__"):
+            raise TypeError(f"{op}: expected {name} to be a number, got {type(value).__name__}")
+        value = float(value)
+    if not (max(at_least, -LARGEST) <= value <= LARGEST):
         bound = "" if at_least == -math.inf else f" of at least {at_least:g}"
         raise ValueError(f"{op}: expected {name} to be a finite number{bound}, got {value}")
     return value
@@ -46,9 +51,12 @@ def size(op: str, name: str, value) -> tuple[int, int]:
         height, width = value
     except (TypeError, ValueError):
         raise ValueError(f"{op}: expected {name} to be (H, W), got {value!r}") from None
+    sides = []
     for side in (height, width):
-        if isinstance(side, bool) or not hasattr(side, "__index__"):
+        if isinstance(side, bool) or not (isinstance(side, int) or hasattr(side, "__index__")):
             raise TypeError(f"{op}: expected {name} to be a pair of integers (H, W), got {value!r}")
-    if height < 1 or width < 1:
-        raise ValueError(f"{op}: expected {name} of at least (1, 1), got ({height}, {width})")
+        sides.append(side if isinstance(side, int) else operator.index(side))
+    height, width = sides
+    if height < 1 or width < 1 or height > LONGEST_SIDE or width > LONGEST_SIDE:
+        raise ValueError(f"{op}: expected {name} of at least (1, 1) and at most 2^24 a side, got ({height}, {width})")
     return height, width

@@ -31,7 +31,11 @@ def call_in_backward(op, *args):
 
 
 def refuse_gradient(name: str, advice: str) -> None:
-    """Asking for the gradient of an operator that has none is an error, not a silent None."""
+    """Asking for the gradient of an operator that has none is an error, not a silent None.
+
+    An operator that writes in place (its name ends in _) also tells autograd that its first argument has changed, so
+    that a backward which needs the old values raises.
+    """
     op = getattr(torch.ops.ribfast, name).default
 
     def run(*args):
@@ -42,6 +46,10 @@ def refuse_gradient(name: str, advice: str) -> None:
                         raise RuntimeError(f"{name.rstrip('_')}: expected tensors that need no gradient, "
                                            f"got one with requires_grad=True; {advice}")  # fmt: skip
         with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
+            result = op(*args)
+        if name.endswith("_"):
+            for t in args[0] if isinstance(args[0], (list, tuple)) else (args[0],):
+                torch.autograd.graph.increment_version(t)
+        return result
 
     _library.impl(name, run, "Autograd")
