@@ -43,7 +43,9 @@ def cuda_choice():
     if not (Path(home) / "bin" / "nvcc").exists() and shutil.which("nvcc") is None:
         missing.append("a CUDA toolkit (no nvcc under CUDA_HOME or on PATH)")
     elif torch.version.cuda is not None and toolkit_major(home) not in (None, torch.version.cuda.split(".")[0]):
-        missing.append(f"a CUDA toolkit of torch's version, {torch.version.cuda} (nvcc is of CUDA {toolkit_major(home)})")
+        missing.append(
+            f"a CUDA toolkit of torch's version, {torch.version.cuda} (nvcc is of CUDA {toolkit_major(home)})"
+        )
     if not missing:
         return True, f"torch for CUDA {torch.version.cuda}, toolkit at {home}"
     if choice == "1":

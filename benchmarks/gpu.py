@@ -1,8 +1,9 @@
 """Everything that a GPU can check and measure, in one call under ten minutes and without a network.
 
-Builds with CUDA into the source tree, runs the whole test suite (operators on the device, CUDA graphs, Triton on the
-device), compute-sanitizer on small cases, and the GPU benchmarks of CUDA and Triton side by side. Writes
-benchmarks/results/gpu-DEVICE.json; exits with 1 where a check failed, after measuring what can be measured.
+Builds with CUDA into the source tree, runs the operators' tests on the device (CUDA C++ and Triton) and their CUDA
+graphs, measures CUDA, Triton and plain torch side by side, and runs compute-sanitizer on small cases. What is known is
+written after every phase and every row to RESULTS/gpu-DEVICE.json, the whole output of a phase to RESULTS/gpu-PHASE.log,
+so that nothing is lost when something fails or the time is up. Exits with 1 where a check failed.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,100 +20,142 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+# what these test does not need a GPU, and is shown without one
+WITHOUT_GPU = ("cuda_compile", "demo", "emulated_cuda", "info", "layers", "packaging", "triton_compile")
 
 
-def run(name, command, timeout, **environment):
-    """One check: its outcome, how long it took, and the end of what it printed."""
-    print(f"== {name}: {' '.join(map(str, command))}", flush=True)
-    start = time.perf_counter()
-    try:
-        result = subprocess.run(
-            [str(c) for c in command], cwd=ROOT, env=ENVIRONMENT | environment, timeout=timeout,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-        code, output = result.returncode, result.stdout
-    except subprocess.TimeoutExpired as expired:
-        code, output = 124, (expired.stdout or b"").decode(errors="replace") + f"\nran past {timeout} s"
-    tail = output.strip().splitlines()
-    print("\n".join(tail[-12:]), flush=True)
-    return {"ok": code == 0, "code": code, "seconds": round(time.perf_counter() - start, 1), "tail": tail[-4:]}
+class Run:
+    """The result file, the logs beside it, and the time that is left."""
+
+    def __init__(self, folder, device, seconds):
+        self.folder, self.deadline, self.checks, self.facts = folder, time.monotonic() + seconds, {}, {}
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"gpu-{re.sub('[^a-z0-9]+', '-', device.lower())}.json"
+
+    def left(self):
+        return self.deadline - time.monotonic()
+
+    def save(self, **facts):
+        self.facts |= facts
+        self.path.write_text(json.dumps(self.facts | {"checks": self.checks}, indent=1) + "\n")
+
+    def phase(self, name, command, most, **environment):
+        """Runs a command for `most` seconds or what is left, itself and all that it started; returns its output."""
+        limit = min(most, self.left())
+        if limit < 5:
+            self.checks[name] = {"ok": None, "reason": "no time was left"}
+            self.save()
+            return ""
+        print(f"== {name} ({limit:.0f} s at most): {' '.join(map(str, command))}", flush=True)
+        log, start = self.folder / f"gpu-{name}.log", time.monotonic()
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                [str(c) for c in command], cwd=ROOT, env=ENVIRONMENT | environment, stdout=out,
+                stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+            try:
+                code = process.wait(limit)
+            except subprocess.TimeoutExpired:
+                code = 124
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            process.wait()
+        output = log.read_text(errors="replace")
+        lines = output.strip().splitlines()
+        self.checks[name] = {
+            "ok": True if code == 0 else None if code == 124 else False,
+            "code": code,
+            "seconds": round(time.monotonic() - start, 1),
+            "last": lines[-1:] + (["ran out of time"] if code == 124 else []),
+        }
+        print("\n".join(lines[-3 if code == 0 else -60 :]), flush=True)
+        self.save()
+        return output
 
 
-def sanitizer(tool):
-    """compute-sanitizer over benchmarks/sanitize.py; where it does not work here, why."""
-    binary = shutil.which("compute-sanitizer")
+def sanitize(run, tool):
+    """compute-sanitizer over benchmarks/sanitize.py; where it does not work on this machine, that is the result."""
+    name, binary = f"compute-sanitizer-{tool}", shutil.which("compute-sanitizer")
     if binary is None:
-        return {"ok": None, "reason": "no compute-sanitizer on PATH"}
-    command = [binary, "--tool", tool, "--error-exitcode", "9", sys.executable, "benchmarks/sanitize.py"]
-    result = run(f"compute-sanitizer {tool}", command, 100, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    if "Device not supported" in " ".join(result["tail"]):
-        return result | {"ok": None, "reason": "this device is not supported by compute-sanitizer"}
-    return result
-
-
-def commit():
-    """The commit, marked where the tree differs from it, or None outside a repository."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT, capture_output=True, text=True
+        run.checks[name] = {"ok": None, "reason": "no compute-sanitizer on PATH"}
+        return
+    command = [binary, "--tool", tool, "--error-exitcode", "9", "--kernel-name", "kernel_substring=ribfast"]
+    command += ["--report-api-errors", "no"] if tool == "memcheck" else []
+    output = run.phase(
+        name, [*command, sys.executable, "benchmarks/sanitize.py"], 90, PYTORCH_NO_CUDA_MEMORY_CACHING="1"
     )
-    return described.stdout.strip() or None
+    if "Device not supported" in output or "sanitize.py: done" not in output:
+        run.checks[name] |= {"ok": None, "reason": "compute-sanitizer does not work here; see its log"}
+
+
+def described_commit():
+    """The commit, marked where the tree differs from it; RIBFAST_COMMIT where the tree is a copy without .git."""
+    command = ["git", "-c", "safe.directory=*", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        said = ""
+    return said or os.environ.get("RIBFAST_COMMIT")
+
+
+def driver():
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        return None
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON")
-    parser.add_argument("--skip-tests", action="store_true", help="only build and measure")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
+    parser.add_argument("--seconds", type=float, default=570, help="for everything (default: 570)")
+    parser.add_argument("--only", choices=["build", "tests", "measure", "sanitize"], nargs="+", help="phases to run")
     options = parser.parse_args()
+    wanted = set(options.only or ["build", "tests", "measure", "sanitize"])
 
     import torch
 
     if not torch.cuda.is_available():
         sys.exit("make gpu: expected a CUDA device that torch sees, got none; nothing was built or measured")
     properties = torch.cuda.get_device_properties(0)
-    capability = f"{properties.major}.{properties.minor}"
-    checks = {}
-    checks["build"] = run(
-        "build", [sys.executable, "setup.py", "build_ext", "--inplace"], 300,
-        RIBFAST_CUDA="1", TORCH_CUDA_ARCH_LIST=capability, MAX_JOBS=str(os.cpu_count()),
+    run = Run(options.out, properties.name, options.seconds)
+    run.save(
+        device=properties.name,
+        memory_GiB=round(properties.total_memory / 2**30, 1),
+        multiprocessors=properties.multi_processor_count,
+        versions={
+            "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
+            "driver": driver(), "system": platform.platform(terse=True),
+        },
+        commit=described_commit(),
+        date=time.strftime("%Y-%m-%d"),
     )  # fmt: skip
-    if not checks["build"]["ok"]:
-        sys.exit(1)
-    if not options.skip_tests:
-        # compiling for other architectures and packaging are shown without a GPU
-        deselect = ["--ignore=tests/test_cuda_compile.py", "--ignore=tests/test_packaging.py"]
-        tests = run("tests", [sys.executable, "-m", "pytest", "-q", *deselect], 300)
-        match = re.search(r"(\d+) passed", " ".join(tests["tail"]))
-        checks["tests"] = tests | {"passed": int(match[1]) if match else 0}
-        checks["memcheck"], checks["racecheck"] = sanitizer("memcheck"), sanitizer("racecheck")
-    sys.path.insert(0, str(ROOT))
-    from benchmarks import gpu_ops
-    from ribfast import info
-
-    facts = info.collect()
-    result = {
-        "device": properties.name,
-        "memory_GiB": round(properties.total_memory / 2**30, 1),
-        "multiprocessors": properties.multi_processor_count,
-        "versions": {n: facts[n] for n in ("ribfast", "python", "torch", "triton")}
-        | {"cuda": torch.version.cuda, "driver": _driver(), "system": platform.platform(terse=True)},
-        "commit": commit(),
-        "date": time.strftime("%Y-%m-%d"),
-        "checks": checks,
-        **gpu_ops.measure(),
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"gpu-{properties.name.lower().replace(' ', '-')}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"wrote {path}")
-    sys.exit(1 if any(check["ok"] is False for check in checks.values()) else 0)
-
-
-def _driver():
-    smi = shutil.which("nvidia-smi")
-    if smi is None:
-        return None
-    query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(query, capture_output=True, text=True).stdout.strip() or None
+    if "build" in wanted:
+        run.phase(
+            "build", [sys.executable, "setup.py", "build_ext", "--inplace"], 240, RIBFAST_CUDA="1",
+            TORCH_CUDA_ARCH_LIST=f"{properties.major}.{properties.minor}", MAX_JOBS=str(os.cpu_count()),
+        )  # fmt: skip
+        if not run.checks["build"]["ok"]:
+            sys.exit(1)
+    pytest = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider"]
+    if "tests" in wanted:
+        ignored = [f"--ignore=tests/test_{name}.py" for name in WITHOUT_GPU]
+        run.phase("tests", [*pytest, *ignored, "-k", "not interpreted and not tier and not triton_on_the_device"], 150)
+    if "measure" in wanted:
+        run.phase("measure", [sys.executable, "-m", "benchmarks.gpu_ops", str(run.path)], 150)
+        run.facts |= json.loads(run.path.read_text())  # rows that the phase added
+        run.save()
+    if "tests" in wanted:
+        run.phase("triton", [*pytest, "tests/test_backends.py", "-k", "triton_on_the_device"], 150)
+    if "sanitize" in wanted:
+        sanitize(run, "memcheck")
+        sanitize(run, "racecheck")
+    run.save()
+    print(f"wrote {run.path}")
+    sys.exit(1 if any(check["ok"] is False for check in run.checks.values()) else 0)
 
 
 if __name__ == "__main__":

@@ -3,16 +3,20 @@
 Times are medians over replays of a CUDA graph (what the engine uses), over several input sets whose bytes together
 exceed the second-level cache; `eager` is the median of single calls, launch overhead included. Bytes are the fewest
 that the operator must move: each input read once, each output written once. GB/s = those bytes / time.
+Called by benchmarks/gpu.py: `python -m benchmarks.gpu_ops RESULT.json` adds to that file after every row.
 """
 
+import json
 import statistics
+import sys
+from pathlib import Path
 
 import torch
 
 from ribfast import reference
 
 SCALES, STRIDE = (1, 0.5, 1.5, 2), 16
-CACHE_BYTES = 256 << 20  # more than any second-level cache
+CACHE_BYTES = 192 << 20  # several times any second-level cache
 
 
 def graph_seconds(calls, repeats=30):
@@ -72,7 +76,7 @@ def implementations(op):
 
 
 def sets_for(size):
-    return max(2, min(64, -(-CACHE_BYTES // size)))
+    return max(2, -(-CACHE_BYTES // size))
 
 
 def gndrp_case(shape, dtype):
@@ -98,21 +102,24 @@ def accumulate_case(images, classes=20, size=(375, 500)):
     """Forward and backward of a batch of VOC images at four scales with mirrors."""
     shapes = [(2, classes, *(-(-round(side * s) // STRIDE) for side in size)) for s in SCALES]
     padded = [-(-side // STRIDE) * STRIDE for side in size]
-    maps = [torch.randn(shape, device="cuda") for _ in range(images) for shape in shapes]
-    grads = [torch.randn(classes, *size, device="cuda") for _ in range(images)]
-    read, written = sum(m.numel() for m in maps) * 4, sum(g.numel() for g in grads) * 4
     layout = ([len(SCALES)] * images, list(size) * images, padded * images, True)
-    forward, backward = {}, {}
-    for name, op in implementations("accumulate_cams").items():
-        forward[name] = [lambda op=op: op(maps, *layout)]
-    for name, op in implementations("accumulate_cams_backward").items():
-        backward[name] = [lambda op=op: op(grads, maps, layout[0], *layout[2:])]
+    written = images * classes * size[0] * size[1] * 4
+    read = images * sum(shape[0] * shape[1] * shape[2] * shape[3] for shape in shapes) * 4
+    sets = []
+    for _ in range(sets_for(read + written)):
+        maps = [torch.randn(shape, device="cuda") for _ in range(images) for shape in shapes]
+        sets.append((maps, [torch.randn(classes, *size, device="cuda") for _ in range(images)]))
 
-    def plain():
+    def plain(maps):
         groups = [maps[i : i + len(SCALES)] for i in range(0, len(maps), len(SCALES))]
         return [reference.accumulate_cams(group, size, padded=padded) for group in groups]
 
-    forward["reference"] = [plain]
+    forward, backward = {}, {}
+    for name, op in implementations("accumulate_cams").items():
+        forward[name] = [lambda m=m, op=op: op(m, *layout) for m, _ in sets]
+    for name, op in implementations("accumulate_cams_backward").items():
+        backward[name] = [lambda m=m, g=g, op=op: op(g, m, layout[0], *layout[2:]) for m, g in sets]
+    forward["reference"] = [lambda m=m: plain(m) for m, _ in sets]
     return (read + written, forward), (2 * read + written, backward)
 
 
@@ -127,35 +134,52 @@ def normalize_case(shape):
 
 
 def timed(size, calls, bandwidth, target=None):
-    """One row of the result: seconds and bandwidth of each implementation."""
+    """One row of the result: seconds and bandwidth of each implementation, or how it failed."""
     row = {"bytes": size, "target_share_of_copy": target}
     for name, each in calls.items():
-        seconds = graph_seconds(each)
-        row[name] = {
-            "us": round(seconds * 1e6, 2),
-            "eager_us": round(eager_seconds(each) * 1e6, 2),
-            "GBps": round(size / seconds / 1e9, 1),
-            "share_of_copy": round(size / seconds / bandwidth, 3),
-        }
+        try:
+            seconds = graph_seconds(each)
+            row[name] = {
+                "us": round(seconds * 1e6, 2),
+                "eager_us": round(eager_seconds(each) * 1e6, 2),
+                "GBps": round(size / seconds / 1e9, 1),
+                "share_of_copy": round(size / seconds / bandwidth, 3),
+            }
+        except Exception as error:  # one implementation's failure must not cost the others' figures
+            row[name] = {"error": f"{type(error).__name__}: {error}"[:500]}
+            torch.cuda.synchronize()
     return row
 
 
-def measure():
-    bandwidth = copy_bandwidth()
-    rows = {}
+def cases():
+    """(name, target share of the copy bandwidth, what makes (forward, backward or None)), the most telling first"""
+    batch, single = "accumulate_cams 64 x (20, 375, 500)", "accumulate_cams 1 x (20, 375, 500)"
+    yield batch, 0.8, lambda: accumulate_case(64)
     for shape in ((64, 20, 64, 64), (8, 20, 32, 32), (2, 80, 63, 84), (1, 20, 512, 512)):
         for dtype in (torch.float32, torch.float16):
-            forward, backward = gndrp_case(shape, dtype)
             name = f"gndrp {shape} {str(dtype).removeprefix('torch.')}"
-            rows[name] = timed(*forward, bandwidth, 0.8 if shape[0] == 64 else None)
-            rows[name + " backward"] = timed(*backward, bandwidth, 0.8 if shape[0] == 64 else None)
-    for images in (1, 64):
-        forward, backward = accumulate_case(images)
-        rows[f"accumulate_cams {images} x (20, 375, 500)"] = timed(*forward, bandwidth, 0.8 if images > 1 else None)
-        rows[f"accumulate_cams {images} x (20, 375, 500) backward"] = timed(*backward, bandwidth)
-    rows["normalize_cams (20, 375, 500)"] = timed(*normalize_case((20, 375, 500)), bandwidth)
-    for name, row in rows.items():
-        served = [k for k in ("cuda", "triton", "reference") if k in row]
-        figures = "  ".join(f"{k} {row[k]['us']:.1f} us {row[k]['share_of_copy']:.2f}" for k in served)
-        print(f"{name:<48} {figures}", flush=True)
-    return {"copy_GBps": round(bandwidth / 1e9, 1), "ops": rows}
+            yield name, 0.8 if shape[0] == 64 else None, lambda s=shape, d=dtype: gndrp_case(s, d)
+    yield single, None, lambda: accumulate_case(1)
+    yield "normalize_cams (20, 375, 500)", None, lambda: (normalize_case((20, 375, 500)), None)
+
+
+def main():
+    path = Path(sys.argv[1])
+    bandwidth = copy_bandwidth()
+    facts = json.loads(path.read_text()) | {"copy_GBps": round(bandwidth / 1e9, 1), "ops": {}}
+    for name, target, make in cases():
+        torch.cuda.empty_cache()
+        forward, backward = make()
+        rows = {name: timed(*forward, bandwidth, target)}
+        if backward is not None:
+            rows[f"{name} backward"] = timed(*backward, bandwidth, target if name.startswith("gndrp") else None)
+        facts["ops"] |= rows
+        path.write_text(json.dumps(facts, indent=1) + "\n")
+        for label, row in rows.items():
+            served = [(k, row[k]) for k in ("cuda", "triton", "reference") if k in row]
+            figures = (f"{k} {r['us']:.1f} us {r['share_of_copy']:.2f}" if "us" in r else f"{k} {r}" for k, r in served)
+            print(f"{label:<48} {'  '.join(figures)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -19,7 +19,13 @@ def main():
             for size in sizes
         ]  # fmt: skip
         sum(merged.sum() for merged in ops.accumulate_cams_batch(batch, sizes)).backward()
+        with torch.no_grad():
+            out = [torch.zeros(3, *size, device="cuda") for size in sizes]
+            ops.accumulate_cams_batch(batch, sizes, out=out)
+            turned = torch.zeros(3, 50, 37, device="cuda").transpose(1, 2)
+            ops.normalize_cams(ops.accumulate_cams(batch[0], sizes[0], out=turned), inplace=True)
     torch.cuda.synchronize()
+    print("sanitize.py: done")
 
 
 if __name__ == "__main__":

@@ -62,7 +62,9 @@ def test_triton_interpreted(cases):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 @NO_TRITON
 def test_triton_on_the_device():
-    operators_pass("-k", "not refuses_bad_input", RIBFAST_BACKEND="triton", RIBFAST_TEST_DEVICE="cuda")
+    cases = f"({SMALL}) or cuda_graphs"
+    graphs = str(TESTS / "test_cuda_graphs.py")
+    operators_pass("-k", cases, graphs, RIBFAST_BACKEND="triton", RIBFAST_TEST_DEVICE="cuda")
 
 
 def test_reference_backend():

@@ -54,10 +54,8 @@ def test_gndrp_with_its_gradient():
     def run():
         return torch.autograd.grad(ops.gndrp(maps, present).sum(), maps)
 
-    with torch.no_grad():
-        fresh = maps.detach()
-    (grads,) = replayed(run, [fresh])
-    leaf = fresh.clone().requires_grad_()
+    (grads,) = replayed(run, [maps.detach()])
+    leaf = maps.detach().clone().requires_grad_()
     (expected,) = torch.autograd.grad(reference.gndrp(leaf, present).sum(), leaf)
     torch.testing.assert_close(grads, expected)
 
@@ -81,6 +79,23 @@ def test_accumulate_cams():
         expected.backward(grads[i])
         for got, leaf in zip(results[3 + 4 * i :], leaves, strict=False):
             torch.testing.assert_close(got, leaf.grad, rtol=1e-4, atol=1e-2)
+
+
+def test_accumulate_cams_into_out():
+    """More images than one launch describes, and more scales than it holds."""
+    batch = [scales((20, 30), (1, 2, 0.5, 1, 3), 1, torch.float32, "cuda") for _ in range(300)]
+    flat = [m for image in batch for m in image]
+    out = [torch.zeros(1, 20, 30, device="cuda") for _ in batch]
+
+    def run():
+        for target in out:
+            target.zero_()
+        torch.ops.ribfast.accumulate_cams_(out, flat, [5] * 300, [32, 32] * 300, True)
+
+    replayed(run, flat)
+    for target, maps in zip(out[::37], batch[::37], strict=True):
+        expected = reference.accumulate_cams(maps, (20, 30), padded=(32, 32))
+        torch.testing.assert_close(target, expected, rtol=2e-5, atol=1e-5)
 
 
 def test_normalize_cams():

@@ -16,6 +16,7 @@ from ribfast import _ext
 
 ROOT = Path(ribfast.__file__).parents[1]
 pytestmark = pytest.mark.packaging
+pytest.importorskip("build", reason="the package `build` is not installed")
 
 
 def run(command, **options):
@@ -26,7 +27,6 @@ def run(command, **options):
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory):
-    """Built without torch in sight (-S hides site-packages' startup, the backend needs setuptools alone)."""
     out = tmp_path_factory.mktemp("sdist")
     source = tmp_path_factory.mktemp("source") / "ribfast"
     ignored = shutil.ignore_patterns(".git", ".venv*", "build", "*.so", "*.egg-info", "__pycache__", "dist")
@@ -37,16 +37,22 @@ def sdist(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def wheel(sdist, tmp_path_factory):
-    """Built from the sdist by plain `pip install .`'s way: in a build environment of its own, with the torch that is
-    installed here. What build isolation asks for is taken from here too, so that no network is needed."""
+def built(sdist, tmp_path_factory):
+    """(wheel from the sdist, whether in a build environment of pip's own, as plain `pip install .` builds)"""
     out = tmp_path_factory.mktemp("wheel")
-    run(
-        [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", out, sdist],
-        env=os.environ | {"RIBFAST_CUDA": "0"},
-    )
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(out), str(sdist)]
+    environment = os.environ | {"RIBFAST_CUDA": "0"}
+    isolated = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if isolated.returncode:
+        assert "Could not find a version" in isolated.stderr, isolated.stdout[-3000:] + isolated.stderr[-3000:]
+        run([*command, "--no-build-isolation"], env=environment)  # no package index can be reached
     (path,) = out.glob("*.whl")
-    return path
+    return path, isolated.returncode == 0
+
+
+@pytest.fixture
+def wheel(built):
+    return built[0]
 
 
 def test_sdist_holds_the_sources(sdist):
@@ -83,18 +89,26 @@ def test_wheel_from_the_sdist_imports_in_a_clean_environment(wheel, tmp_path):
     assert (tmp_path / "picture" / "merged.png").stat().st_size > 10_000
 
 
-def test_build_isolation_uses_the_installed_torch():
-    """`pip install .` must build against the torch of the environment that it installs into, not fetch another."""
-    code = (
-        "import build_backend as b\nprint(b.HAS_TORCH, [r for r in b.get_requires_for_build_wheel() if 'torch' in r])"
-    )
-    installed = Path(torch.__file__).is_relative_to(Path(sys.prefix))
-    if not installed:
-        pytest.skip("torch is not in this interpreter's own site-packages")
-    assert run([sys.executable, "-c", code], cwd=ROOT).strip().endswith("True []")
-    nowhere = "import sysconfig; sysconfig.get_path = lambda name: '/nowhere'\n"
-    bare = run([sys.executable, "-c", nowhere + code], cwd=ROOT)
-    assert bare.strip().endswith("False ['torch>=2.6']")
+def test_plain_pip_install_builds_against_the_installed_torch(built, tmp_path):
+    path, isolated = built
+    if not isolated:
+        pytest.skip("no package index to fetch setuptools and ninja from")
+    shutil.unpack_archive(path, tmp_path, "zip")
+    code = "from ribfast import _ext; print(_ext.__file__, _ext.build_info()['torch'])"
+    hidden = "import sys; sys.meta_path = [f for f in sys.meta_path if 'ditable' not in repr(f)]; "
+    output = run([sys.executable, "-c", hidden + code], cwd=tmp_path).split()
+    assert Path(output[0]).is_relative_to(tmp_path)
+    assert output[1] == torch.__version__.partition("+")[0]
+
+
+def test_a_torch_is_fetched_only_where_there_is_none():
+    requires = "import build_backend as b; print(b.HAS_TORCH, b.get_requires_for_build_wheel())"
+    if Path(torch.__file__).is_relative_to(Path(sys.prefix)):
+        found, wanted = run([sys.executable, "-c", requires], cwd=ROOT).split(maxsplit=1)
+        assert found == "True" and "torch" not in wanted
+    nowhere = "import site, sysconfig; sysconfig.get_path = site.getusersitepackages = lambda *name: '/nowhere'\n"
+    found, wanted = run([sys.executable, "-c", nowhere + requires], cwd=ROOT).split(maxsplit=1)
+    assert found == "False" and "torch>=2.6" in wanted
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
