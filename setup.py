@@ -42,10 +42,8 @@ def cuda_choice():
         missing.append(f"a torch with CUDA (torch {torch.__version__} is a CPU-only build)")
     if not (Path(home) / "bin" / "nvcc").exists() and shutil.which("nvcc") is None:
         missing.append("a CUDA toolkit (no nvcc under CUDA_HOME or on PATH)")
-    elif torch.version.cuda is not None and toolkit_major(home) not in (None, torch.version.cuda.split(".")[0]):
-        missing.append(
-            f"a CUDA toolkit of torch's version, {torch.version.cuda} (nvcc is of CUDA {toolkit_major(home)})"
-        )
+    elif torch.version.cuda and (major := toolkit_major(home)) not in (None, torch.version.cuda.split(".")[0]):
+        missing.append(f"a CUDA toolkit of torch's version, {torch.version.cuda} (nvcc is of CUDA {major})")
     if not missing:
         return True, f"torch for CUDA {torch.version.cuda}, toolkit at {home}"
     if choice == "1":

@@ -102,12 +102,16 @@ def test_plain_pip_install_builds_against_the_installed_torch(built, tmp_path):
 
 
 def test_a_torch_is_fetched_only_where_there_is_none():
-    requires = "import build_backend as b; print(b.HAS_TORCH, b.get_requires_for_build_wheel())"
+    requires = "import build_backend as b; r = b.get_requires_for_build_wheel(); print(b.HAS_TORCH, r)"
+    nowhere = "import site, sysconfig; sysconfig.get_path = site.getusersitepackages = lambda *name: '/nowhere'; "
+
+    def asked(code):
+        return run([sys.executable, "-c", code], cwd=ROOT).splitlines()[-1].split(maxsplit=1)
+
     if Path(torch.__file__).is_relative_to(Path(sys.prefix)):
-        found, wanted = run([sys.executable, "-c", requires], cwd=ROOT).split(maxsplit=1)
+        found, wanted = asked(requires)
         assert found == "True" and "torch" not in wanted
-    nowhere = "import site, sysconfig; sysconfig.get_path = site.getusersitepackages = lambda *name: '/nowhere'\n"
-    found, wanted = run([sys.executable, "-c", nowhere + requires], cwd=ROOT).split(maxsplit=1)
+    found, wanted = asked(nowhere + requires)
     assert found == "False" and "torch>=2.6" in wanted
 
 

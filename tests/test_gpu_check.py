@@ -1,0 +1,52 @@
+"""The GPU check's own bookkeeping (benchmarks/gpu.py), which must not lose results when a phase fails or hangs."""
+
+import importlib.util
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+
+
+@pytest.fixture
+def gpu():
+    spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def python(code):
+    return [sys.executable, "-c", code]
+
+
+def test_phases_are_saved_as_they_end(gpu, tmp_path):
+    run = gpu.Run(tmp_path / "results", "NVIDIA H200", 60)
+    run.save(device="NVIDIA H200")
+    assert run.phase("good", python("print('fine')"), 30) == "fine\n"
+    run.phase("bad", python("print('reason'); raise SystemExit(3)"), 30)
+    saved = json.loads((tmp_path / "results" / "gpu-nvidia-h200.json").read_text())
+    assert saved["device"] == "NVIDIA H200"
+    assert saved["checks"]["good"]["ok"] is True
+    assert saved["checks"]["bad"] | {"seconds": 0} == {"ok": False, "code": 3, "seconds": 0, "last": ["reason"]}
+    assert (tmp_path / "results" / "gpu-bad.log").read_text() == "reason\n"
+
+
+def test_hanging_phase_is_ended_with_all_it_started(gpu, tmp_path):
+    run = gpu.Run(tmp_path, "x", 60)
+    code = "import subprocess, time; print(subprocess.Popen(['sleep', '300']).pid, flush=True); time.sleep(300)"
+    output = run.phase("hang", python(code), 6)
+    check = json.loads(run.path.read_text())["checks"]["hang"]
+    assert check["ok"] is None and check["last"][-1] == "ran out of time"
+    time.sleep(0.2)
+    status = Path(f"/proc/{int(output)}/status")
+    assert not status.exists() or "Z (zombie)" in status.read_text()
+
+
+def test_no_phase_starts_without_time(gpu, tmp_path):
+    run = gpu.Run(tmp_path, "x", 2)
+    run.phase("late", python("print('never')"), 30)
+    assert json.loads(run.path.read_text())["checks"]["late"] == {"ok": None, "reason": "no time was left"}
