@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import _ext, reference
 from . import contract
-from .registration import call_in_backward, run_as_is_under_autocast
+from .registration import call_in_backward, register_gradient, run_as_is_under_autocast
 
 
 def gndrp(maps: Tensor, present: Tensor, tau: float = 0.4, *, divide_by: str = "kept", strict: bool = False) -> Tensor:
@@ -47,6 +47,7 @@ def _(grad, maps, present, stats, tau, strict):
 
 def _save(ctx, inputs, output):
     maps, present, ctx.tau, _, ctx.strict = inputs
+    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(maps, present, output[1])
 
 
@@ -70,7 +71,7 @@ def _backward_of_backward(ctx, grad):
     return (grad * weights).sum((2, 3)).to(ctx.dtype), None, None, None, None, None
 
 
-torch.library.register_autograd("ribfast::gndrp", _backward, setup_context=_save)
-torch.library.register_autograd("ribfast::gndrp_backward", _backward_of_backward, setup_context=_save_backward)
+register_gradient("gndrp", _backward, _save)
+register_gradient("gndrp_backward", _backward_of_backward, _save_backward)
 # 16-bit maps are read as they are: sums and results are float32 anyway
 run_as_is_under_autocast("gndrp")

@@ -21,6 +21,30 @@ def run_as_is_under_autocast(name: str) -> None:
     run_under_autocast(name, lambda op, *args: op(*args))
 
 
+def register_gradient(name: str, backward, save) -> None:
+    """torch.library.register_autograd without its price: that walks the schema in Python at every call, which costs
+    more than a small kernel. For operators without lists of tensors."""
+    op = getattr(torch.ops.ribfast, name).default
+
+    class Gradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            with torch._C._AutoDispatchBelowAutograd():
+                result = op(*args)
+            save(ctx, args, result)
+            return result
+
+    Gradient.backward = staticmethod(backward)
+
+    def run(*args):
+        if torch.is_grad_enabled() and any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args):
+            return Gradient.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    _library.impl(name, run, "Autograd")
+
+
 def call_in_backward(op, *args):
     """An operator called by a backward: past autograd, which costs as much as a small kernel, unless the backward is
     itself being differentiated."""

@@ -1,0 +1,39 @@
+"""What is written agrees with what was measured and with what is there."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_readme_shows_the_committed_results():
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    text = tables.README.read_text()
+    assert tables.with_table(text) == text, "run `python benchmarks/tables.py`"
+
+
+def test_named_files_and_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for name in ("README.md", "CONTRIBUTING.md", "docs/performance.md"):
+        text = (ROOT / name).read_text()
+        for link in re.findall(r"\]\(([\w/.]+)\)", text):
+            assert ((ROOT / name).parent / link).exists(), link
+        for target in re.findall(r"`make (?:VENV=none )?([a-z-]+)", text):
+            assert f"\n{target}:" in makefile, target
+
+
+def test_readme_example_runs():
+    """The operators' example, with maps of the shapes that it names."""
+    import torch
+
+    text = (ROOT / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    sides = {"maps_1x": (24, 32), "maps_05x": (12, 16), "maps_15x": (36, 47), "maps_2x": (47, 63)}
+    names = {name: torch.rand(2, 3, *side) for name, side in sides.items()}
+    names |= {"maps": torch.randn(2, 3, 24, 32), "present": torch.ones(2, 3, dtype=torch.bool)}
+    names |= {"maps_a": [names["maps_1x"]], "maps_b": [names["maps_2x"]]}
+    exec(code, names)
+    assert names["pooled"].shape == (2, 3) and names["cams"].shape == (3, 375, 500) and len(names["many"]) == 2
