@@ -20,6 +20,12 @@ TORCH_LIBRARY(ribfast, m) {
   m.def("accumulate_cams_(Tensor(a!)[] out, Tensor[] maps, int[] counts, SymInt[] padded, bool relu) -> ()");
   m.def("accumulate_cams_backward(Tensor[] grads, Tensor[] maps, int[] counts, SymInt[] padded, bool relu) -> Tensor[]");
 
+  // images (H, W, 3) uint8, unary (L, H, W) -> probabilities; gaussian: (sxy, strength), bilateral: (sxy, srgb,
+  // strength), either may be empty; normalization: 0 symmetric, 1 after, 2 before, 3 none
+  m.def(
+      "dense_crf(Tensor[] images, Tensor[] unary, float[] gaussian, float[] bilateral, int iterations, "
+      "int normalization, bool exact) -> Tensor[]");
+
   // (..., H, W)
   m.def("normalize_cams(Tensor cams, float eps) -> Tensor");
   m.def("normalize_cams_(Tensor(a!) cams, float eps) -> ()");

@@ -3,6 +3,8 @@
 Sums are held in float32 (float64 for float64 maps), whatever the maps are stored in.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -50,3 +52,100 @@ def normalize_cams(cams: Tensor, eps: float = 1e-5, *, inplace: bool = False) ->
     values = cams.to(accumulator_dtype(cams.dtype))
     result = (values / (values.amax((-2, -1), keepdim=True) + eps)).to(cams.dtype)
     return cams.copy_(result) if inplace else result
+
+
+class Lattice:
+    """The permutohedral lattice of points, (P, d) float32 features: a Gaussian filter of any dimension.
+
+    Adams, Baek and Davis 2010, with Kraehenbuehl and Koltun's rounding: nearest remainder-0 point with ties to even.
+    """
+
+    def __init__(self, features: Tensor):
+        features = features.float()
+        points, d = features.shape
+        spread = torch.tensor(math.sqrt(2 / 3) * (d + 1), dtype=torch.float32).item()
+        elevated = features.new_empty(points, d + 1)
+        below = features.new_zeros(points)
+        for j in range(d, 0, -1):
+            scaled = features[:, j - 1] * features.new_tensor(spread / math.sqrt(j * (j + 1)))
+            elevated[:, j] = below - j * scaled
+            below = below + scaled
+        elevated[:, 0] = below
+        down = features.new_tensor(1 / (d + 1))
+        steps = (elevated * down).round()
+        nearest = steps * (d + 1)
+        difference = elevated - nearest
+        rank = steps.sum(1, dtype=torch.int64)[:, None].repeat(1, d + 1)
+        for i in range(d + 1):
+            for j in range(i + 1, d + 1):
+                less = difference[:, i] < difference[:, j]
+                rank[:, i] += less
+                rank[:, j] += ~less
+        wrap = (d + 1) * ((rank < 0).long() - (rank > d).long())
+        rank, nearest = rank + wrap, nearest + wrap
+        t = (elevated - nearest) * down
+        weights = features.new_zeros(points, d + 2)
+        weights.scatter_add_(1, d - rank, t)
+        weights.scatter_add_(1, d + 1 - rank, -t)
+        weights[:, 0] += 1 + weights[:, d + 1]
+        self.weights = weights[:, : d + 1]
+        corner = torch.arange(d + 1, device=features.device)[:, None]
+        moves = torch.where(rank[:, None, :d] <= d - corner, corner, corner - (d + 1))
+        keys = (nearest[:, None, :d].long() + moves).flatten(0, 1)
+        vertices, found = torch.unique(keys, dim=0, return_inverse=True)
+        self.corners, self.count, self.d = found.view(points, d + 1), len(vertices), d
+        self.neighbours = [
+            [self._find(vertices, vertices + sign - sign * (d + 1) * self._axis(vertices, axis)) for sign in (-1, 1)]
+            for axis in range(d + 1)
+        ]
+
+    def _axis(self, vertices: Tensor, axis: int) -> Tensor:
+        return (torch.arange(self.d, device=vertices.device) == axis).long()
+
+    def _find(self, vertices: Tensor, wanted: Tensor) -> Tensor:
+        """Where each wanted key stands among the vertices; self.count where it does not."""
+        _, number = torch.unique(torch.cat([vertices, wanted]), dim=0, return_inverse=True)
+        place = torch.full((int(number.max()) + 1,), self.count, device=vertices.device)
+        place[number[: self.count]] = torch.arange(self.count, device=vertices.device)
+        return place[number[self.count :]]
+
+    def filter(self, values: Tensor) -> Tensor:
+        """(P, C) -> (P, C): splat, blur along every axis, slice."""
+        nothing = values.new_zeros(1, values.shape[1])  # what absent neighbours hold
+        weighted = (self.weights[..., None] * values[:, None]).flatten(0, 1)
+        lattice = values.new_zeros(self.count, values.shape[1]).index_add(0, self.corners.flatten(), weighted)
+        for before, after in self.neighbours:
+            padded = torch.cat([lattice, nothing])
+            lattice = lattice + (padded[before] + padded[after]) / 2
+        return (self.weights[..., None] * lattice[self.corners]).sum(1) / (1 + 2.0**-self.d)
+
+
+def dense_crf(
+    image, unary, *, gaussian=(3.0, 3.0), bilateral=(50.0, 5.0, 10.0), iterations=10, normalization="symmetric"
+):
+    """Mean field of one image (H, W, 3), unary (L, H, W): Q = softmax(-U + sum of strength * n K(n Q)), in parallel."""
+    labels, height, width = unary.shape
+    y, x = torch.meshgrid(
+        torch.arange(height, device=image.device).float(),
+        torch.arange(width, device=image.device).float(),
+        indexing="ij",
+    )
+    terms = []
+    if gaussian is not None:
+        terms.append((torch.stack([x / gaussian[0], y / gaussian[0]], -1), gaussian[1]))
+    if bilateral is not None:
+        place = torch.stack([x / bilateral[0], y / bilateral[0]], -1)
+        terms.append((torch.cat([place, image.float() / bilateral[1]], -1), bilateral[2]))
+    energies = -unary.float().flatten(1).T
+    q = energies.softmax(1)
+    kernels = []
+    for features, strength in terms:
+        lattice = Lattice(features.flatten(0, 1))
+        mass = lattice.filter(q.new_ones(len(q), 1)) + 1e-20
+        before = {"symmetric": mass.rsqrt(), "before": 1 / mass}.get(normalization, 1.0)
+        after = {"symmetric": mass.rsqrt(), "after": 1 / mass}.get(normalization, 1.0)
+        kernels.append((lattice, strength, before, after))
+    for _ in range(iterations):
+        messages = sum(strength * after * lattice.filter(before * q) for lattice, strength, before, after in kernels)
+        q = (energies + messages).softmax(1)
+    return q.T.reshape(labels, height, width)

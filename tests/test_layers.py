@@ -59,7 +59,10 @@ def test_nobody_imports_the_commands():
 
 
 def test_kernels_are_free_of_torch():
-    kernels = [CSRC / "math.h", *(CSRC / "cpu" / name for name in ("kernels.h", "kernels.inl", "simd.h"))]
+    kernels = [
+        CSRC / "math.h",
+        *(CSRC / "cpu" / name for name in ("kernels.h", "kernels.inl", "lattice.h", "lattice.inl", "simd.h")),
+    ]
     kernels += [*(CSRC / "cpu").glob("tier_*.cpp"), *(CSRC / "cuda").glob("*.cuh")]
     assert len(kernels) >= 11
     for path in kernels:
@@ -73,9 +76,9 @@ def test_only_the_module_sees_pybind11():
 
 def test_every_kernel_is_registered_for_its_schemas():
     """A schema without a kernel would only fail when somebody calls it."""
-    schemas = set(re.findall(r'm\.def\("(\w+)\(', (CSRC / "module.cpp").read_text()))
-    for folder, pattern in (("cpu", "*.cpp"), ("cuda", "*.cu")):
+    schemas = set(re.findall(r'm\.def\(\s*"(\w+)\(', (CSRC / "module.cpp").read_text()))
+    for folder, pattern, missing in (("cpu", "*.cpp", set()), ("cuda", "*.cu", {"dense_crf"})):
         found = set()
         for path in (CSRC / folder).glob(pattern):
             found |= set(re.findall(r'm\.impl\("(\w+)"', path.read_text()))
-        assert found == schemas, folder
+        assert found == schemas - missing, folder

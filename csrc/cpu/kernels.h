@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "lattice.h"
+
 namespace ribfast::cpu {
 
 // How maps are stored; sums are held in double for kDouble, else in float.
@@ -51,6 +53,14 @@ struct Kernels {
   void (*accumulate_backward[kStorages])(const CamJob& job, const void* grads, void* result);
   // One map of n positions, result may be the map itself.
   void (*normalize[kStorages])(const void* map, int64_t n, double eps, void* result);
+  // The lattice's (lattice.h).
+  void (*embed)(const EmbedJob& job);
+  // One axis: neighbours [vertex][2]; values [vertex][channels], from one buffer to another.
+  void (*blur)(const float* in, const int32_t* neighbours, int64_t begin, int64_t end, int32_t channels, float* out);
+  void (*slice)(const LatticeView& lattice, int64_t begin, int64_t end, float* result);
+  void (*splat)(const LatticeView& lattice, int64_t begin, int64_t end, const float* input);
+  // energies: room for job.channels floats, unused where that is 1.
+  void (*update)(const PixelJob& job, float* energies);
 };
 
 // The tier that torch itself runs on (ATEN_CPU_CAPABILITY steers both), or the best compiled one below it.

@@ -413,6 +413,8 @@ void normalize(const void* map_, int64_t n, double eps, void* result_) {
   for (; i < n; ++i) result[i] = St::from(St::get(map + i) / divisor);
 }
 
+#include "lattice.inl"
+
 }  // namespace
 
 #define RIBFAST_EACH_STORAGE(kernel) \
@@ -425,6 +427,11 @@ extern const Kernels RIBFAST_TIER_TABLE = {
     RIBFAST_EACH_STORAGE(accumulate),
     RIBFAST_EACH_STORAGE(accumulate_backward),
     RIBFAST_EACH_STORAGE(normalize),
+    embed,
+    blur,
+    slice_tiles,
+    splat_tiles,
+    update,
 };
 
 #undef RIBFAST_EACH_STORAGE
