@@ -173,7 +173,7 @@ void mean_field(const float* unary, int64_t labels, int64_t points, std::vector<
       if (!last) term.clear_other(channels);
     }
     at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-      std::vector<float> scratch(channels);
+      std::vector<float> scratch(kTile * channels);
       for (int64_t thread = begin; thread < end; ++thread) {
         std::vector<LatticeView> views;
         for (size_t i = 0; i < terms.size(); ++i) {

@@ -59,7 +59,7 @@ struct Kernels {
   void (*blur)(const float* in, const int32_t* neighbours, int64_t begin, int64_t end, int32_t channels, float* out);
   void (*slice)(const LatticeView& lattice, int64_t begin, int64_t end, float* result);
   void (*splat)(const LatticeView& lattice, int64_t begin, int64_t end, const float* input);
-  // energies: room for job.channels floats, unused where that is 1.
+  // energies: room for kTile * job.channels floats.
   void (*update)(const PixelJob& job, float* energies);
 };
 

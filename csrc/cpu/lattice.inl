@@ -29,6 +29,15 @@ RIBFAST_INLINE V exp_of_negative(V x) {
   return zero ? V{} : p * bits<V>(power);
 }
 
+// A product that is rounded before it is added to anything. Positions on the lattice reach hundreds of cells: contracted,
+// they would move by 1e-5 of a cell, and mean field makes a hundred times that of it where labels are in balance.
+RIBFAST_INLINE VFloat rounded(VFloat product) {
+#if defined(__x86_64__)
+  asm("" : "+v"(product));  // opaque to the compiler, free at run time
+#endif
+  return product;
+}
+
 template <int kDims>
 void embed_points(const EmbedJob& job) {
   constexpr int kCorners = kDims + 1;
@@ -47,8 +56,8 @@ void embed_points(const EmbedJob& job) {
       } else {
         for (int64_t k = 0; begin + k < job.points; ++k) feature[k] = from[k];
       }
-      const V scaled = feature * job.scale[j - 1];
-      elevated[j] = sum - static_cast<float>(j) * scaled;
+      const V scaled = rounded(feature * job.scale[j - 1]);
+      elevated[j] = sum - rounded(static_cast<float>(j) * scaled);
       sum += scaled;
     }
     elevated[0] = sum;
@@ -148,117 +157,164 @@ RIBFAST_INLINE int64_t corner_at(const LatticeView& lattice, int64_t p) {
 
 constexpr float slice_scale(int dims) { return 1.0f / (1.0f + 1.0f / static_cast<float>(1 << dims)); }
 
-// energies[first..] = -unary + sum over lattices of strength * after * slice; returns where it stopped. `message`
-// collects, for each lattice, the sum of its sliced channels.
-template <int kBytes>
-RIBFAST_INLINE int32_t energies_of(const PixelJob& job, int64_t p, int32_t first, float* energies, float* message) {
+// A point's sliced values in one block of channels; corners and weights: its own in the tile. Everything is a copy in
+// registers: the compiler cannot know that what the kernels store is none of what they read.
+template <int kBytes, int kCorners>
+RIBFAST_INLINE typename Block<kBytes>::V sliced_block(const int32_t* corners, const float* weights, const float* values,
+                                                      int64_t channels) {
   using V = typename Block<kBytes>::V;
-  constexpr int32_t kCount = kBytes / 4;
-  for (; first + kCount <= job.channels; first += kCount) {
-    V energy = load_raw<V>(job.negative_unary + p * job.channels + first);
-    for (int32_t l = 0; l < job.count; ++l) {
-      const LatticeView& lattice = job.lattices[l];
-      if (lattice.values == nullptr) continue;
-      const float alpha = slice_scale(lattice.dims);
-      V sliced = V{};
-      const int64_t at = corner_at(lattice, p);
-      for (int32_t r = 0; r <= lattice.dims; ++r) {
-        const int64_t vertex = lattice.corners[at + r * kTile];
-        sliced += (lattice.weights[at + r * kTile] * alpha) * load_raw<V>(lattice.values + vertex * job.channels + first);
-      }
-      if (lattice.after != nullptr) sliced = sliced * lattice.after[p];
-      energy += lattice.strength * sliced;
-      if (job.reduced) {
-        for (int32_t k = 0; k < kCount; ++k) message[l] += sliced[k];
-      }
-    }
-    store_raw(energies + first, energy);
+  constexpr float alpha = slice_scale(kCorners - 1);
+  V sum = V{};
+  for (int r = 0; r < kCorners; ++r) {
+    sum += (weights[r * kTile] * alpha) * load_raw<V>(values + corners[r * kTile] * channels);
   }
-  return first;
+  return sum;
 }
 
-template <int kBytes>
-RIBFAST_INLINE int32_t splat_of(const LatticeView& lattice, const PixelJob& job, int64_t p, int32_t first,
-                                const float* q) {
+template <int kBytes, int kCorners>
+RIBFAST_INLINE void splat_block(const int32_t* corners, const float* weights, float* splat, int64_t channels,
+                                typename Block<kBytes>::V value) {
   using V = typename Block<kBytes>::V;
-  constexpr int32_t kCount = kBytes / 4;
-  const float factor = lattice.before == nullptr ? 1.0f : lattice.before[p];
-  for (; first + kCount <= job.channels; first += kCount) {
-    const V value = load_raw<V>(q + first) * factor;
-    const int64_t at = corner_at(lattice, p);
-    for (int32_t r = 0; r <= lattice.dims; ++r) {
-      float* vertex = lattice.splat + static_cast<int64_t>(lattice.corners[at + r * kTile]) * job.channels + first;
-      store_raw(vertex, load_raw<V>(vertex) + lattice.weights[at + r * kTile] * value);
-    }
+  for (int r = 0; r < kCorners; ++r) {
+    float* vertex = splat + corners[r * kTile] * channels;
+    store_raw(vertex, load_raw<V>(vertex) + weights[r * kTile] * value);
   }
-  return first;
 }
 
-// Many channels: one point after another, vectors over channels.
-void update_points(const PixelJob& job, float* energies) {
+// A number that the compiler knows.
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+
+// Calls f with the number of corners as a constant.
+template <typename F>
+RIBFAST_INLINE void with_corners(int32_t dims, F&& f) {
+  switch (dims) {
+    case 2: return f(Constant<3>());
+    case 5: return f(Constant<6>());
+    case 1: return f(Constant<2>());
+    case 3: return f(Constant<4>());
+    case 4: return f(Constant<5>());
+    case 6: return f(Constant<7>());
+    case 7: return f(Constant<8>());
+    default: return f(Constant<9>());
+  }
+}
+
+// Calls f(block bytes, first channel) for blocks that cover the channels, widest first.
+template <typename F>
+RIBFAST_INLINE void over_blocks(int32_t channels, F&& f) {
+  int32_t c = 0;
+#if RIBFAST_VECTOR_BYTES >= 64
+  for (; c + 16 <= channels; c += 16) f(Constant<64>(), c);
+#endif
+#if RIBFAST_VECTOR_BYTES >= 32
+  for (; c + 8 <= channels; c += 8) f(Constant<32>(), c);
+#endif
+  for (; c + 4 <= channels; c += 4) f(Constant<16>(), c);
+}
+
+// energies (of one tile's points, [point][channels]) += strength * after * slice; message: the sums of the sliced
+// channels, where a label is left out.
+void add_messages(const LatticeView& lattice, int64_t tile, int32_t channels, bool reduced, float* energies,
+                  float* message) {
+  const float strength = lattice.strength;
+  const float* values = lattice.values;
+  with_corners(lattice.dims, [&](auto count) {
+    constexpr int kCorners = decltype(count)::value;
+    const int32_t* corners = lattice.corners + tile * kCorners * kTile;
+    const float* weights = lattice.weights + tile * kCorners * kTile;
+    for (int k = 0; k < kTile; ++k) {
+      const float after = lattice.after == nullptr ? 1.0f : lattice.after[tile * kTile + k];
+      float total = 0;
+      over_blocks(channels, [&](auto bytes, int32_t first) {
+        constexpr int kBytes = decltype(bytes)::value;
+        using V = typename Block<kBytes>::V;
+        const V sliced = sliced_block<kBytes, kCorners>(corners + k, weights + k, values + first, channels) * after;
+        float* energy = energies + k * channels + first;
+        store_raw(energy, load_raw<V>(energy) + strength * sliced);
+        if (reduced) {
+          for (int i = 0; i < kBytes / 4; ++i) total += sliced[i];
+        }
+      });
+      if (reduced) message[k] += strength * (lattice.ones[tile * kTile + k] - total);
+    }
+  });
+}
+
+void splat_points(const LatticeView& lattice, int64_t tile, int32_t channels, const float* q) {
+  float* splat = lattice.splat;
+  with_corners(lattice.dims, [&](auto count) {
+    constexpr int kCorners = decltype(count)::value;
+    const int32_t* corners = lattice.corners + tile * kCorners * kTile;
+    const float* weights = lattice.weights + tile * kCorners * kTile;
+    for (int k = 0; k < kTile; ++k) {
+      const float before = lattice.before == nullptr ? 1.0f : lattice.before[tile * kTile + k];
+      over_blocks(channels, [&](auto bytes, int32_t first) {
+        constexpr int kBytes = decltype(bytes)::value;
+        using V = typename Block<kBytes>::V;
+        splat_block<kBytes, kCorners>(corners + k, weights + k, splat + first, channels,
+                                      load_raw<V>(q + k * channels + first) * before);
+      });
+    }
+  });
+}
+
+// softmax of one point's energies, in place; left_out: the energy of the label that is left out, or -inf.
+RIBFAST_INLINE void softmax(float* energies, int32_t channels, float left_out, bool exact) {
   typedef typename Block<16>::V V4;
   typedef typename Block<16>::I I4;
+  V4 top4 = load_raw<V4>(energies);
+  for (int32_t c = 4; c < channels; c += 4) {
+    const V4 e = load_raw<V4>(energies + c);
+    top4 = e > top4 ? e : top4;
+  }
+  float top = left_out;
+  for (int k = 0; k < 4; ++k) top = top4[k] > top ? top4[k] : top;
+  float sum = 0;
+  if (exact) {
+    for (int32_t c = 0; c < channels; ++c) sum += energies[c] = __builtin_expf(energies[c] - top);
+  } else {
+    over_blocks(channels, [&](auto bytes, int32_t first) {
+      constexpr int kBytes = decltype(bytes)::value;
+      using V = typename Block<kBytes>::V;
+      const V e = exp_of_negative<V, typename Block<kBytes>::I>(load_raw<V>(energies + first) - top);
+      store_raw(energies + first, e);
+      for (int k = 0; k < kBytes / 4; ++k) sum += e[k];
+    });
+    if (left_out > -kInfinity<float>) sum += exp_of_negative<V4, I4>(V4{} + (left_out - top))[0];
+  }
+  const float share = 1 / sum;
+  if (exact) {
+    for (int32_t c = 0; c < channels; ++c) energies[c] /= sum;
+  } else {
+    over_blocks(channels, [&](auto bytes, int32_t first) {
+      using V = typename Block<decltype(bytes)::value>::V;
+      store_raw(energies + first, load_raw<V>(energies + first) * share);
+    });
+  }
+}
+
+// Many channels: a tile at a time, vectors over channels. energies: [kTile][channels].
+void update_points(const PixelJob& job, float* energies) {
   const int32_t channels = job.channels;
-  float message[8];
-  for (int64_t p = job.begin * kTile; p < job.end * kTile; ++p) {
-    for (int32_t l = 0; l < job.count; ++l) message[l] = 0;
-    int32_t c = 0;
-#if RIBFAST_VECTOR_BYTES >= 64
-    c = energies_of<64>(job, p, c, energies, message);
-#endif
-#if RIBFAST_VECTOR_BYTES >= 32
-    c = energies_of<32>(job, p, c, energies, message);
-#endif
-    energies_of<16>(job, p, c, energies, message);
-    float left_out = -kInfinity<float>;  // the energy of the label that is left out
-    if (job.reduced) {
-      left_out = 0;
-      for (int32_t l = 0; l < job.count; ++l) {
-        const LatticeView& lattice = job.lattices[l];
-        if (lattice.values != nullptr) left_out += lattice.strength * (lattice.ones[p] - message[l]);
-      }
-    }
-    V4 top4 = load_raw<V4>(energies);
-    for (c = 4; c < channels; c += 4) {
-      const V4 e = load_raw<V4>(energies + c);
-      top4 = e > top4 ? e : top4;
-    }
-    float top = left_out;
-    for (int k = 0; k < 4; ++k) top = top4[k] > top ? top4[k] : top;
-    float sum = 0;
-    if (job.exact) {
-      for (c = 0; c < channels; ++c) sum += energies[c] = __builtin_expf(energies[c] - top);
-    } else {
-      V4 sum4 = V4{};
-      for (c = 0; c < channels; c += 4) {
-        const V4 e = exp_of_negative<V4, I4>(load_raw<V4>(energies + c) - top);
-        store_raw(energies + c, e);
-        sum4 += e;
-      }
-      sum = (sum4[0] + sum4[1]) + (sum4[2] + sum4[3]);
-    }
-    if (job.reduced) {
-      V4 one = V4{};
-      one[0] = left_out - top;
-      sum += exp_of_negative<V4, I4>(one)[0];
-    }
-    for (c = 0; c < channels; c += 4) store_raw(energies + c, load_raw<V4>(energies + c) / (V4{} + sum));
+  const int64_t size = int64_t{kTile} * channels;
+  for (int64_t tile = job.begin; tile < job.end; ++tile) {
+    __builtin_memcpy(energies, job.negative_unary + tile * size, size * sizeof(float));
+    float left_out[kTile];
+    for (float& energy : left_out) energy = job.reduced ? 0 : -kInfinity<float>;
     for (int32_t l = 0; l < job.count; ++l) {
-      const LatticeView& lattice = job.lattices[l];
-      if (lattice.splat == nullptr) continue;
-      c = 0;
-#if RIBFAST_VECTOR_BYTES >= 64
-      c = splat_of<64>(lattice, job, p, c, energies);
-#endif
-#if RIBFAST_VECTOR_BYTES >= 32
-      c = splat_of<32>(lattice, job, p, c, energies);
-#endif
-      splat_of<16>(lattice, job, p, c, energies);
+      if (job.lattices[l].values != nullptr) {
+        add_messages(job.lattices[l], tile, channels, job.reduced, energies, left_out);
+      }
+    }
+    for (int k = 0; k < kTile; ++k) softmax(energies + k * channels, channels, left_out[k], job.exact);
+    for (int32_t l = 0; l < job.count; ++l) {
+      if (job.lattices[l].splat != nullptr) splat_points(job.lattices[l], tile, channels, energies);
     }
     if (job.probabilities != nullptr) {
-      for (c = 0; c < channels; c += 4) {
-        store_raw(job.probabilities + p * channels + c, load_raw<V4>(energies + c));
-      }
+      __builtin_memcpy(job.probabilities + tile * size, energies, size * sizeof(float));
     }
   }
 }
@@ -286,28 +342,16 @@ RIBFAST_INLINE VFloat sliced_one(const LatticeView& lattice, int64_t p) {
   return sum * slice_scale(lattice.dims);
 }
 
-template <int kCorners>
-RIBFAST_INLINE void splat_corners(const LatticeView& lattice, int64_t tile, const float* value) {
-  const int32_t* corners = lattice.corners + tile * kCorners * kTile;
-  const float* weights = lattice.weights + tile * kCorners * kTile;
-  for (int32_t k = 0; k < kTile; ++k) {
-    for (int32_t r = 0; r < kCorners; ++r) {
-      lattice.splat[corners[r * kTile + k]] += weights[r * kTile + k] * value[k];
-    }
-  }
-}
-
 RIBFAST_INLINE void splat_one(const LatticeView& lattice, int64_t tile, const float* value) {
-  switch (lattice.dims) {
-    case 1: return splat_corners<2>(lattice, tile, value);
-    case 2: return splat_corners<3>(lattice, tile, value);
-    case 3: return splat_corners<4>(lattice, tile, value);
-    case 4: return splat_corners<5>(lattice, tile, value);
-    case 5: return splat_corners<6>(lattice, tile, value);
-    case 6: return splat_corners<7>(lattice, tile, value);
-    case 7: return splat_corners<8>(lattice, tile, value);
-    default: return splat_corners<9>(lattice, tile, value);
-  }
+  float* splat = lattice.splat;
+  with_corners(lattice.dims, [&](auto count) {
+    constexpr int kCorners = decltype(count)::value;
+    const int32_t* corners = lattice.corners + tile * kCorners * kTile;
+    const float* weights = lattice.weights + tile * kCorners * kTile;
+    for (int k = 0; k < kTile; ++k) {
+      for (int r = 0; r < kCorners; ++r) splat[corners[r * kTile + k]] += weights[r * kTile + k] * value[k];
+    }
+  });
 }
 
 // One channel (two labels, the second left out): vectors over points. q = 1 / (1 + exp(energy_2 - energy_1)).
