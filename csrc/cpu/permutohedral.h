@@ -28,34 +28,42 @@ struct Buffer {
   T* data() const { return memory.get(); }
 };
 
-// Vertices by key, open addressing. Key: uint64_t, or unsigned __int128 where coordinates need more room.
+// Vertices by key, open addressing. Key: uint64_t, or unsigned __int128 where coordinates need more room. A look-up
+// mostly waits for memory: ask for the slot early with prefetch().
 template <typename Key>
 class VertexTable {
  public:
   explicit VertexTable(int64_t expected) { resize(expected); }
 
+  void prefetch(Key key) const { __builtin_prefetch(&slots_[slot(key)]); }
+
   int32_t insert(Key key) {
     size_t at = slot(key);
-    while (ids_[at] != 0) {
-      if (keys_[at] == key) return ids_[at];
+    while (slots_[at].id != 0) {
+      if (slots_[at].key == key) return slots_[at].id;
       at = (at + 1) & mask_;
     }
     vertices_.push_back(key);
     const auto id = static_cast<int32_t>(vertices_.size() - 1);
-    keys_[at] = key, ids_[at] = id;
+    slots_[at] = {key, id};
     if (vertices_.size() * 2 > mask_) resize(static_cast<int64_t>(vertices_.size()) * 2);
     return id;
   }
 
   int32_t find(Key key) const {
     size_t at = slot(key);
-    while (ids_[at] != 0 && keys_[at] != key) at = (at + 1) & mask_;
-    return ids_[at];
+    while (slots_[at].id != 0 && slots_[at].key != key) at = (at + 1) & mask_;
+    return slots_[at].id;
   }
 
   const std::vector<Key>& vertices() const { return vertices_; }  // vertices()[0] is none
 
  private:
+  struct Slot {
+    Key key;
+    int32_t id;
+  };
+
   size_t slot(Key key) const {
     uint64_t folded = static_cast<uint64_t>(key);
     if constexpr (sizeof(Key) > 8) folded ^= static_cast<uint64_t>(key >> 64) * 0x9e3779b97f4a7c15ull;
@@ -66,16 +74,16 @@ class VertexTable {
     int bits = 10;
     while ((int64_t{1} << bits) < 2 * expected) ++bits;
     shift_ = 64 - bits, mask_ = (size_t{1} << bits) - 1;
-    keys_.assign(mask_ + 1, Key{}), ids_.assign(mask_ + 1, 0);
+    slots_.assign(mask_ + 1, Slot{});
     for (size_t id = 1; id < vertices_.size(); ++id) {
       size_t at = slot(vertices_[id]);
-      while (ids_[at] != 0) at = (at + 1) & mask_;
-      keys_[at] = vertices_[id], ids_[at] = static_cast<int32_t>(id);
+      while (slots_[at].id != 0) at = (at + 1) & mask_;
+      slots_[at] = {vertices_[id], static_cast<int32_t>(id)};
     }
   }
 
-  std::vector<Key> keys_, vertices_ = std::vector<Key>(1);
-  std::vector<int32_t> ids_;
+  std::vector<Key> vertices_ = std::vector<Key>(1);
+  std::vector<Slot> slots_;
   size_t mask_ = 0;
   int shift_ = 0;
 };
@@ -156,27 +164,37 @@ struct Permutohedral {
       step[i] = static_cast<Key>(count) << field_[i];
     }
     VertexTable<Key> table(std::min<int64_t>(points, int64_t{1} << 17));
-    Key previous[kMaxDims + 1] = {};
+    Key keys_of_tile[kMaxDims + 1][kTile], previous[kMaxDims + 1] = {};
     int32_t ids[kMaxDims + 1] = {};
-    int32_t* const corner = corners.data();
-    for (int64_t p = 0; p < tiles_of(points) * kTile; ++p) {
-      const int64_t tile = p / kTile, lane = p % kTile, at = tile * count * kTile + lane;
-      if (p >= points) {
-        for (int32_t r = 0; r < count; ++r) corner[at + r * kTile] = 0;
-        continue;
+    for (int64_t tile = 0; tile < tiles_of(points); ++tile) {
+      const int64_t used = std::min<int64_t>(kTile, points - tile * kTile);
+      const int32_t* base = job.base + tile * dims * kTile;
+      const uint8_t* rank = job.rank + tile * count * kTile;
+      int32_t* corner = corners.data() + tile * count * kTile;
+      for (int64_t lane = 0; lane < used; ++lane) {
+        Key key = 0;
+        for (int32_t i = 0; i < dims; ++i) {
+          key += static_cast<Key>(static_cast<uint32_t>(base[i * kTile + lane] - lowest_[i])) << field_[i];
+        }
+        Key step_of_rank[kMaxDims + 1];
+        for (int32_t i = 0; i < count; ++i) step_of_rank[rank[i * kTile + lane]] = step[i];
+        // corner r lies one further in every coordinate than corner r - 1, and dims + 1 back where the rank is
+        // dims + 1 - r
+        for (int32_t r = 0; r < count; ++r) {
+          if (r > 0) key += ones - step_of_rank[count - r];
+          keys_of_tile[r][lane] = key;
+          table.prefetch(key);
+        }
       }
-      Key key = 0;
-      for (int32_t i = 0; i < dims; ++i) {
-        const auto coordinate = static_cast<uint32_t>(job.base[(tile * dims + i) * kTile + lane] - lowest_[i]);
-        key += static_cast<Key>(coordinate) << field_[i];
+      for (int64_t lane = 0; lane < used; ++lane) {
+        for (int32_t r = 0; r < count; ++r) {
+          const Key key = keys_of_tile[r][lane];
+          if (key != previous[r] || ids[r] == 0) previous[r] = key, ids[r] = table.insert(key);
+          corner[r * kTile + lane] = ids[r];
+        }
       }
-      Key step_of_rank[kMaxDims + 1];
-      for (int32_t i = 0; i < count; ++i) step_of_rank[job.rank[at + i * kTile]] = step[i];
-      // corner r lies one further in every coordinate than corner r - 1, and dims + 1 back where the rank is dims + 1 - r
-      for (int32_t r = 0; r < count; ++r) {
-        if (r > 0) key += ones - step_of_rank[count - r];
-        if (key != previous[r] || ids[r] == 0) previous[r] = key, ids[r] = table.insert(key);
-        corner[at + r * kTile] = ids[r];
+      for (int64_t lane = used; lane < kTile; ++lane) {
+        for (int32_t r = 0; r < count; ++r) corner[r * kTile + lane] = 0;
       }
     }
     const std::vector<Key>& keys = table.vertices();
@@ -185,7 +203,9 @@ struct Permutohedral {
     at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t axis = begin; axis < end; ++axis) {
         int32_t* pairs = neighbours.data() + axis * vertices * 2;
+        constexpr int32_t kAhead = 16;
         for (int32_t v = 1; v < vertices; ++v) {
+          if (v + kAhead < vertices) table.prefetch(keys[v + kAhead] + ones - step[axis]);
           const int32_t after = table.find(keys[v] + ones - step[axis]);
           if (after != 0) pairs[2 * v + 1] = after, pairs[2 * after] = v;
         }
