@@ -1,4 +1,4 @@
-"""Runs the CPU benchmarks and writes benchmarks/results/cpu.json: ratios against plain torch (and pydensecrf), beside their targets."""
+"""Runs the CPU benchmarks, ratios against plain torch and pydensecrf: benchmarks/results/cpu.json and the README."""
 
 import json
 import os
