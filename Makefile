@@ -44,8 +44,8 @@ test-triton: build  ## the Triton kernels in their interpreter, and compiled for
 bench: build  ## CPU ratios against plain torch, to benchmarks/results/
 	$(PYTHON) benchmarks/run_cpu.py
 
-gpu: ## everything that a GPU can check and measure, in one call, to benchmarks/results/
-	$(PYTHON) benchmarks/gpu.py
+gpu: ## everything that a GPU can check and measure, in one call, to benchmarks/results/; without $(VENV): by python3
+	$(if $(wildcard $(PYTHON)),$(PYTHON),python3) benchmarks/gpu.py
 
 lint: build
 	$(PYTHON) -m ruff check .
