@@ -1,4 +1,4 @@
-"""M = sum over scales of upsample(ReLU(T(x)) + flip(ReLU(T(flip x)))), cut to the image's size: methods, section 1.
+"""M = sum over scales of upsample(ReLU(T(x)) + flip(ReLU(T(flip x)))), cut to the image's size.
 
 Layout: maps, the scales of all images in a row, counts[i] of them for image i, each (V, C, h, w) with V in {1, 2}, of
 any strides, copied if not contiguous or not aligned to 16 bytes; sizes and padded: H, W of each image. The sums are

@@ -1,4 +1,4 @@
-"""GNDRP(T) = 1/|U_tau| * sum over U_tau of T, U_tau = {u : T(u) / max T <= tau}: methods, section 3.
+"""GNDRP(T) = 1/|U_tau| * sum over U_tau of T, U_tau = {u : T(u) / max T <= tau}.
 
 Layout: maps (N, C, H, W) of any strides, copied if not contiguous; present (N, C) bool; pooled (N, C) and stats
 (N, C, 2) = maximum, divisor in float32 (float64 for float64 maps), contiguous. The gradient has the maps' shape and

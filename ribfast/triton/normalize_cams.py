@@ -1,4 +1,4 @@
-"""cam / (max cam + eps), each (H, W) map by its own maximum: methods, section 1.
+"""cam / (max cam + eps), each (H, W) map by its own maximum.
 
 Layout: cams (..., H, W) of any strides, copied if not contiguous; the result has their shape and dtype, contiguous.
 In place the result replaces cams, of whatever strides. Arithmetic is in float32 (float64 for float64 maps). No maps:
