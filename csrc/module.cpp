@@ -20,11 +20,22 @@ TORCH_LIBRARY(ribfast, m) {
   m.def("accumulate_cams_(Tensor(a!)[] out, Tensor[] maps, int[] counts, SymInt[] padded, bool relu) -> ()");
   m.def("accumulate_cams_backward(Tensor[] grads, Tensor[] maps, int[] counts, SymInt[] padded, bool relu) -> Tensor[]");
 
-  // images (H, W, 3) uint8, unary (L, H, W) -> probabilities; gaussian: (sxy, strength), bilateral: (sxy, srgb,
-  // strength), either may be empty; normalization: 0 symmetric, 1 after, 2 before, 3 none
+  // images (H, W, 3) uint8, unary (L, H, W) -> probabilities; labels (K, H, W) uint8 -> labels alike; gaussian: (sxy,
+  // strength), bilateral: (sxy, srgb, strength), either may be empty; normalization: 0 symmetric, 1 after, 2 before,
+  // 3 none; unsure: a label or -1; capacity: vertices of a lattice on CUDA devices, 0 for as many as there can be
   m.def(
       "dense_crf(Tensor[] images, Tensor[] unary, float[] gaussian, float[] bilateral, int iterations, "
-      "int normalization, bool exact) -> Tensor[]");
+      "int normalization, bool exact, int capacity) -> Tensor[]");
+  m.def(
+      "dense_crf_labels(Tensor[] images, Tensor[] labels, int n_labels, float confidence, int unsure, "
+      "float[] gaussian, float[] bilateral, int iterations, int normalization, bool exact, int capacity) -> Tensor[]");
+
+  // features (P, d) -> tensors that only these operators read; values (P, C) -> (P, C); unary (L, P) -> probabilities
+  m.def("lattice(Tensor features) -> Tensor[]");
+  m.def("lattice_filter(Tensor values, Tensor[] lattice, bool transpose) -> Tensor");
+  m.def(
+      "mean_field(Tensor unary, Tensor[] lattices, float[] strengths, int[] normalizations, int iterations, "
+      "bool exact) -> Tensor");
 
   // (..., H, W)
   m.def("normalize_cams(Tensor cams, float eps) -> Tensor");

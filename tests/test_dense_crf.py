@@ -143,7 +143,7 @@ def test_nan_is_refused_or_carried():
 
 def test_opcheck_and_gradient():
     image, unary = picture(12, 13, 3)
-    arguments = ([image], [unary], [3.0, 3.0], [50.0, 5.0, 10.0], 2, 0, False)
+    arguments = ([image], [unary], [3.0, 3.0], [50.0, 5.0, 10.0], 2, 0, False, 0)
     torch.library.opcheck(torch.ops.ribfast.dense_crf.default, arguments)
     with pytest.raises(RuntimeError, match="dense_crf: expected tensors that need no gradient"):
         ops.dense_crf([image], [unary.requires_grad_()])

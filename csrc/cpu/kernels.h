@@ -53,14 +53,16 @@ struct Kernels {
   void (*accumulate_backward[kStorages])(const CamJob& job, const void* grads, void* result);
   // One map of n positions, result may be the map itself.
   void (*normalize[kStorages])(const void* map, int64_t n, double eps, void* result);
-  // The lattice's (lattice.h).
+  // The lattice's (lattice.h has the layouts).
   void (*embed)(const EmbedJob& job);
-  // One axis: neighbours [vertex][2]; values [vertex][channels], from one buffer to another.
-  void (*blur)(const float* in, const int32_t* neighbours, int64_t begin, int64_t end, int32_t channels, float* out);
-  void (*slice)(const LatticeView& lattice, int64_t begin, int64_t end, float* result);
-  void (*splat)(const LatticeView& lattice, int64_t begin, int64_t end, const float* input);
-  // energies: room for kTile * job.channels floats.
-  void (*update)(const PixelJob& job, float* energies);
+  // One axis of one block of `width` channels (16, 8, 4 or 1), in place; links [begin, end) begin and end between lines,
+  // and are followed by kLinksAhead zeros.
+  void (*blur)(float* values, const int32_t* links, int64_t begin, int64_t end, int32_t spare, int32_t width);
+  // Rows of tiles [begin, end); channels: 1 or a multiple of 4. splat adds; rows null, with one channel: ones.
+  void (*slice)(const LatticeView& lattice, int64_t begin, int64_t end, int32_t channels, float* rows);
+  void (*splat)(const LatticeView& lattice, int64_t begin, int64_t end, int32_t channels, const float* rows);
+  // scratch: room for kTile * job.channels * job.parts floats.
+  void (*update)(const PixelJob& job, float* scratch);
 };
 
 // The tier that torch itself runs on (ATEN_CPU_CAPABILITY steers both), or the best compiled one below it.

@@ -1,9 +1,13 @@
 // The permutohedral lattice of one set of points, and the CRF's kernels over it. Free of torch.
 //
-// Layout: `points` positions with `dims` features each, in tiles of kTile; what lies beyond the last point belongs to no
-// vertex and has no weight. Arrays over corners are [tile][corner][kTile], so that one stream of memory feeds both a
-// vector over points and one point after another. Vertices are numbered from 1 in the order in which points first touch them; 0 stands for every absent one and its
-// values are 0.
+// Layout: points stand in tiles of kTile; what lies beyond the last point belongs to no vertex and has no weight. Arrays
+// over corners are [tile][corner][kTile], so that one stream of memory feeds both a vector over points and one point
+// after another. Vertices are numbered from 1 in the order in which points first touch them; 0 stands for every absent
+// one and its values are 0.
+//
+// Channels stand in blocks of 16, then 8, then 4 (over_blocks in lattice.inl), so that no block straddles a cache line:
+// values of vertices are [block][vertex][width], values of points ("rows") [tile][block][kTile][width]. A single channel
+// is a block of 1.
 #pragma once
 
 #include <cstdint>
@@ -11,45 +15,73 @@
 namespace ribfast::cpu {
 
 constexpr int kMaxDims = 8;
-constexpr int kTile = 16;  // lanes of the widest vector
+constexpr int kTile = 16;     // lanes of the widest vector
+constexpr int kLinksAhead = 32;  // zeros behind the links of an axis, for reads ahead
+constexpr int kKeyWords = 2;  // a vertex's key: its coordinates in bit fields of one or two words
 
 constexpr int64_t tiles_of(int64_t points) { return (points + kTile - 1) / kTile; }
 
-// Where the points of tiles [begin, end) lie (Adams et al. 2010, section 3): remainder-0 point, rank of each coordinate, weights.
+// The block of a channel: its first channel and its width.
+struct ChannelBlock {
+  int32_t first, width;
+};
+constexpr ChannelBlock block_of(int32_t channel, int32_t channels) {
+  if (channels == 1) return {0, 1};
+  const int32_t whole = channels / 16 * 16, eight = channels & 8;
+  if (channel < whole) return {channel / 16 * 16, 16};
+  if (channel < whole + eight) return {whole, 8};
+  return {whole + eight, 4};
+}
+
+// Where the points of tiles [begin, end) lie (Adams et al. 2010, section 3): keys of the corners, and weights.
 struct EmbedJob {
-  const float* features;  // [dim][points]
-  int64_t points, begin, end;
-  int32_t dims;
+  const float* features;  // [dim][feature_stride], of point begin * kTile on
+  int64_t feature_stride, points, begin, end;
+  int32_t dims, words;
   float scale[kMaxDims];
-  int32_t* base;   // [tile][dim][kTile]: coordinates of the remainder-0 point
-  uint8_t* rank;   // [tile][dim + 1][kTile]
-  float* weights;  // [tile][corner][kTile]
+  int32_t lowest[kMaxDims];     // of each coordinate
+  uint64_t unit[kMaxDims][kKeyWords];  // what one in a coordinate adds to a key
+  float* weights;               // [tile][corner][kTile], of all tiles
+  // of tile `begin` on:
+  uint64_t* keys;   // [tile][word][corner][kTile]
+  uint16_t* fresh;  // [tile][corner]: lanes whose key is neither the lane's before nor that lane's in the tile before
+  uint16_t* left;   // [tile][corner]: lanes whose key is that of the lane before
 };
 
-// One lattice as the pixel kernels see it.
+// One lattice as the kernels over points see it.
 struct LatticeView {
   const int32_t* corners;  // [tile][corner][kTile]
   const float* weights;    // likewise
   int32_t dims;
-  float strength;     // what the filtered values are multiplied with in the energy
-  // for each point of every tile:
-  const float* before;  // factor of its value when it is splat, or null
+  int64_t stride;      // vertices from one block of channels to the next
+  float strength;      // what the filtered values are multiplied with in the energy
+  const float* before;  // factor of each point's value when it is splat, or null
   const float* after;   // factor of its sliced value, or null
-  const float* ones;    // after * filter(before): the sum of all labels' messages; used where a label is left out
-  const float* values;  // [vertex][channels], blurred: what is sliced; null before the first iteration
-  float* splat;         // [vertex][channels]: what this pass adds to; null in the last
+  const float* values;  // blurred: what is sliced; null before the first iteration
+  float* splat;         // what this pass adds to; null in the last
 };
 
 // One mean-field update of the points of tiles [begin, end): energies, softmax, and the splat of the result.
+//
+// `parts` independent labellings share the lattices, `channels` of each: 1 (with one part), or a multiple of 4. In
+// reduced form one label, the last, is left out: its energy is 0, the others' are differences from it, and what is
+// splat are differences of probabilities.
 struct PixelJob {
   const LatticeView* lattices;
   int32_t count;
   int64_t begin, end;
-  const float* negative_unary;  // [point of every tile][channels]; -inf in channels that pad
-  int32_t channels;             // 1, or a multiple of 4
-  bool reduced;                 // one label less than there are: the left-out one has energy 0 and 1 - sum of the rest
-  bool exact;                   // the C library's exponential, and sums in the order of the labels
-  float* probabilities;         // [point][channels], or null where they are not wanted
+  int32_t channels, parts;
+  int32_t group;  // 1, 2 or 4: so many channels in a row are one labelling; 0: all channels of a part are
+  bool reduced;
+  bool exact;      // pydensecrf's order of operations and the C library's exponential; never reduced
+  int32_t labels;  // of a labelling, for `given`
+  // energies, negated: rows with -inf in channels that pad; or, where null, from labels
+  const float* negative_unary;
+  const uint8_t* given;  // [labelling][given_stride]: gain for that label, 0 for the others; none of them: 0 for all
+  int64_t given_stride;
+  int32_t labellings;
+  float gain, otherwise;  // negative energies of the given label and of the others
+  float* probabilities;   // rows from tile `begin` on, or null where they are not wanted
 };
 
 }  // namespace ribfast::cpu

@@ -1,11 +1,41 @@
 // The lattice's kernels, one body for every tier: included after kernels.inl's helpers, inside the tier's unnamed
 // namespace. Layouts in lattice.h.
 
-// A vector of kBytes of float and int32.
-template <int kBytes>
-struct Block {
-  typedef float V __attribute__((vector_size(kBytes)));
-  typedef int32_t I __attribute__((vector_size(kBytes)));
+// A vector of up to kWidth floats.
+template <int kWidth>
+struct Lanes {
+  static constexpr int count = kWidth < kLanes ? kWidth : kLanes;
+  typedef float V __attribute__((vector_size(count * 4)));
+  typedef int32_t I __attribute__((vector_size(count * 4)));
+};
+
+// kWidth floats, in as many vectors as that takes.
+template <int kWidth>
+struct Row {
+  using V = typename Lanes<kWidth>::V;
+  static constexpr int lanes = Lanes<kWidth>::count, parts = kWidth / lanes;
+  V part[parts];
+
+  static RIBFAST_INLINE Row load(const float* p) {
+    Row row;
+    for (int i = 0; i < parts; ++i) row.part[i] = load_raw<V>(p + i * lanes);
+    return row;
+  }
+  static RIBFAST_INLINE Row zero() {
+    Row row;
+    for (int i = 0; i < parts; ++i) row.part[i] = V{};
+    return row;
+  }
+  RIBFAST_INLINE void store(float* p) const {
+    for (int i = 0; i < parts; ++i) store_raw(p + i * lanes, part[i]);
+  }
+  // this += factor * other
+  RIBFAST_INLINE void add(float factor, const Row& other) {
+    for (int i = 0; i < parts; ++i) part[i] += factor * other.part[i];
+  }
+  RIBFAST_INLINE void scale(float factor) {
+    for (int i = 0; i < parts; ++i) part[i] *= factor;
+  }
 };
 
 // exp(x) for x <= 0, to 2 ulp; exactly 0 where the result would be subnormal, which the processor would be slow with.
@@ -38,6 +68,35 @@ RIBFAST_INLINE VFloat rounded(VFloat product) {
   return product;
 }
 
+typedef uint64_t VKey __attribute__((vector_size(RIBFAST_VECTOR_BYTES)));  // half as many lanes as of float
+constexpr int kKeyLanes = kLanes / 2;
+
+// The lanes [half * kKeyLanes, ...) of int32 numbers, widened.
+RIBFAST_INLINE VKey widened_half(VInt32 numbers, int half) {
+  typedef int32_t Half __attribute__((vector_size(RIBFAST_VECTOR_BYTES / 2)));
+  int32_t lanes[kLanes];
+  store_raw(lanes, numbers);
+  return bits<VKey>(__builtin_convertvector(load_raw<Half>(lanes + half * kKeyLanes), VInt64));
+}
+
+// Bit k: a[k] == b[k].
+RIBFAST_INLINE uint32_t equal_keys(const uint64_t* a, const uint64_t* b) {
+  uint32_t equal = 0;
+#if RIBFAST_VECTOR_BYTES == 64
+  for (int k = 0; k < kTile; k += 8) {
+    equal |= uint32_t{_mm512_cmpeq_epi64_mask(load_raw<__m512i>(a + k), load_raw<__m512i>(b + k))} << k;
+  }
+#elif RIBFAST_VECTOR_BYTES == 32
+  for (int k = 0; k < kTile; k += 4) {
+    const __m256i same = _mm256_cmpeq_epi64(load_raw<__m256i>(a + k), load_raw<__m256i>(b + k));
+    equal |= static_cast<uint32_t>(_mm256_movemask_pd(bits<__m256d>(same))) << k;
+  }
+#else
+  for (int k = 0; k < kTile; ++k) equal |= static_cast<uint32_t>(a[k] == b[k]) << k;
+#endif
+  return equal;
+}
+
 template <int kDims>
 void embed_points(const EmbedJob& job) {
   constexpr int kCorners = kDims + 1;
@@ -45,12 +104,13 @@ void embed_points(const EmbedJob& job) {
   using I = VInt32;
   const float down = 1.0f / kCorners;
   const V shift = V{} + 12582912.0f;
+  const int64_t keys_of_tile = int64_t{job.words} * kCorners * kTile;
   for (int64_t begin = job.begin * kTile; begin < job.end * kTile; begin += kLanes) {
     const int64_t tile = begin / kTile, lane = begin % kTile;
     V elevated[kCorners], sum = V{};
     for (int j = kDims; j > 0; --j) {
+      const float* from = job.features + (j - 1) * job.feature_stride + (begin - job.begin * kTile);
       V feature = V{};
-      const float* from = job.features + (j - 1) * job.points + begin;
       if (begin + kLanes <= job.points) {
         feature = load_raw<V>(from);
       } else {
@@ -91,10 +151,43 @@ void embed_points(const EmbedJob& job) {
       for (int64_t k = 0; k < kLanes; ++k) weight[k] = begin + k < job.points ? weight[k] : 0.0f;
       store_raw(job.weights + (tile * kCorners + m) * kTile + lane, weight);
     }
-    for (int i = 0; i < kCorners; ++i) {
-      if (i < kDims) store_raw(job.base + (tile * kDims + i) * kTile + lane, __builtin_convertvector(nearest[i], I));
-      uint8_t* out = job.rank + (tile * kCorners + i) * kTile + lane;
-      for (int64_t k = 0; k < kLanes; ++k) out[k] = static_cast<uint8_t>(rank[i][k]);
+    // Corner r lies one further in every coordinate than corner r - 1, and dims + 1 back where the rank is dims + 1 - r.
+    for (int half = 0; half < 2; ++half) {
+      VKey rank_of[kDims], place[kDims];
+      for (int i = 0; i < kDims; ++i) {
+        rank_of[i] = widened_half(rank[i], half);
+        place[i] = widened_half(__builtin_convertvector(nearest[i], I) - job.lowest[i], half);
+      }
+      for (int word = 0; word < job.words; ++word) {
+        VKey key = VKey{};
+        uint64_t ones = 0;
+        for (int i = 0; i < kDims; ++i) key += place[i] * job.unit[i][word], ones += job.unit[i][word];
+        uint64_t* out = job.keys + (tile - job.begin) * keys_of_tile + word * kCorners * kTile + lane + half * kKeyLanes;
+        store_raw(out, key);
+        for (int r = 1; r < kCorners; ++r) {
+          key += ones;
+          for (int i = 0; i < kDims; ++i) {
+            const VKey here = bits<VKey>(rank_of[i] == static_cast<uint64_t>(kCorners - r));
+            key -= here & (job.unit[i][word] * kCorners);
+          }
+          store_raw(out + r * kTile, key);
+        }
+      }
+    }
+    if (lane + kLanes < kTile) continue;
+    const uint64_t* keys = job.keys + (tile - job.begin) * keys_of_tile;
+    for (int r = 0; r < kCorners; ++r) {
+      uint32_t above = tile > job.begin ? 0xffff : 0, left = 0xfffe;
+      for (int word = 0; word < job.words; ++word) {
+        const uint64_t* own = keys + (word * kCorners + r) * kTile;
+        if (above != 0) above &= equal_keys(own, own - keys_of_tile);
+        uint64_t before[kTile];
+        before[0] = ~own[0];
+        __builtin_memcpy(before + 1, own, sizeof(uint64_t) * (kTile - 1));
+        left &= equal_keys(own, before);
+      }
+      job.fresh[(tile - job.begin) * kCorners + r] = static_cast<uint16_t>(~(above | left));
+      job.left[(tile - job.begin) * kCorners + r] = static_cast<uint16_t>(left);
     }
   }
 }
@@ -109,75 +202,6 @@ void embed(const EmbedJob& job) {
     case 6: return embed_points<6>(job);
     case 7: return embed_points<7>(job);
     default: return embed_points<8>(job);
-  }
-}
-
-// Blur along one axis: out(v) = in(v) + (in(before v) + in(after v)) / 2 for vertices [begin, end).
-template <int kBytes>
-RIBFAST_INLINE int32_t blur_channels(const float* in, const int32_t* neighbours, int64_t begin, int64_t end,
-                                     int32_t channels, int32_t first, float* out) {
-  using V = typename Block<kBytes>::V;
-  constexpr int32_t kCount = kBytes / 4;
-  if (first + kCount > channels) return first;
-  const int32_t last = first + (channels - first) / kCount * kCount;
-  for (int64_t v = begin; v < end; ++v) {
-    const float* a = in + static_cast<int64_t>(neighbours[2 * v]) * channels;
-    const float* b = in + static_cast<int64_t>(neighbours[2 * v + 1]) * channels;
-    const float* self = in + v * channels;
-    for (int32_t c = first; c < last; c += kCount) {
-      store_raw(out + v * channels + c,
-                load_raw<V>(self + c) + 0.5f * (load_raw<V>(a + c) + load_raw<V>(b + c)));
-    }
-  }
-  return last;
-}
-
-void blur(const float* in, const int32_t* neighbours, int64_t begin, int64_t end, int32_t channels, float* out) {
-  int32_t first = 0;
-#if RIBFAST_VECTOR_BYTES >= 64
-  first = blur_channels<64>(in, neighbours, begin, end, channels, first, out);
-#endif
-#if RIBFAST_VECTOR_BYTES >= 32
-  first = blur_channels<32>(in, neighbours, begin, end, channels, first, out);
-#endif
-  first = blur_channels<16>(in, neighbours, begin, end, channels, first, out);
-  for (; first < channels; ++first) {
-    for (int64_t v = begin; v < end; ++v) {
-      const float a = in[static_cast<int64_t>(neighbours[2 * v]) * channels + first];
-      const float b = in[static_cast<int64_t>(neighbours[2 * v + 1]) * channels + first];
-      out[v * channels + first] = in[v * channels + first] + 0.5f * (a + b);
-    }
-  }
-}
-
-// Where a point's first corner stands; the next is kTile further.
-RIBFAST_INLINE int64_t corner_at(const LatticeView& lattice, int64_t p) {
-  return p / kTile * (lattice.dims + 1) * kTile + p % kTile;
-}
-
-constexpr float slice_scale(int dims) { return 1.0f / (1.0f + 1.0f / static_cast<float>(1 << dims)); }
-
-// A point's sliced values in one block of channels; corners and weights: its own in the tile. Everything is a copy in
-// registers: the compiler cannot know that what the kernels store is none of what they read.
-template <int kBytes, int kCorners>
-RIBFAST_INLINE typename Block<kBytes>::V sliced_block(const int32_t* corners, const float* weights, const float* values,
-                                                      int64_t channels) {
-  using V = typename Block<kBytes>::V;
-  constexpr float alpha = slice_scale(kCorners - 1);
-  V sum = V{};
-  for (int r = 0; r < kCorners; ++r) {
-    sum += (weights[r * kTile] * alpha) * load_raw<V>(values + corners[r * kTile] * channels);
-  }
-  return sum;
-}
-
-template <int kBytes, int kCorners>
-RIBFAST_INLINE void splat_block(const int32_t* corners, const float* weights, float* splat, int64_t channels,
-                                typename Block<kBytes>::V value) {
-  using V = typename Block<kBytes>::V;
-  for (int r = 0; r < kCorners; ++r) {
-    float* vertex = splat + corners[r * kTile] * channels;
-    store_raw(vertex, load_raw<V>(vertex) + weights[r * kTile] * value);
   }
 }
 
@@ -202,119 +226,310 @@ RIBFAST_INLINE void with_corners(int32_t dims, F&& f) {
   }
 }
 
-// Calls f(block bytes, first channel) for blocks that cover the channels, widest first.
+// Calls f(width, first channel) for the blocks of the channels.
 template <typename F>
 RIBFAST_INLINE void over_blocks(int32_t channels, F&& f) {
+  if (channels == 1) return f(Constant<1>(), 0);
   int32_t c = 0;
-#if RIBFAST_VECTOR_BYTES >= 64
-  for (; c + 16 <= channels; c += 16) f(Constant<64>(), c);
-#endif
-#if RIBFAST_VECTOR_BYTES >= 32
-  for (; c + 8 <= channels; c += 8) f(Constant<32>(), c);
-#endif
-  for (; c + 4 <= channels; c += 4) f(Constant<16>(), c);
+  for (; c + 16 <= channels; c += 16) f(Constant<16>(), c);
+  if (channels & 8) f(Constant<8>(), c), c += 8;
+  if (channels & 4) f(Constant<4>(), c);
 }
 
-// energies (of one tile's points, [point][channels]) += strength * after * slice; message: the sums of the sliced
-// channels, where a label is left out.
-void add_messages(const LatticeView& lattice, int64_t tile, int32_t channels, bool reduced, float* energies,
-                  float* message) {
-  const float strength = lattice.strength;
-  const float* values = lattice.values;
+// Blur along one axis, in place: v' = v + (before + after) / 2. links [begin, end): the axis's lines of two vertices or
+// more, each closed by a 0; a closing 0 is written to `spare`, a vertex that nobody reads. Both ends of [begin, end) lie
+// between lines.
+template <int kWidth>
+RIBFAST_INLINE void blur_block(float* values, const int32_t* links, int64_t begin, int64_t end, int32_t spare) {
+  constexpr int64_t kAhead = kWidth >= 8 ? 12 : 24;
+  using R = Row<kWidth>;
+  R before = R::zero(), self = R::load(values + int64_t{links[begin]} * kWidth);
+  for (int64_t i = begin; i < end; ++i) {
+    const int32_t id = links[i];
+    // links are followed by room that holds zeros
+    __builtin_prefetch(values + int64_t{links[i + kAhead]} * kWidth, 1);
+    const R after = R::load(values + int64_t{links[i + 1]} * kWidth);
+    R result;
+    for (int k = 0; k < R::parts; ++k) result.part[k] = self.part[k] + 0.5f * (before.part[k] + after.part[k]);
+    result.store(values + int64_t{id != 0 ? id : spare} * kWidth);
+    before = self, self = after;
+  }
+}
+
+void blur(float* values, const int32_t* links, int64_t begin, int64_t end, int32_t spare, int32_t width) {
+  switch (width) {
+    case 16: return blur_block<16>(values, links, begin, end, spare);
+    case 8: return blur_block<8>(values, links, begin, end, spare);
+    case 4: return blur_block<4>(values, links, begin, end, spare);
+    default: break;
+  }
+  float before = 0, self = values[links[begin]];
+  for (int64_t i = begin; i < end; ++i) {
+    const int32_t id = links[i];
+    const float after = values[links[i + 1]];
+    values[id != 0 ? id : spare] = self + 0.5f * (before + after);
+    before = self, self = after;
+  }
+}
+
+constexpr float slice_scale(int dims) { return 1.0f / (1.0f + 1.0f / static_cast<float>(1 << dims)); }
+
+// Each point's weighted sum over its corners. Everything is a copy in registers: the compiler cannot know that what is
+// stored is none of what is read.
+template <int kWidth, int kCorners, bool kExact>
+RIBFAST_INLINE Row<kWidth> sliced(const int32_t* corners, const float* weights, const float* values) {
+  constexpr float alpha = slice_scale(kCorners - 1);
+  Row<kWidth> sum = Row<kWidth>::zero();
+  for (int r = 0; r < kCorners; ++r) {
+    const float weight = kExact ? weights[r * kTile] * alpha : weights[r * kTile];
+    sum.add(weight, Row<kWidth>::load(values + int64_t{corners[r * kTile]} * kWidth));
+  }
+  return sum;
+}
+
+// rows = base + strength * after * slice, of one tile and part; base null: 0.
+template <bool kExact>
+RIBFAST_INLINE void slice_rows(const LatticeView& lattice, const float* values, int64_t tile, int32_t channels,
+                               float strength, const float* after_of, const float* base, float* rows) {
   with_corners(lattice.dims, [&](auto count) {
     constexpr int kCorners = decltype(count)::value;
     const int32_t* corners = lattice.corners + tile * kCorners * kTile;
     const float* weights = lattice.weights + tile * kCorners * kTile;
+    float factor[kTile];
     for (int k = 0; k < kTile; ++k) {
-      const float after = lattice.after == nullptr ? 1.0f : lattice.after[tile * kTile + k];
-      float total = 0;
-      over_blocks(channels, [&](auto bytes, int32_t first) {
-        constexpr int kBytes = decltype(bytes)::value;
-        using V = typename Block<kBytes>::V;
-        const V sliced = sliced_block<kBytes, kCorners>(corners + k, weights + k, values + first, channels) * after;
-        float* energy = energies + k * channels + first;
-        store_raw(energy, load_raw<V>(energy) + strength * sliced);
-        if (reduced) {
-          for (int i = 0; i < kBytes / 4; ++i) total += sliced[i];
+      const float after = after_of == nullptr ? 1.0f : after_of[tile * kTile + k];
+      factor[k] = kExact ? after : strength * slice_scale(kCorners - 1) * after;
+    }
+    over_blocks(channels, [&](auto width, int32_t first) {
+      constexpr int kWidth = decltype(width)::value;
+      const float* block = values + first * lattice.stride;
+      for (int k = 0; k < kTile; ++k) {
+        const int64_t at = first * kTile + k * kWidth;
+        Row<kWidth> sum = base == nullptr ? Row<kWidth>::zero() : Row<kWidth>::load(base + at);
+        Row<kWidth> message = sliced<kWidth, kCorners, kExact>(corners + k, weights + k, block);
+        if constexpr (kExact) {
+          message.scale(factor[k]);
+          sum.add(strength, message);
+        } else {
+          sum.add(factor[k], message);
         }
-      });
-      if (reduced) message[k] += strength * (lattice.ones[tile * kTile + k] - total);
-    }
+        sum.store(rows + at);
+      }
+    });
   });
 }
 
-void splat_points(const LatticeView& lattice, int64_t tile, int32_t channels, const float* q) {
-  float* splat = lattice.splat;
+// lattice.splat += factor * rows + shift, of one tile and part; factor and shift: one for each point.
+RIBFAST_INLINE void splat_rows(const LatticeView& lattice, float* splat, int64_t tile, int32_t channels,
+                               const float* factor, const float* shift, const float* rows) {
   with_corners(lattice.dims, [&](auto count) {
     constexpr int kCorners = decltype(count)::value;
     const int32_t* corners = lattice.corners + tile * kCorners * kTile;
     const float* weights = lattice.weights + tile * kCorners * kTile;
-    for (int k = 0; k < kTile; ++k) {
-      const float before = lattice.before == nullptr ? 1.0f : lattice.before[tile * kTile + k];
-      over_blocks(channels, [&](auto bytes, int32_t first) {
-        constexpr int kBytes = decltype(bytes)::value;
-        using V = typename Block<kBytes>::V;
-        splat_block<kBytes, kCorners>(corners + k, weights + k, splat + first, channels,
-                                      load_raw<V>(q + k * channels + first) * before);
-      });
-    }
+    over_blocks(channels, [&](auto width, int32_t first) {
+      constexpr int kWidth = decltype(width)::value;
+      float* block = splat + first * lattice.stride;
+      for (int k = 0; k < kTile; ++k) {
+        Row<kWidth> value = Row<kWidth>::load(rows + first * kTile + k * kWidth);
+        for (auto& part : value.part) part = part * factor[k] + shift[k];
+        for (int r = 0; r < kCorners; ++r) {
+          float* vertex = block + int64_t{corners[r * kTile + k]} * kWidth;
+          Row<kWidth> sum = Row<kWidth>::load(vertex);
+          sum.add(weights[r * kTile + k], value);
+          sum.store(vertex);
+        }
+      }
+    });
   });
 }
 
-// softmax of one point's energies, in place; left_out: the energy of the label that is left out, or -inf.
-RIBFAST_INLINE void softmax(float* energies, int32_t channels, float left_out, bool exact) {
-  typedef typename Block<16>::V V4;
-  typedef typename Block<16>::I I4;
-  V4 top4 = load_raw<V4>(energies);
-  for (int32_t c = 4; c < channels; c += 4) {
-    const V4 e = load_raw<V4>(energies + c);
-    top4 = e > top4 ? e : top4;
+// f over neighbouring lanes in groups of kGroup, the result in every lane of the group.
+template <int kGroup, typename F>
+RIBFAST_INLINE VFloat over_group(VFloat v, F&& f) {
+  for (int step = 1; step < kGroup; step *= 2) {
+    VInt32 index;
+    for (int k = 0; k < kLanes; ++k) index[k] = k ^ step;
+    v = f(v, __builtin_shuffle(v, index));
   }
-  float top = left_out;
-  for (int k = 0; k < 4; ++k) top = top4[k] > top ? top4[k] : top;
-  float sum = 0;
-  if (exact) {
-    for (int32_t c = 0; c < channels; ++c) sum += energies[c] = __builtin_expf(energies[c] - top);
-  } else {
-    over_blocks(channels, [&](auto bytes, int32_t first) {
-      constexpr int kBytes = decltype(bytes)::value;
-      using V = typename Block<kBytes>::V;
-      const V e = exp_of_negative<V, typename Block<kBytes>::I>(load_raw<V>(energies + first) - top);
-      store_raw(energies + first, e);
-      for (int k = 0; k < kBytes / 4; ++k) sum += e[k];
-    });
-    if (left_out > -kInfinity<float>) sum += exp_of_negative<V4, I4>(V4{} + (left_out - top))[0];
+  return v;
+}
+
+struct Larger {
+  template <class V>
+  RIBFAST_INLINE V operator()(V a, V b) const {
+    return b > a ? b : a;
   }
-  const float share = 1 / sum;
-  if (exact) {
-    for (int32_t c = 0; c < channels; ++c) energies[c] /= sum;
-  } else {
-    over_blocks(channels, [&](auto bytes, int32_t first) {
-      using V = typename Block<decltype(bytes)::value>::V;
-      store_raw(energies + first, load_raw<V>(energies + first) * share);
-    });
+};
+struct Sum {
+  template <class V>
+  RIBFAST_INLINE V operator()(V a, V b) const {
+    return a + b;
+  }
+};
+
+// Softmax of labellings of kGroup channels in a row, in place over `size` floats of rows. differences: of the
+// probabilities from the left-out label's, for the splat in reduced form.
+template <int kGroup>
+RIBFAST_INLINE void softmax_of_groups(float* rows, int64_t size, bool reduced, bool differences) {
+  for (int64_t i = 0; i < size; i += kLanes) {
+    const VFloat energy = load_raw<VFloat>(rows + i);
+    VFloat top = over_group<kGroup>(energy, Larger()), left_out = VFloat{};
+    if (reduced) {
+      top = top > 0.0f ? top : VFloat{};
+      left_out = exp_of_negative<VFloat, VInt32>(-top);
+    }
+    VFloat e = exp_of_negative<VFloat, VInt32>(energy - top);
+    const VFloat sum = over_group<kGroup>(e, Sum()) + left_out;
+    if (differences) e -= left_out;
+    store_raw(rows + i, e / sum);
   }
 }
 
-// Many channels: a tile at a time, vectors over channels. energies: [kTile][channels].
-void update_points(const PixelJob& job, float* energies) {
-  const int32_t channels = job.channels;
-  const int64_t size = int64_t{kTile} * channels;
-  for (int64_t tile = job.begin; tile < job.end; ++tile) {
-    __builtin_memcpy(energies, job.negative_unary + tile * size, size * sizeof(float));
-    float left_out[kTile];
-    for (float& energy : left_out) energy = job.reduced ? 0 : -kInfinity<float>;
-    for (int32_t l = 0; l < job.count; ++l) {
-      if (job.lattices[l].values != nullptr) {
-        add_messages(job.lattices[l], tile, channels, job.reduced, energies, left_out);
+// result[k] = f over the kWidth channels of point k of a block and result[k].
+template <int kWidth, typename F>
+RIBFAST_INLINE void fold_block(const float* block, F&& f, float* result) {
+  if constexpr (kWidth <= kLanes) {
+    for (int i = 0; i < kTile * kWidth; i += kLanes) {
+      float folded[kLanes];
+      store_raw(folded, over_group<kWidth>(load_raw<VFloat>(block + i), f));
+      for (int k = 0; k < kLanes / kWidth; ++k) {
+        result[i / kWidth + k] = f(result[i / kWidth + k], folded[k * kWidth]);
       }
     }
-    for (int k = 0; k < kTile; ++k) softmax(energies + k * channels, channels, left_out[k], job.exact);
-    for (int32_t l = 0; l < job.count; ++l) {
-      if (job.lattices[l].splat != nullptr) splat_points(job.lattices[l], tile, channels, energies);
+  } else {
+    for (int k = 0; k < kTile; ++k) {
+      const Row<kWidth> row = Row<kWidth>::load(block + k * kWidth);
+      VFloat all = row.part[0];
+      for (int i = 1; i < Row<kWidth>::parts; ++i) all = f(all, row.part[i]);
+      result[k] = f(result[k], over_group<kLanes>(all, f)[0]);
     }
-    if (job.probabilities != nullptr) {
-      __builtin_memcpy(job.probabilities + tile * size, energies, size * sizeof(float));
+  }
+}
+
+// Softmax of one labelling of many channels, all but its division: rows become exp(energy - top), to be multiplied with
+// share[k]; left_out[k]: what stands for the left-out label, 0 where there is none.
+RIBFAST_INLINE void softmax_of_rows(float* rows, int32_t channels, bool reduced, float* share, float* left_out) {
+  float top[kTile], sum[kTile];
+  for (int k = 0; k < kTile; ++k) top[k] = reduced ? 0.0f : -kInfinity<float>, sum[k] = 0;
+  over_blocks(channels, [&](auto width, int32_t first) {
+    constexpr int kWidth = decltype(width)::value;
+    if constexpr (kWidth > 1) fold_block<kWidth>(rows + first * kTile, Larger(), top);
+  });
+  over_blocks(channels, [&](auto width, int32_t first) {
+    constexpr int kWidth = decltype(width)::value;
+    if constexpr (kWidth > 1) {
+      using R = Row<(kWidth < kLanes ? kLanes : kWidth)>;  // whole vectors, of several points where they are narrow
+      constexpr int kPoints = kWidth < kLanes ? kLanes / kWidth : 1;
+      float* block = rows + first * kTile;
+      for (int k = 0; k < kTile; k += kPoints) {
+        R row = R::load(block + k * kWidth);
+        VFloat tops = VFloat{} + top[k];
+        for (int i = 0; i < kLanes && kPoints > 1; ++i) tops[i] = top[k + i / kWidth];
+        for (auto& part : row.part) part = exp_of_negative<VFloat, VInt32>(part - tops);
+        row.store(block + k * kWidth);
+      }
+      fold_block<kWidth>(block, Sum(), sum);
+    }
+  });
+  for (int k = 0; k < kTile; k += kLanes) {
+    VFloat rest = VFloat{};
+    if (reduced) rest = exp_of_negative<VFloat, VInt32>(-load_raw<VFloat>(top + k));
+    store_raw(left_out + k, rest);
+    store_raw(share + k, 1.0f / (load_raw<VFloat>(sum + k) + rest));
+  }
+}
+
+// Calls f with the address in rows of each channel of point k, ascending.
+template <typename F>
+RIBFAST_INLINE void over_channels(int32_t channels, int k, F&& f) {
+  over_blocks(channels, [&](auto width, int32_t first) {
+    constexpr int kWidth = decltype(width)::value;
+    for (int c = 0; c < kWidth; ++c) f(first + c, first * kTile + k * kWidth + c);
+  });
+}
+
+// The same by the C library's exponential, summed in the labels' order and divided.
+void exact_softmax_of_rows(float* rows, int32_t channels) {
+  for (int k = 0; k < kTile; ++k) {
+    float top = -kInfinity<float>, sum = 0;
+    over_channels(channels, k, [&](int32_t, int64_t at) { top = rows[at] > top ? rows[at] : top; });
+    over_channels(channels, k, [&](int32_t, int64_t at) { sum += rows[at] = __builtin_expf(rows[at] - top); });
+    over_channels(channels, k, [&](int32_t, int64_t at) { rows[at] /= sum; });
+  }
+}
+
+// Negative energies of a tile from its given labels.
+void energies_of_labels(const PixelJob& job, int64_t tile, float* rows) {
+  const int32_t used = job.labels - job.reduced, all = job.channels * job.parts;
+  for (int32_t i = 0; i < all * kTile; ++i) rows[i] = -kInfinity<float>;
+  const int32_t each = job.group == 0 ? job.channels : job.group;  // channels of a labelling
+  for (int32_t n = 0; n < job.labellings; ++n) {
+    const uint8_t* labels = job.given + n * job.given_stride + tile * kTile;
+    const int32_t part = n * each / job.channels, from = n * each % job.channels;
+    float* own = rows + int64_t{part} * job.channels * kTile;
+    for (int k = 0; k < kTile; ++k) {
+      const int32_t label = labels[k];
+      const float last = !job.reduced ? 0.0f : label == used ? job.gain : job.otherwise;
+      over_channels(job.channels, k, [&](int32_t c, int64_t at) {
+        if (c >= from && c < from + used) own[at] = (label == c - from ? job.gain : job.otherwise) - last;
+      });
+    }
+  }
+}
+
+// A tile at a time, vectors over channels. rows: room for a tile's.
+void update_points(const PixelJob& job, float* scratch) {
+  const int64_t part_size = int64_t{kTile} * job.channels, size = part_size * job.parts;
+  for (int64_t tile = job.begin; tile < job.end; ++tile) {
+    float* rows = job.probabilities != nullptr ? job.probabilities + (tile - job.begin) * size : scratch;
+    const float* base = job.negative_unary == nullptr ? rows : job.negative_unary + tile * size;
+    if (job.negative_unary == nullptr) energies_of_labels(job, tile, rows);
+    for (int32_t l = 0; l < job.count; ++l) {
+      const LatticeView& lattice = job.lattices[l];
+      if (lattice.values == nullptr) continue;
+      for (int32_t part = 0; part < job.parts; ++part) {
+        const float* values = lattice.values + part * job.channels * lattice.stride;
+        float* own = rows + part * part_size;
+        if (job.exact) {
+          slice_rows<true>(lattice, values, tile, job.channels, lattice.strength, lattice.after, base + part * part_size, own);
+        } else {
+          slice_rows<false>(lattice, values, tile, job.channels, lattice.strength, lattice.after, base + part * part_size, own);
+        }
+      }
+      base = rows;
+    }
+    if (base != rows) __builtin_memcpy(rows, base, size * sizeof(float));
+    const bool last = job.probabilities != nullptr;
+    for (int32_t part = 0; part < job.parts; ++part) {
+      float* own = rows + part * part_size;
+      float share[kTile], left_out[kTile];
+      for (int k = 0; k < kTile; ++k) share[k] = 1, left_out[k] = 0;
+      if (job.exact) {
+        exact_softmax_of_rows(own, job.channels);
+      } else if (job.group == 1) {
+        softmax_of_groups<1>(own, part_size, job.reduced, !last && job.reduced);
+      } else if (job.group == 2) {
+        softmax_of_groups<2>(own, part_size, job.reduced, !last && job.reduced);
+      } else if (job.group == 4) {
+        softmax_of_groups<4>(own, part_size, job.reduced, !last && job.reduced);
+      } else {
+        softmax_of_rows(own, job.channels, job.reduced, share, left_out);
+      }
+      for (int32_t l = 0; l < job.count; ++l) {
+        const LatticeView& lattice = job.lattices[l];
+        if (lattice.splat == nullptr) continue;
+        float factor[kTile], shift[kTile];
+        for (int k = 0; k < kTile; ++k) {
+          factor[k] = lattice.before == nullptr ? share[k] : share[k] * lattice.before[tile * kTile + k];
+          shift[k] = -left_out[k] * factor[k];
+        }
+        splat_rows(lattice, lattice.splat + part * job.channels * lattice.stride, tile, job.channels, factor, shift, own);
+      }
+      if (!last) continue;
+      over_blocks(job.channels, [&](auto width, int32_t first) {
+        constexpr int kWidth = decltype(width)::value;
+        for (int k = 0; k < kTile * kWidth; ++k) own[first * kTile + k] *= share[k / kWidth];
+      });
     }
   }
 }
@@ -331,15 +546,16 @@ RIBFAST_INLINE VFloat gather(const float* from, VInt32 index) {
 #endif
 }
 
-// One channel: what points [p, p + kLanes) read.
-RIBFAST_INLINE VFloat sliced_one(const LatticeView& lattice, int64_t p) {
-  const int64_t at = corner_at(lattice, p);
+// One channel: what points [lane, lane + kLanes) of a tile read.
+template <int kCorners>
+RIBFAST_INLINE VFloat sliced_one(const LatticeView& lattice, int64_t tile, int lane) {
+  const int64_t at = tile * kCorners * kTile + lane;
   VFloat sum = VFloat{};
-  for (int32_t r = 0; r <= lattice.dims; ++r) {
+  for (int r = 0; r < kCorners; ++r) {
     sum += load_raw<VFloat>(lattice.weights + at + r * kTile) *
            gather(lattice.values, load_raw<VInt32>(lattice.corners + at + r * kTile));
   }
-  return sum * slice_scale(lattice.dims);
+  return sum * slice_scale(kCorners - 1);
 }
 
 RIBFAST_INLINE void splat_one(const LatticeView& lattice, int64_t tile, const float* value) {
@@ -348,59 +564,96 @@ RIBFAST_INLINE void splat_one(const LatticeView& lattice, int64_t tile, const fl
     constexpr int kCorners = decltype(count)::value;
     const int32_t* corners = lattice.corners + tile * kCorners * kTile;
     const float* weights = lattice.weights + tile * kCorners * kTile;
+    float weighted[kCorners][kTile];
+    for (int r = 0; r < kCorners; ++r) {
+      for (int k = 0; k < kTile; ++k) weighted[r][k] = weights[r * kTile + k] * value[k];
+    }
     for (int k = 0; k < kTile; ++k) {
-      for (int r = 0; r < kCorners; ++r) splat[corners[r * kTile + k]] += weights[r * kTile + k] * value[k];
+      for (int r = 0; r < kCorners; ++r) splat[corners[r * kTile + k]] += weighted[r][k];
     }
   });
 }
 
-// One channel (two labels, the second left out): vectors over points. q = 1 / (1 + exp(energy_2 - energy_1)).
+// One channel (two labels, the second left out): vectors over points. What is splat is q_1 - q_2 = 2 q_1 - 1,
+// q_1 = 1 / (1 + exp(-energy)).
 void update_points_of_one_channel(const PixelJob& job) {
   for (int64_t tile = job.begin; tile < job.end; ++tile) {
-    float q[kTile];
-    for (int32_t lane = 0; lane < kTile; lane += kLanes) {
-      const int64_t p = tile * kTile + lane;
-      VFloat energy = load_raw<VFloat>(job.negative_unary + p);
-      for (int32_t l = 0; l < job.count; ++l) {
-        const LatticeView& lattice = job.lattices[l];
-        if (lattice.values == nullptr) continue;
-        VFloat sliced = sliced_one(lattice, p);
-        if (lattice.after != nullptr) sliced *= load_raw<VFloat>(lattice.after + p);
-        energy += lattice.strength * (sliced + sliced - load_raw<VFloat>(lattice.ones + p));
+    float energies[kTile], difference[kTile];
+    if (job.negative_unary != nullptr) {
+      __builtin_memcpy(energies, job.negative_unary + tile * kTile, sizeof energies);
+    } else {
+      for (int k = 0; k < kTile; ++k) {
+        const int32_t label = job.given[tile * kTile + k];
+        const float gap = job.gain - job.otherwise;
+        energies[k] = label == 0 ? gap : label == 1 ? -gap : 0.0f;
       }
+    }
+    for (int32_t l = 0; l < job.count; ++l) {
+      const LatticeView& lattice = job.lattices[l];
+      if (lattice.values == nullptr) continue;
+      with_corners(lattice.dims, [&](auto count) {
+        for (int lane = 0; lane < kTile; lane += kLanes) {
+          VFloat message = sliced_one<decltype(count)::value>(lattice, tile, lane);
+          if (lattice.after != nullptr) message *= load_raw<VFloat>(lattice.after + tile * kTile + lane);
+          store_raw(energies + lane, load_raw<VFloat>(energies + lane) + lattice.strength * message);
+        }
+      });
+    }
+    for (int lane = 0; lane < kTile; lane += kLanes) {
+      const VFloat energy = load_raw<VFloat>(energies + lane);
       const VFloat e = exp_of_negative<VFloat, VInt32>(energy < 0 ? energy : -energy);
-      const VFloat small = e / (e + 1.0f);
-      store_raw(q + lane, energy < 0 ? small : 1.0f - small);
-      if (job.probabilities != nullptr) store_raw(job.probabilities + p, load_raw<VFloat>(q + lane));
+      const VFloat small = e / (e + 1.0f), gap = (1.0f - e) / (e + 1.0f);
+      store_raw(difference + lane, energy < 0 ? -gap : gap);
+      if (job.probabilities != nullptr) {
+        store_raw(job.probabilities + (tile - job.begin) * kTile + lane, energy < 0 ? small : 1.0f - small);
+      }
     }
     for (int32_t l = 0; l < job.count; ++l) {
       const LatticeView& lattice = job.lattices[l];
       if (lattice.splat == nullptr) continue;
       float value[kTile];
-      for (int32_t k = 0; k < kTile; ++k) value[k] = lattice.before == nullptr ? q[k] : q[k] * lattice.before[tile * kTile + k];
+      for (int k = 0; k < kTile; ++k) {
+        value[k] = lattice.before == nullptr ? difference[k] : difference[k] * lattice.before[tile * kTile + k];
+      }
       splat_one(lattice, tile, value);
     }
   }
 }
 
-void update(const PixelJob& job, float* energies) {
+void update(const PixelJob& job, float* scratch) {
   if (job.channels == 1) {
     update_points_of_one_channel(job);
   } else {
-    update_points(job, energies);
+    update_points(job, scratch);
   }
 }
 
-// Of one channel, over tiles [begin, end): result = slice(values).
-void slice_tiles(const LatticeView& lattice, int64_t begin, int64_t end, float* result) {
-  for (int64_t p = begin * kTile; p < end * kTile; p += kLanes) store_raw(result + p, sliced_one(lattice, p));
+// rows (of tiles [begin, end)) = slice(values)
+void slice_tiles(const LatticeView& lattice, int64_t begin, int64_t end, int32_t channels, float* rows) {
+  for (int64_t tile = begin; tile < end; ++tile) {
+    float* own = rows + (tile - begin) * kTile * channels;
+    if (channels > 1) {
+      slice_rows<true>(lattice, lattice.values, tile, channels, 1.0f, nullptr, nullptr, own);
+    } else {
+      with_corners(lattice.dims, [&](auto count) {
+        for (int lane = 0; lane < kTile; lane += kLanes) {
+          store_raw(own + lane, sliced_one<decltype(count)::value>(lattice, tile, lane));
+        }
+      });
+    }
+  }
 }
 
-// lattice.splat += input, or 1 where that is null.
-void splat_tiles(const LatticeView& lattice, int64_t begin, int64_t end, const float* input) {
-  float ones[kTile];
-  for (float& one : ones) one = 1;
+// lattice.splat += rows (of tiles [begin, end)); null, with one channel: ones
+void splat_tiles(const LatticeView& lattice, int64_t begin, int64_t end, int32_t channels, const float* rows) {
+  float ones[kTile], zeros[kTile];
+  for (int k = 0; k < kTile; ++k) ones[k] = 1, zeros[k] = 0;
   for (int64_t tile = begin; tile < end; ++tile) {
-    splat_one(lattice, tile, input == nullptr ? ones : input + tile * kTile);
+    const float* own = rows == nullptr ? ones : rows + (tile - begin) * kTile * channels;
+    if (channels > 1) {
+      splat_rows(lattice, lattice.splat, tile, channels, ones, zeros, own);
+    } else {
+      splat_one(lattice, tile, own);
+    }
   }
 }

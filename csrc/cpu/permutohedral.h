@@ -1,13 +1,15 @@
-// Building a permutohedral lattice: vertices in a hash table, corners and neighbours as indices. Free of torch but for
-// its threads.
+// Building a permutohedral lattice: vertices in a hash table, corners as indices, lines of neighbours for the blur. Free
+// of torch but for its threads.
 #pragma once
 
 #include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <stdexcept>
 #include <vector>
 
@@ -15,59 +17,100 @@
 
 namespace ribfast::cpu {
 
-// Memory whose contents are not set.
+// Memory whose contents are not set, on a cache line's boundary.
 template <typename T>
-struct Buffer {
-  std::unique_ptr<T[]> memory;
-  int64_t size = 0;
-
+class Buffer {
+ public:
   T* get(int64_t wanted) {
-    if (wanted > size) memory.reset(new T[wanted]), size = wanted;
-    return memory.get();
+    if (wanted > size_) {
+      memory_.reset(static_cast<T*>(std::aligned_alloc(kCacheLine, (wanted * sizeof(T) + kCacheLine - 1) / kCacheLine * kCacheLine)));
+      if (memory_ == nullptr) throw std::bad_alloc();
+      size_ = wanted;
+    }
+    return memory_.get();
   }
-  T* data() const { return memory.get(); }
+  T* data() const { return memory_.get(); }
+  T* release() { return memory_.release(); }  // to be given to std::free
+
+ private:
+  struct Free {
+    void operator()(T* p) const { std::free(p); }
+  };
+  std::unique_ptr<T[], Free> memory_;
+  int64_t size_ = 0;
 };
 
-// Vertices by key, open addressing. Key: uint64_t, or unsigned __int128 where coordinates need more room. A look-up
-// mostly waits for memory: ask for the slot early with prefetch().
-template <typename Key>
+// What the kernels need of a lattice. The arrays belong to somebody else.
+struct LatticeArrays {
+  int64_t points;
+  int32_t dims, vertices;  // vertices: with the absent one
+  const int32_t* corners;
+  const float* weights;
+  const int32_t* links;    // the lines of axis a: [axes[a], axes[a + 1] - kLinksAhead)
+  const int64_t* axes;     // dims + 2 of them
+
+  int64_t tiles() const { return tiles_of(points); }
+  int32_t spare() const { return vertices; }                        // the vertex that closing zeros are written to
+  int64_t stride() const { return (vertices + 1 + 3) / 4 * 4; }     // blocks begin on a cache line's boundary
+};
+
+// Vertices by key, open addressing; a slot is a vertex's number and 32 bits of its key's hash. A look-up mostly waits for
+// memory: ask for the slot early with prefetch().
+template <int kWords>
 class VertexTable {
  public:
+  struct Key {
+    uint64_t word[kWords];
+    bool operator==(const Key& other) const {
+      for (int i = 0; i < kWords; ++i) {
+        if (word[i] != other.word[i]) return false;
+      }
+      return true;
+    }
+  };
+
   explicit VertexTable(int64_t expected) { resize(expected); }
 
-  void prefetch(Key key) const { __builtin_prefetch(&slots_[slot(key)]); }
+  void prefetch(const Key& key) const { __builtin_prefetch(&slots_[hash(key) >> shift_]); }
 
-  int32_t insert(Key key) {
-    size_t at = slot(key);
+  int32_t insert(const Key& key) {
+    const uint64_t h = hash(key);
+    const auto tag = static_cast<uint32_t>(h);
+    size_t at = h >> shift_;
     while (slots_[at].id != 0) {
-      if (slots_[at].key == key) return slots_[at].id;
+      if (slots_[at].tag == tag && keys_[slots_[at].id] == key) return slots_[at].id;
       at = (at + 1) & mask_;
     }
-    vertices_.push_back(key);
-    const auto id = static_cast<int32_t>(vertices_.size() - 1);
-    slots_[at] = {key, id};
-    if (vertices_.size() * 2 > mask_) resize(static_cast<int64_t>(vertices_.size()) * 2);
+    if (keys_.size() >= static_cast<size_t>(INT32_MAX) - 8) throw std::length_error("fewer points: vertices are numbered in 31 bits");
+    const auto id = static_cast<int32_t>(keys_.size());
+    keys_.push_back(key);
+    slots_[at] = {tag, id};
+    if (keys_.size() * 2 > mask_) resize(static_cast<int64_t>(keys_.size()) * 2);
     return id;
   }
 
-  int32_t find(Key key) const {
-    size_t at = slot(key);
-    while (slots_[at].id != 0 && slots_[at].key != key) at = (at + 1) & mask_;
-    return slots_[at].id;
+  int32_t find(const Key& key) const {
+    const uint64_t h = hash(key);
+    const auto tag = static_cast<uint32_t>(h);
+    for (size_t at = h >> shift_; slots_[at].id != 0; at = (at + 1) & mask_) {
+      if (slots_[at].tag == tag && keys_[slots_[at].id] == key) return slots_[at].id;
+    }
+    return 0;
   }
 
-  const std::vector<Key>& vertices() const { return vertices_; }  // vertices()[0] is none
+  const std::vector<Key>& keys() const { return keys_; }  // keys()[0] is none
 
  private:
   struct Slot {
-    Key key;
+    uint32_t tag;
     int32_t id;
   };
 
-  size_t slot(Key key) const {
-    uint64_t folded = static_cast<uint64_t>(key);
-    if constexpr (sizeof(Key) > 8) folded ^= static_cast<uint64_t>(key >> 64) * 0x9e3779b97f4a7c15ull;
-    return (folded * 0x9e3779b97f4a7c15ull) >> shift_;
+  static uint64_t hash(const Key& key) {
+    uint64_t folded = key.word[0];
+    for (int i = 1; i < kWords; ++i) folded = (folded ^ (folded >> 32)) * 0x9e3779b97f4a7c15ull + key.word[i];
+    folded *= 0x9e3779b97f4a7c15ull;
+    return folded ^ (folded >> 29);  // the high bits, which are the best, into the tag too
   }
 
   void resize(int64_t expected) {
@@ -75,142 +118,203 @@ class VertexTable {
     while ((int64_t{1} << bits) < 2 * expected) ++bits;
     shift_ = 64 - bits, mask_ = (size_t{1} << bits) - 1;
     slots_.assign(mask_ + 1, Slot{});
-    for (size_t id = 1; id < vertices_.size(); ++id) {
-      size_t at = slot(vertices_[id]);
+    for (size_t id = 1; id < keys_.size(); ++id) {
+      const uint64_t h = hash(keys_[id]);
+      size_t at = h >> shift_;
       while (slots_[at].id != 0) at = (at + 1) & mask_;
-      slots_[at] = {vertices_[id], static_cast<int32_t>(id)};
+      slots_[at] = {static_cast<uint32_t>(h), static_cast<int32_t>(id)};
     }
   }
 
-  std::vector<Key> vertices_ = std::vector<Key>(1);
+  std::vector<Key> keys_ = std::vector<Key>(1);
   std::vector<Slot> slots_;
   size_t mask_ = 0;
   int shift_ = 0;
 };
 
-struct Permutohedral {
-  int64_t points = 0;
-  int32_t dims = 0, vertices = 0;  // vertices: with the absent one
-  Buffer<int32_t> corners;         // [tile][corner][kTile]
-  Buffer<float> weights;           // likewise
-  std::vector<int32_t> neighbours;  // [axis][vertex][2]
+class Permutohedral {
+ public:
+  struct Range {
+    float low, high;
+  };
 
-  // features: [dim][points], finite. `fast` kernels may contract multiplications and additions; the default tier's do not.
-  Permutohedral(const float* features, int64_t points_, int32_t dims_, const Kernels& kernels)
-      : points(points_), dims(dims_) {
-    const int64_t total = tiles_of(points) * kTile * (dims + 1);
-    if (total >= (int64_t{1} << 31)) throw std::length_error("fewer points: corners are numbered in 31 bits");
-    Buffer<int32_t> base;
-    Buffer<uint8_t> rank;
-    EmbedJob job{features, points, 0, 0, dims, {}, base.get(total), rank.get(total), weights.get(total)};
-    const auto spread = static_cast<float>(std::sqrt(2.0 / 3.0) * (dims + 1));  // rounded, as pydensecrf's is
-    for (int32_t i = 0; i < dims; ++i) {
+  // fill(begin, end, out, stride): features of points [begin, end) to out[dim * stride + point - begin]; ranges: of each
+  // dimension, over all points.
+  template <typename Fill>
+  Permutohedral(int64_t points, const std::vector<Range>& ranges, const Kernels& kernels, Fill&& fill)
+      : points_(points), dims_(static_cast<int32_t>(ranges.size())) {
+    const int64_t total = tiles_of(points) * kTile * (dims_ + 1);
+    if (total >= (int64_t{1} << 40)) throw std::length_error("fewer points");
+    EmbedJob job{};
+    job.points = points, job.dims = dims_, job.weights = weights_.get(total);
+    corners_.get(total);
+    const auto spread = static_cast<float>(std::sqrt(2.0 / 3.0) * (dims_ + 1));  // rounded, as pydensecrf's is
+    for (int32_t i = 0; i < dims_; ++i) {
       job.scale[i] = static_cast<float>(1.0 / std::sqrt((i + 2.0) * (i + 1.0)) * spread);
     }
-    check_range(features, job);
-    at::parallel_for(0, tiles_of(points), 256, [&](int64_t begin, int64_t end) {
-      EmbedJob part = job;
-      part.begin = begin, part.end = end;
-      kernels.embed(part);
-    });
-    corners.get(total);
-    connect(job);
+    lay_out_keys(ranges, job);
+    if (job.words == 1) {
+      connect<1>(job, kernels, fill);
+    } else {
+      connect<2>(job, kernels, fill);
+    }
   }
+
+  LatticeArrays arrays() const {
+    return {points_, dims_, vertices_, corners_.data(), weights_.data(), links_.data(), axes_.data()};
+  }
+  Buffer<int32_t>& corners() { return corners_; }
+  Buffer<float>& weights() { return weights_; }
+  const std::vector<int32_t>& links() const { return links_; }
+  const std::vector<int64_t>& axes() const { return axes_; }
 
  private:
-  int32_t lowest_[kMaxDims] = {};
-  int field_[kMaxDims + 1] = {};  // where each coordinate starts in a key, and the bits of all
+  static constexpr int64_t kChunk = 512;  // tiles whose keys are held at a time
 
-  void check_range(const float* features, const EmbedJob& job) const {
-    double reach = 0;
-    for (int32_t i = 0; i < dims; ++i) {
-      float largest = 0;
-      for (int64_t p = 0; p < points; ++p) largest = std::max(largest, std::abs(features[i * points + p]));
-      reach += largest * job.scale[i] * (i + 1.0);
-    }
-    if (!(reach < 4e6 * (dims + 1))) {
-      throw std::range_error("larger standard deviations: positions on the lattice exceed what float32 tells apart");
-    }
-  }
+  int64_t points_;
+  int32_t dims_, vertices_ = 0;
+  Buffer<int32_t> corners_;
+  Buffer<float> weights_;
+  std::vector<int32_t> links_;
+  std::vector<int64_t> axes_;
 
-  void connect(const EmbedJob& job) {
-    for (int32_t i = 0; i < dims; ++i) {
-      int32_t low = job.base[i * kTile], high = low;  // of the padding too, which only widens them
-      for (int64_t tile = 0; tile < tiles_of(points); ++tile) {
-        const int32_t* from = job.base + (tile * dims + i) * kTile;
-        for (int k = 0; k < kTile; ++k) low = std::min(low, from[k]), high = std::max(high, from[k]);
+  // The bit field of each of the first dims coordinates, wide enough for every vertex and its neighbours. Coordinate j is
+  // the sum of the scaled features from j on, less j times the one before those.
+  void lay_out_keys(const std::vector<Range>& ranges, EmbedJob& job) const {
+    std::vector<double> low(dims_ + 1), high(dims_ + 1);
+    double least = 0, most = 0;
+    for (int32_t j = dims_; j > 0; --j) {
+      const double a = static_cast<double>(ranges[j - 1].low) * job.scale[j - 1];
+      const double b = static_cast<double>(ranges[j - 1].high) * job.scale[j - 1];
+      low[j] = least - j * b, high[j] = most - j * a;
+      least += a, most += b;
+    }
+    low[0] = least, high[0] = most;
+    for (int32_t j = 0; j <= dims_; ++j) {
+      if (!(std::max(std::abs(low[j]), std::abs(high[j])) < 4e6 * (dims_ + 1))) {
+        throw std::range_error("larger standard deviations: positions on the lattice exceed what float32 tells apart");
       }
-      lowest_[i] = low - 2 * (dims + 1);
-      const int64_t range = int64_t{high} - low + 4 * (dims + 1) + 1;
+    }
+    const double slack = 4.0 * (dims_ + 1);  // rounding to the lattice, wrapping, corners, neighbours
+    int word = 0, used = 0;
+    for (int32_t i = 0; i < dims_; ++i) {
+      job.lowest[i] = static_cast<int32_t>(std::floor(low[i] - slack));
       int bits = 1;
-      while ((int64_t{1} << bits) < range) ++bits;
-      field_[i + 1] = field_[i] + bits;
+      while (std::ldexp(1.0, bits) <= high[i] + slack - job.lowest[i]) ++bits;
+      if (used + bits > 64) ++word, used = 0;
+      if (word >= kKeyWords) {
+        throw std::range_error("larger standard deviations: the lattice's coordinates exceed 128 bits");
+      }
+      job.unit[i][word] = uint64_t{1} << used;
+      used += bits;
     }
-    if (field_[dims] <= 64) {
-      connect_with<uint64_t>(job);
-    } else if (field_[dims] <= 128) {
-      connect_with<unsigned __int128>(job);
-    } else {
-      throw std::range_error("larger standard deviations: the lattice's coordinates exceed 128 bits");
-    }
+    job.words = word + 1;
   }
 
-  template <typename Key>
-  void connect_with(const EmbedJob& job) {
-    const int32_t count = dims + 1;
-    Key ones = 0, step[kMaxDims + 1] = {};  // a move by one in every coordinate; by dims + 1 along an axis
-    for (int32_t i = 0; i < dims; ++i) {
-      ones += Key{1} << field_[i];
-      step[i] = static_cast<Key>(count) << field_[i];
-    }
-    VertexTable<Key> table(std::min<int64_t>(points, int64_t{1} << 17));
-    Key keys_of_tile[kMaxDims + 1][kTile], previous[kMaxDims + 1] = {};
-    int32_t ids[kMaxDims + 1] = {};
-    for (int64_t tile = 0; tile < tiles_of(points); ++tile) {
-      const int64_t used = std::min<int64_t>(kTile, points - tile * kTile);
-      const int32_t* base = job.base + tile * dims * kTile;
-      const uint8_t* rank = job.rank + tile * count * kTile;
-      int32_t* corner = corners.data() + tile * count * kTile;
-      for (int64_t lane = 0; lane < used; ++lane) {
-        Key key = 0;
-        for (int32_t i = 0; i < dims; ++i) {
-          key += static_cast<Key>(static_cast<uint32_t>(base[i * kTile + lane] - lowest_[i])) << field_[i];
-        }
-        Key step_of_rank[kMaxDims + 1];
-        for (int32_t i = 0; i < count; ++i) step_of_rank[rank[i * kTile + lane]] = step[i];
-        // corner r lies one further in every coordinate than corner r - 1, and dims + 1 back where the rank is
-        // dims + 1 - r
+  template <int kWords, typename Fill>
+  void connect(EmbedJob& job, const Kernels& kernels, Fill&& fill) {
+    using Key = typename VertexTable<kWords>::Key;
+    const int32_t count = dims_ + 1;
+    const int64_t tiles = tiles_of(points_), chunk = std::min(kChunk, tiles);
+    VertexTable<kWords> table(std::min<int64_t>(points_, int64_t{1} << 17));
+    Buffer<float> features;
+    Buffer<uint64_t> keys;
+    Buffer<uint16_t> masks;
+    job.keys = keys.get(chunk * kWords * count * kTile);
+    job.fresh = masks.get(2 * chunk * count), job.left = job.fresh + chunk * count;
+    job.feature_stride = chunk * kTile, job.features = features.get(job.feature_stride * dims_);
+    const auto key_at = [&](int64_t tile, int32_t r, int lane) {
+      Key key;
+      for (int w = 0; w < kWords; ++w) key.word[w] = job.keys[((tile * kWords + w) * count + r) * kTile + lane];
+      return key;
+    };
+    for (int64_t first = 0; first < tiles; first += chunk) {
+      const int64_t held = std::min(chunk, tiles - first);
+      at::parallel_for(0, held, 64, [&](int64_t begin, int64_t end) {
+        EmbedJob part = job;
+        part.begin = first + begin, part.end = first + end;
+        const int64_t from = part.begin * kTile;
+        float* own = features.data() + begin * kTile;
+        fill(from, std::min(part.end * kTile, points_), own, job.feature_stride);
+        part.features = own;
+        part.keys += begin * kWords * count * kTile, part.fresh += begin * count, part.left += begin * count;
+        kernels.embed(part);
+      });
+      const auto prefetch = [&](int64_t tile) {
         for (int32_t r = 0; r < count; ++r) {
-          if (r > 0) key += ones - step_of_rank[count - r];
-          keys_of_tile[r][lane] = key;
-          table.prefetch(key);
+          for (uint32_t fresh = job.fresh[tile * count + r]; fresh != 0; fresh &= fresh - 1) {
+            table.prefetch(key_at(tile, r, __builtin_ctz(fresh)));
+          }
         }
-      }
-      for (int64_t lane = 0; lane < used; ++lane) {
-        for (int32_t r = 0; r < count; ++r) {
-          const Key key = keys_of_tile[r][lane];
-          if (key != previous[r] || ids[r] == 0) previous[r] = key, ids[r] = table.insert(key);
-          corner[r * kTile + lane] = ids[r];
+      };
+      for (int64_t tile = 0; tile < held; ++tile) {
+        if (tile + 1 < held) prefetch(tile + 1);
+        const int64_t used = std::min<int64_t>(kTile, points_ - (first + tile) * kTile);
+        int32_t* corner = corners_.data() + (first + tile) * count * kTile;
+        const uint32_t inside = (1u << used) - 1;
+        for (int32_t r = 0; r < count; ++r, corner += kTile) {
+          uint32_t fresh = job.fresh[tile * count + r] & inside;
+          const uint32_t left = job.left[tile * count + r];
+          if (fresh != inside && first + tile > 0) {
+            std::memcpy(corner, corner - count * kTile, sizeof(int32_t) * kTile);
+          }
+          for (; fresh != 0; fresh &= fresh - 1) {
+            const int lane = __builtin_ctz(fresh);
+            corner[lane] = table.insert(key_at(tile, r, lane));
+          }
+          if (left != 0) {
+            for (int lane = 1; lane < kTile; ++lane) corner[lane] = left >> lane & 1 ? corner[lane - 1] : corner[lane];
+          }
+          for (int64_t lane = used; lane < kTile; ++lane) corner[lane] = 0;
         }
-      }
-      for (int64_t lane = used; lane < kTile; ++lane) {
-        for (int32_t r = 0; r < count; ++r) corner[r * kTile + lane] = 0;
       }
     }
-    const std::vector<Key>& keys = table.vertices();
-    vertices = static_cast<int32_t>(keys.size());
-    neighbours.assign(static_cast<size_t>(count) * vertices * 2, 0);
+    link(table, job);
+  }
+
+  // The lines of each axis: links[axes[a]...] are vertices in a row, closed by a 0; a vertex that is alone is left out.
+  template <int kWords>
+  void link(const VertexTable<kWords>& table, const EmbedJob& job) {
+    using Key = typename VertexTable<kWords>::Key;
+    const std::vector<Key>& keys = table.keys();
+    const int32_t count = dims_ + 1;
+    vertices_ = static_cast<int32_t>(keys.size());
+    std::vector<std::vector<int32_t>> lines(count);
     at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      std::vector<int32_t> after(vertices_);
+      std::vector<uint8_t> inner(vertices_);  // has one before
       for (int64_t axis = begin; axis < end; ++axis) {
-        int32_t* pairs = neighbours.data() + axis * vertices * 2;
-        constexpr int32_t kAhead = 16;
-        for (int32_t v = 1; v < vertices; ++v) {
-          if (v + kAhead < vertices) table.prefetch(keys[v + kAhead] + ones - step[axis]);
-          const int32_t after = table.find(keys[v] + ones - step[axis]);
-          if (after != 0) pairs[2 * v + 1] = after, pairs[2 * after] = v;
+        Key move{};  // by one in every coordinate, and dims + 1 back along the axis
+        for (int w = 0; w < kWords; ++w) {
+          for (int32_t i = 0; i < dims_; ++i) move.word[w] += job.unit[i][w];
+          if (axis < dims_) move.word[w] -= job.unit[axis][w] * static_cast<uint64_t>(count);
         }
+        const auto moved = [&](int32_t v) {
+          Key key = keys[v];
+          for (int w = 0; w < kWords; ++w) key.word[w] += move.word[w];
+          return key;
+        };
+        constexpr int32_t kAhead = 16;
+        std::fill(inner.begin(), inner.end(), 0);
+        for (int32_t v = 1; v < vertices_; ++v) {
+          if (v + kAhead < vertices_) table.prefetch(moved(v + kAhead));
+          after[v] = table.find(moved(v));
+          inner[after[v]] = 1;
+        }
+        std::vector<int32_t>& line = lines[axis];
+        line.reserve(vertices_ + vertices_ / 2 + kLinksAhead);
+        for (int32_t v = 1; v < vertices_; ++v) {
+          if (inner[v] || after[v] == 0) continue;
+          for (int32_t at = v; at != 0; at = after[at]) line.push_back(at);
+          line.push_back(0);
+        }
+        line.insert(line.end(), kLinksAhead, 0);
       }
     });
+    axes_.assign(1, 0);
+    for (const auto& line : lines) axes_.push_back(axes_.back() + static_cast<int64_t>(line.size()));
+    links_.reserve(axes_.back());
+    for (const auto& line : lines) links_.insert(links_.end(), line.begin(), line.end());
   }
 };
 

@@ -63,7 +63,7 @@ def dense_crf(
         results = [reference.dense_crf(i, u, **options) for i, u in zip(each_image, each_unary, strict=True)]
     else:
         how = NORMALIZATIONS.index(normalization)
-        results = torch.ops.ribfast.dense_crf(each_image, each_unary, *terms, iterations, how, bool(exact))
+        results = torch.ops.ribfast.dense_crf(each_image, each_unary, *terms, iterations, how, bool(exact), 0)
     return torch.stack(results) if stacked else results
 
 
@@ -98,7 +98,7 @@ def _term(name: str, term, count: int) -> list[float]:
 
 
 @torch.library.register_fake("ribfast::dense_crf")
-def _(images, unary, gaussian, bilateral, iterations, normalization, exact):
+def _(images, unary, gaussian, bilateral, iterations, normalization, exact, capacity):
     return [energies.new_empty(energies.shape, dtype=torch.float32) for energies in unary]
 
 

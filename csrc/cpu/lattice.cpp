@@ -1,0 +1,148 @@
+// Lattices of any points on the CPU, as tensors: corners (tiles, d + 1, 16), weights alike, links, and axes: the offsets
+// of each axis's lines in the links, then the numbers of vertices and of points (lattice.h, permutohedral.h).
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include "../check.h"
+#include "mean_field.h"
+
+namespace ribfast::cpu {
+namespace {
+
+constexpr size_t kTensors = 4;
+
+template <typename T>
+at::Tensor adopted(Buffer<T>& memory, at::IntArrayRef shape, at::ScalarType type) {
+  return at::from_blob(memory.release(), shape, [](void* p) { std::free(p); }, at::TensorOptions().dtype(type));
+}
+
+template <typename T>
+at::Tensor copied(const std::vector<T>& numbers, at::ScalarType type) {
+  const at::Tensor result = at::empty({static_cast<int64_t>(numbers.size())}, at::TensorOptions().dtype(type));
+  std::copy(numbers.begin(), numbers.end(), result.template mutable_data_ptr<T>());
+  return result;
+}
+
+std::vector<at::Tensor> lattice(const at::Tensor& features) {
+  const char* op = "lattice";
+  check_float(op, "features", features);
+  RIBFAST_CHECK_VALUE(features.dim() == 2 && features.size(1) >= 1 && features.size(1) <= kMaxDims &&
+                          features.size(0) < (1 << 30),
+                      op, "features (P, d) with d from 1 to 8 and fewer than 2^30 points", features.sizes());
+  const int64_t points = features.size(0), dims = features.size(1);
+  const at::Tensor planes = features.to(at::kFloat).t().contiguous();
+  const float* from = planes.const_data_ptr<float>();
+  std::vector<Permutohedral::Range> ranges(dims, {0, 0});
+  for (int64_t d = 0; d < dims; ++d) {
+    for (int64_t p = 0; p < points; ++p) {
+      const float value = from[d * points + p];
+      RIBFAST_CHECK_VALUE(std::isfinite(value), op, "finite features", value);
+      ranges[d].low = std::min(ranges[d].low, value), ranges[d].high = std::max(ranges[d].high, value);
+    }
+  }
+  try {
+    Permutohedral built(points, ranges, kernels(), [&](int64_t begin, int64_t end, float* out, int64_t stride) {
+      for (int64_t d = 0; d < dims; ++d) std::copy(from + d * points + begin, from + d * points + end, out + d * stride);
+    });
+    const LatticeArrays arrays = built.arrays();
+    std::vector<int64_t> axes = built.axes();
+    axes.insert(axes.end(), {arrays.vertices, points});
+    const std::vector<int64_t> shape{arrays.tiles(), dims + 1, kTile};
+    return {adopted(built.corners(), shape, at::kInt), adopted(built.weights(), shape, at::kFloat),
+            copied(built.links(), at::kInt), copied(axes, at::kLong)};
+  } catch (const std::range_error& error) {
+    RIBFAST_CHECK_VALUE(false, op, error.what(), "features from ", planes.min().item(), " to ", planes.max().item());
+  } catch (const std::length_error& error) {
+    RIBFAST_CHECK_VALUE(false, op, error.what(), points, " points");
+  }
+}
+
+bool within(const at::Tensor& numbers, int32_t end) {
+  const int32_t* from = numbers.const_data_ptr<int32_t>();
+  uint32_t largest = 0;  // a negative one is large
+  for (int64_t i = 0; i < numbers.numel(); ++i) largest = std::max(largest, static_cast<uint32_t>(from[i]));
+  return numbers.numel() == 0 || largest < static_cast<uint32_t>(end);
+}
+
+// The arrays of a lattice's tensors, once they are known to lead nowhere else in memory.
+LatticeArrays check_lattice(const char* op, at::TensorList tensors) {
+  const auto expect = [&](bool cond) { RIBFAST_CHECK_VALUE(cond, op, "the tensors that `lattice` returned", "others"); };
+  expect(tensors.size() == kTensors);
+  for (const at::Tensor& t : tensors) expect(t.is_cpu() && t.is_contiguous());
+  expect(tensors[0].scalar_type() == at::kInt && tensors[1].scalar_type() == at::kFloat &&
+         tensors[2].scalar_type() == at::kInt && tensors[3].scalar_type() == at::kLong);
+  expect(tensors[0].dim() == 3 && tensors[0].size(2) == kTile && tensors[1].sizes() == tensors[0].sizes());
+  const int64_t dims = tensors[0].size(1) - 1;
+  expect(dims >= 1 && dims <= kMaxDims && tensors[3].numel() == dims + 4);
+  const int64_t* axes = tensors[3].const_data_ptr<int64_t>();
+  const int64_t vertices = axes[dims + 2], points = axes[dims + 3];
+  expect(points >= 0 && tiles_of(points) == tensors[0].size(0) && vertices >= 1 && vertices < INT32_MAX);
+  const int32_t* links = tensors[2].const_data_ptr<int32_t>();
+  expect(axes[0] == 0 && axes[dims + 1] == tensors[2].numel());
+  for (int64_t axis = 0; axis <= dims; ++axis) {
+    expect(axes[axis + 1] - axes[axis] >= kLinksAhead && axes[axis + 1] <= tensors[2].numel());
+    for (int64_t i = 1; i <= kLinksAhead; ++i) expect(links[axes[axis + 1] - i] == 0);
+  }
+  expect(within(tensors[0], static_cast<int32_t>(vertices)) && within(tensors[2], static_cast<int32_t>(vertices)));
+  return {points, static_cast<int32_t>(dims), static_cast<int32_t>(vertices), tensors[0].const_data_ptr<int32_t>(),
+          tensors[1].const_data_ptr<float>(), links, axes};
+}
+
+at::Tensor lattice_filter(const at::Tensor& values, at::TensorList lattice, bool transpose) {
+  const char* op = "lattice_filter";
+  const LatticeArrays arrays = check_lattice(op, lattice);
+  check_float(op, "values", values);
+  RIBFAST_CHECK_VALUE(values.is_cpu() && values.dim() == 2 && values.size(0) == arrays.points && values.size(1) < (1 << 24), op,
+                      c10::str("values (", arrays.points, ", C) on the CPU, as the lattice's points are"), values.sizes());
+  const at::Tensor dense = values.to(at::kFloat).contiguous();
+  const at::Tensor result = at::empty(dense.sizes(), dense.options());
+  if (result.numel() > 0) {
+    filter(arrays, dense.const_data_ptr<float>(), values.size(1), transpose, kernels(), result.mutable_data_ptr<float>());
+  }
+  return result.to(values.scalar_type());
+}
+
+// lattices: the tensors of each, in a row
+at::Tensor mean_field(const at::Tensor& unary, at::TensorList lattices, at::ArrayRef<double> strengths,
+                      at::IntArrayRef normalizations, int64_t iterations, bool exact) {
+  const char* op = "mean_field";
+  check_float(op, "unary", unary);
+  RIBFAST_CHECK_VALUE(unary.is_cpu() && unary.dim() == 2 && unary.size(0) > 0 && unary.size(0) < (1 << 24), op,
+                      "unary (L, P) on the CPU, L >= 1", unary.sizes());
+  RIBFAST_CHECK_VALUE(lattices.size() == strengths.size() * kTensors && normalizations.size() == strengths.size(), op,
+                      "a strength and a normalization for each lattice", lattices.size() / kTensors, " lattices, ",
+                      strengths.size(), " strengths, ", normalizations.size(), " normalizations");
+  RIBFAST_CHECK_VALUE(iterations >= 0, op, "iterations of at least 0", iterations);
+  const Kernels& chosen = kernels_for(exact);
+  const at::Tensor dense = unary.to(at::kFloat).contiguous();
+  const at::Tensor result = at::empty(dense.sizes(), dense.options());
+  MeanField crf;
+  crf.points = unary.size(1), crf.labels = unary.size(0), crf.iterations = iterations, crf.exact = exact;
+  crf.unary = dense.const_data_ptr<float>(), crf.probabilities = result.mutable_data_ptr<float>();
+  std::vector<Buffer<float>> factors(strengths.size());
+  for (size_t i = 0; i < strengths.size(); ++i) {
+    const LatticeArrays arrays = check_lattice(op, lattices.slice(i * kTensors, kTensors));
+    RIBFAST_CHECK_VALUE(arrays.points == crf.points, op, c10::str("lattices of ", crf.points, " points, as unary has"),
+                        arrays.points);
+    RIBFAST_CHECK_VALUE(std::isfinite(strengths[i]), op, "finite strengths", strengths);
+    RIBFAST_CHECK_VALUE(normalizations[i] >= kSymmetric && normalizations[i] <= kNone, op,
+                        "normalizations from 0 to 3", normalizations);
+    const auto how = static_cast<Normalization>(normalizations[i]);
+    crf.terms.push_back({arrays, static_cast<float>(strengths[i]), how, nullptr});
+    if (crf.points > 0) crf.terms.back().factor = normalize(arrays, how, chosen, factors[i]);
+  }
+  if (crf.points > 0) crf.run(chosen);
+  return result;
+}
+
+}  // namespace
+}  // namespace ribfast::cpu
+
+TORCH_LIBRARY_IMPL(ribfast, CPU, m) {
+  m.impl("lattice", &ribfast::cpu::lattice);
+  m.impl("lattice_filter", &ribfast::cpu::lattice_filter);
+  m.impl("mean_field", &ribfast::cpu::mean_field);
+}

@@ -1,0 +1,268 @@
+// An iteration is one pass over the points, which slices the blurred values of every lattice, updates the energies, takes
+// the softmax and splats the result (so a point's corners and weights are read once), and the blurs.
+#include "mean_field.h"
+
+#include <ATen/Parallel.h>
+
+#include <cmath>
+#include <cstring>
+
+namespace ribfast::cpu {
+namespace {
+
+// Splits [0, size) among threads at the lines' ends and blurs every block of channels along every axis, in place.
+void blur(const LatticeArrays& lattice, int32_t channels, int32_t parts, bool backwards, const Kernels& kernels,
+          float* values) {
+  for (int32_t first = 0; first < channels * parts;) {
+    const int32_t part = first / channels * channels, width = block_of(first - part, channels).width;
+    float* block = values + first * lattice.stride();
+    for (int32_t step = 0; step <= lattice.dims; ++step) {
+      const int32_t axis = backwards ? lattice.dims - step : step;
+      const int32_t* links = lattice.links + lattice.axes[axis];
+      const int64_t size = lattice.axes[axis + 1] - lattice.axes[axis] - kLinksAhead;
+      const auto line_at = [&](int64_t at) {  // the first line that begins at or behind `at`
+        while (at > 0 && at < size && links[at - 1] != 0) ++at;
+        return at;
+      };
+      at::parallel_for(0, size, 1 + 131072 / width, [&](int64_t begin, int64_t end) {
+        begin = line_at(begin), end = line_at(end);
+        if (begin < end) kernels.blur(block, links, begin, end, lattice.spare(), width);
+      });
+    }
+    first += width;
+  }
+}
+
+LatticeView view_of(const LatticeArrays& lattice) {
+  LatticeView view{};
+  view.corners = lattice.corners, view.weights = lattice.weights;
+  view.dims = lattice.dims, view.stride = lattice.stride();
+  return view;
+}
+
+// How many channels stand for the labels, and how (PixelJob).
+struct Layout {
+  bool reduced;
+  int32_t used, group, channels, parts;
+
+  Layout(int64_t labels, int64_t labellings, bool exact) {
+    const auto all = static_cast<int32_t>(labels);
+    reduced = !exact && all > 1 && (all <= 3 || all % 4 == 1);
+    used = all - reduced;
+    const int32_t padded = (used + 3) / 4 * 4;
+    group = exact || used > 4 ? 0 : all == 1 ? 4 : used;  // used is 1, 2 or 4 in the fast mode
+    const auto together = static_cast<int32_t>(labellings * (group == 0 ? padded : group));
+    channels = group == 0 ? padded : together == 1 ? 1 : (together + 3) / 4 * 4;
+    parts = group == 0 ? static_cast<int32_t>(labellings) : 1;
+  }
+
+  int32_t each() const { return group == 0 ? channels : group; }
+
+  // Where the first point's channel of a labelling stands in a tile's rows; the next point's is `width` further.
+  int64_t row_of(int64_t labelling, int32_t channel, int32_t& width) const {
+    const int64_t at = labelling * each() + channel, part = at / channels;
+    const auto inside = static_cast<int32_t>(at % channels);
+    const ChannelBlock block = block_of(inside, channels);
+    width = block.width;
+    return part * channels * kTile + block.first * kTile + inside - block.first;
+  }
+};
+
+struct Values {
+  Buffer<float> first, second;
+  float *sliced = nullptr, *splat = nullptr;
+};
+
+}  // namespace
+
+const float* normalize(const LatticeArrays& lattice, Normalization how, const Kernels& kernels, Buffer<float>& factor) {
+  if (how == kNone) return nullptr;
+  Buffer<float> values;
+  LatticeView view = view_of(lattice);
+  view.values = view.splat = values.get(lattice.stride());
+  std::memset(view.splat, 0, sizeof(float) * lattice.stride());
+  kernels.splat(view, 0, lattice.tiles(), 1, nullptr);
+  blur(lattice, 1, 1, false, kernels, view.splat);
+  float* f = factor.get(lattice.tiles() * kTile);
+  at::parallel_for(0, lattice.tiles(), 1024, [&](int64_t begin, int64_t end) {
+    kernels.slice(view, begin, end, 1, f + begin * kTile);
+    for (int64_t p = begin * kTile; p < end * kTile; ++p) {
+      f[p] = how == kSymmetric ? 1 / std::sqrt(f[p] + 1e-20f) : 1 / (f[p] + 1e-20f);
+    }
+  });
+  return f;
+}
+
+void filter(const LatticeArrays& lattice, const float* values, int64_t channels, bool transpose, const Kernels& kernels,
+            float* result) {
+  const auto padded = static_cast<int32_t>(channels == 1 ? 1 : (channels + 3) / 4 * 4);
+  const int64_t tiles = lattice.tiles(), size = lattice.stride() * padded;
+  Buffer<float> vertices;
+  LatticeView view = view_of(lattice);
+  view.values = view.splat = vertices.get(size);
+  std::memset(view.splat, 0, sizeof(float) * size);
+  constexpr int64_t kChunk = 64;
+  const int64_t row_size = int64_t{kTile} * padded;
+  // f(address in rows of the chunk, address in values) for each value of the chunk's points
+  const auto over_rows = [&](int64_t begin, int64_t end, auto&& f) {
+    for (int64_t p = begin * kTile; p < std::min(end * kTile, lattice.points); ++p) {
+      const int64_t tile = (p / kTile - begin) * row_size, lane = p % kTile;
+      for (int32_t c = 0; c < channels; ++c) {
+        const ChannelBlock block = block_of(c, padded);
+        f(tile + block.first * kTile + lane * block.width + c - block.first, p * channels + c);
+      }
+    }
+  };
+  std::vector<float> rows(kChunk * row_size);
+  for (int64_t begin = 0; begin < tiles; begin += kChunk) {
+    const int64_t end = std::min(begin + kChunk, tiles);
+    std::fill(rows.begin(), rows.end(), 0.0f);
+    over_rows(begin, end, [&](int64_t row, int64_t at) { rows[row] = values[at]; });
+    kernels.splat(view, begin, end, padded, rows.data());
+  }
+  blur(lattice, padded, 1, transpose, kernels, view.splat);
+  at::parallel_for(0, tiles, kChunk, [&](int64_t from, int64_t to) {
+    std::vector<float> own(kChunk * row_size);
+    for (int64_t begin = from; begin < to; begin += kChunk) {
+      const int64_t end = std::min(begin + kChunk, to);
+      kernels.slice(view, begin, end, padded, own.data());
+      over_rows(begin, end, [&](int64_t row, int64_t at) { result[at] = own[row]; });
+    }
+  });
+}
+
+void MeanField::run(const Kernels& kernels) const {
+  const Layout layout(labels, labellings, exact);
+  const int32_t channels = layout.channels, parts = layout.parts, used = layout.used;
+  const int64_t row_size = int64_t{kTile} * channels * parts, tiles = tiles_of(points);
+  const int64_t threads = exact || at::in_parallel_region()
+                              ? 1
+                              : std::min<int64_t>(at::get_num_threads(), 1 + tiles / 256);
+  std::vector<Values> values(terms.size());
+  for (size_t i = 0; i < terms.size(); ++i) {
+    const int64_t size = terms[i].lattice.stride() * channels * parts;
+    values[i].sliced = values[i].first.get(size), values[i].splat = values[i].second.get(size);
+  }
+  const auto pixel = [&](int64_t point) { return order == nullptr ? point : int64_t{order[point]}; };
+  PixelJob job{};
+  job.count = static_cast<int32_t>(terms.size());
+  job.channels = channels, job.parts = parts, job.group = layout.group;
+  job.reduced = layout.reduced, job.exact = exact, job.labels = static_cast<int32_t>(labels);
+  Buffer<float> energies;
+  Buffer<uint8_t> ordered;
+  if (unary != nullptr) {
+    float* rows = energies.get(tiles * row_size);
+    job.negative_unary = rows;
+    at::parallel_for(0, tiles, 256, [&](int64_t begin, int64_t end) {
+      for (int64_t tile = begin; tile < end; ++tile) {
+        float* own = rows + tile * row_size;
+        const int64_t count = std::min<int64_t>(kTile, points - tile * kTile);
+        for (int64_t i = 0; i < row_size; ++i) own[i] = -INFINITY;
+        for (int32_t c = 0; c < used; ++c) {
+          int32_t width;
+          float* to = own + layout.row_of(0, c, width);
+          for (int64_t k = 0; k < count; ++k) {
+            const int64_t p = pixel(tile * kTile + k);
+            to[k * width] = layout.reduced ? unary[used * points + p] - unary[c * points + p] : -unary[c * points + p];
+          }
+          for (int64_t k = count; k < kTile; ++k) to[k * width] = 0;
+        }
+      }
+    });
+  } else {
+    const int64_t stride = tiles * kTile;
+    uint8_t* out = ordered.get(labellings * stride);
+    for (int64_t n = 0; n < labellings; ++n) {
+      for (int64_t p = 0; p < points; ++p) out[n * stride + p] = given[n * points + pixel(p)];
+      std::memset(out + n * stride + points, 0, stride - points);
+    }
+    job.given = out, job.given_stride = stride, job.labellings = static_cast<int32_t>(labellings);
+    job.gain = std::log(confidence);
+    job.otherwise = labels == 1 ? job.gain : std::log((1 - confidence) / static_cast<float>(labels - 1));
+  }
+
+  const auto views = [&](bool sliced, bool splat) {
+    std::vector<LatticeView> all;
+    for (size_t i = 0; i < terms.size(); ++i) {
+      const Term& term = terms[i];
+      LatticeView v = view_of(term.lattice);
+      v.strength = term.strength;
+      v.before = term.how == kSymmetric || term.how == kBefore ? term.factor : nullptr;
+      v.after = term.how == kSymmetric || term.how == kAfter ? term.factor : nullptr;
+      v.values = sliced ? values[i].sliced : nullptr, v.splat = splat ? values[i].splat : nullptr;
+      all.push_back(v);
+    }
+    return all;
+  };
+  // beside the first thread's, each thread splats into memory of its own; added up in the threads' order
+  std::vector<std::vector<Buffer<float>>> others(threads - 1);
+  for (auto& own : others) own.resize(terms.size());
+  for (int64_t iteration = 0; iteration < iterations; ++iteration) {
+    at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      std::vector<float> scratch(row_size);
+      for (int64_t thread = begin; thread < end; ++thread) {
+        auto own = views(iteration > 0, true);
+        for (size_t i = 0; i < terms.size(); ++i) {
+          const int64_t size = terms[i].lattice.stride() * channels * parts;
+          if (thread > 0) own[i].splat = others[thread - 1][i].get(size);
+          std::memset(own[i].splat, 0, sizeof(float) * size);
+        }
+        PixelJob part = job;
+        part.lattices = own.data(), part.begin = tiles * thread / threads, part.end = tiles * (thread + 1) / threads;
+        kernels.update(part, scratch.data());
+      }
+    });
+    for (size_t i = 0; i < terms.size(); ++i) {
+      const LatticeArrays& lattice = terms[i].lattice;
+      float* sum = values[i].splat;
+      if (threads > 1) {
+        at::parallel_for(0, lattice.stride() * channels * parts, 65536, [&](int64_t begin, int64_t end) {
+          for (auto& own : others) {
+            const float* other = own[i].data();
+            for (int64_t k = begin; k < end; ++k) sum[k] += other[k];
+          }
+        });
+      }
+      blur(lattice, channels, parts, false, kernels, sum);
+      std::swap(values[i].sliced, values[i].splat);
+    }
+  }
+
+  constexpr int64_t kChunk = 16;  // tiles whose probabilities are held at a time
+  at::parallel_for(0, tiles, 256, [&](int64_t from, int64_t to) {
+    const auto own = views(iterations > 0, false);
+    std::vector<float> rows(kChunk * row_size);
+    for (int64_t begin = from; begin < to; begin += kChunk) {
+      PixelJob part = job;
+      part.lattices = own.data(), part.begin = begin, part.end = std::min(begin + kChunk, to);
+      part.probabilities = rows.data();
+      kernels.update(part, nullptr);
+      for (int64_t tile = begin; tile < part.end; ++tile) {
+        const float* tile_rows = rows.data() + (tile - begin) * row_size;
+        const int64_t count = std::min<int64_t>(kTile, points - tile * kTile);
+        for (int64_t n = 0; n < labellings; ++n) {
+          float rest[kTile], top[kTile];
+          int32_t label[kTile] = {};
+          for (int k = 0; k < kTile; ++k) rest[k] = 1, top[k] = -1;
+          for (int32_t c = 0; c < labels; ++c) {
+            int32_t width = 1;
+            const float* row = c < used ? tile_rows + layout.row_of(n, c, width) : rest;
+            for (int64_t k = 0; k < count; ++k) {
+              const float q = c < used ? row[k * width] : std::max(rest[k], 0.0f);
+              if (probabilities != nullptr) {
+                probabilities[c * points + pixel(tile * kTile + k)] = q;
+              } else if (q > top[k]) {
+                top[k] = q, label[k] = c;
+              }
+              if (c < used) rest[k] -= q;
+            }
+          }
+          if (best == nullptr) continue;
+          for (int64_t k = 0; k < count; ++k) best[n * points + pixel(tile * kTile + k)] = static_cast<uint8_t>(label[k]);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace ribfast::cpu
