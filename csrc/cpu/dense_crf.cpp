@@ -43,39 +43,51 @@ std::vector<int32_t> point_order(const Image& image, bool exact) {
   return order;
 }
 
-// Writes x / sxy and y / sxy of points [begin, end).
-void fill_places(const Image& image, const std::vector<int32_t>& order, float sxy, int64_t begin, int64_t end, float* out,
-                 int64_t stride) {
-  for (int64_t p = begin; p < end; ++p) {
-    const int32_t pixel = order.empty() ? static_cast<int32_t>(p) : order[p];
-    const auto width = static_cast<int32_t>(image.width);
-    out[p - begin] = static_cast<float>(pixel % width) / sxy;
-    out[stride + p - begin] = static_cast<float>(pixel / width) / sxy;
+// The features x / sxy and y / sxy of points, by true division, as pydensecrf has them.
+class Places {
+ public:
+  Places(const Image& image, const std::vector<int32_t>& order, float sxy) : order_(order), width_(image.width) {
+    for (int64_t i = 0; i < std::max(image.width, image.height); ++i) scaled_.push_back(static_cast<float>(i) / sxy);
   }
-}
 
-std::vector<Permutohedral::Range> place_ranges(const Image& image, float sxy) {
-  return {{0, static_cast<float>(image.width - 1) / sxy}, {0, static_cast<float>(image.height - 1) / sxy}};
-}
+  std::vector<Permutohedral::Range> ranges(const Image& image) const {
+    return {{0, scaled_[image.width - 1]}, {0, scaled_[image.height - 1]}};
+  }
+
+  void fill(int64_t begin, int64_t end, float* out, int64_t stride) const {
+    int64_t before = -2, x = 0, y = 0;
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t pixel = order_.empty() ? p : order_[p];
+      if (pixel != before + 1 || ++x == width_) y = pixel / width_, x = pixel - y * width_;
+      before = pixel;
+      out[p - begin] = scaled_[x], out[stride + p - begin] = scaled_[y];
+    }
+  }
+
+ private:
+  const std::vector<int32_t>& order_;
+  int64_t width_;
+  std::vector<float> scaled_;
+};
 
 std::shared_ptr<const ImageTerm> spatial_term(const Image& image, const std::vector<int32_t>& order, double sigma,
-                                              Normalization how, const Kernels& kernels) {
-  const auto sxy = static_cast<float>(sigma);
-  Permutohedral lattice(image.height * image.width, place_ranges(image, sxy), kernels,
-                        [&](int64_t begin, int64_t end, float* out, int64_t stride) {
-                          fill_places(image, order, sxy, begin, end, out, stride);
-                        });
+                                              bool one_channel, Normalization how, const Kernels& kernels) {
+  const Places places(image, order, static_cast<float>(sigma));
+  Permutohedral lattice(
+      image.height * image.width, places.ranges(image), one_channel, kernels,
+      [&](int64_t begin, int64_t end, float* out, int64_t stride) { places.fill(begin, end, out, stride); });
   return std::make_shared<const ImageTerm>(std::move(lattice), how, kernels);
 }
 
 // The terms of the last sizes: a data set has few, and these depend on nothing else.
 std::shared_ptr<const ImageTerm> cached_spatial_term(const Image& image, const std::vector<int32_t>& order, double sigma,
-                                                     Normalization how, const Kernels& kernels) {
+                                                     bool one_channel, Normalization how,
+                                                     const Kernels& kernels) {
   constexpr size_t kKept = 8;
-  using Key = std::tuple<int64_t, int64_t, double, Normalization, const Kernels*, bool>;
+  using Key = std::tuple<int64_t, int64_t, double, bool, Normalization, const Kernels*, bool>;
   static std::mutex mutex;
   static std::vector<std::pair<Key, std::shared_ptr<const ImageTerm>>> kept;
-  const Key key{image.height, image.width, sigma, how, &kernels, order.empty()};
+  const Key key{image.height, image.width, sigma, one_channel, how, &kernels, order.empty()};
   {
     const std::lock_guard<std::mutex> lock(mutex);
     for (auto it = kept.begin(); it != kept.end(); ++it) {
@@ -85,7 +97,7 @@ std::shared_ptr<const ImageTerm> cached_spatial_term(const Image& image, const s
       }
     }
   }
-  auto term = spatial_term(image, order, sigma, how, kernels);
+  auto term = spatial_term(image, order, sigma, one_channel, how, kernels);
   const std::lock_guard<std::mutex> lock(mutex);
   kept.insert(kept.begin(), {key, term});
   if (kept.size() > kKept) kept.pop_back();
@@ -93,15 +105,17 @@ std::shared_ptr<const ImageTerm> cached_spatial_term(const Image& image, const s
 }
 
 std::shared_ptr<const ImageTerm> bilateral_term(const Image& image, const std::vector<int32_t>& order, double sigma_xy,
-                                                double sigma_rgb, Normalization how, const Kernels& kernels) {
-  const auto sxy = static_cast<float>(sigma_xy), srgb = static_cast<float>(sigma_rgb);
-  float colour[256];  // true divisions, as pydensecrf's are
+                                                double sigma_rgb, bool one_channel, Normalization how,
+                                                const Kernels& kernels) {
+  const Places places(image, order, static_cast<float>(sigma_xy));
+  const auto srgb = static_cast<float>(sigma_rgb);
+  float colour[256];
   for (int value = 0; value < 256; ++value) colour[value] = static_cast<float>(value) / srgb;
-  auto ranges = place_ranges(image, sxy);
+  auto ranges = places.ranges(image);
   ranges.insert(ranges.end(), 3, {0, colour[255]});
-  Permutohedral lattice(image.height * image.width, ranges, kernels,
+  Permutohedral lattice(image.height * image.width, ranges, one_channel, kernels,
                         [&](int64_t begin, int64_t end, float* out, int64_t stride) {
-                          fill_places(image, order, sxy, begin, end, out, stride);
+                          places.fill(begin, end, out, stride);
                           for (int64_t p = begin; p < end; ++p) {
                             const uint8_t* rgb = image.pixels + 3 * (order.empty() ? p : int64_t{order[p]});
                             for (int c = 0; c < 3; ++c) out[(2 + c) * stride + p - begin] = colour[rgb[c]];
@@ -152,19 +166,21 @@ void run_all(const Options& options, at::TensorList images, std::vector<MeanFiel
     const std::vector<int32_t> order = point_order(image, options.exact);
     std::vector<std::shared_ptr<const ImageTerm>> terms;
     MeanField& crf = crfs[i];
+    crf.exact = options.exact;
+    const bool one_channel = crf.has_one_channel();
     const auto add = [&](std::shared_ptr<const ImageTerm> term, double strength) {
       crf.terms.push_back({term->lattice.arrays(), static_cast<float>(strength), options.how, term->factor});
       terms.push_back(std::move(term));
     };
     if (!options.gaussian.empty()) {
-      add(cached_spatial_term(image, order, options.gaussian[0], options.how, chosen), options.gaussian[1]);
+      add(cached_spatial_term(image, order, options.gaussian[0], one_channel, options.how, chosen), options.gaussian[1]);
     }
     if (!options.bilateral.empty()) {
-      add(bilateral_term(image, order, options.bilateral[0], options.bilateral[1], options.how, chosen),
+      add(bilateral_term(image, order, options.bilateral[0], options.bilateral[1], one_channel, options.how, chosen),
           options.bilateral[2]);
     }
     crf.points = image.height * image.width, crf.order = order.empty() ? nullptr : order.data();
-    crf.iterations = options.iterations, crf.exact = options.exact;
+    crf.iterations = options.iterations;
     crf.run(chosen);
   };
   const auto count = static_cast<int64_t>(images.size());

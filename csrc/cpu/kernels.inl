@@ -429,6 +429,7 @@ extern const Kernels RIBFAST_TIER_TABLE = {
     RIBFAST_EACH_STORAGE(normalize),
     embed,
     blur,
+    blur_one,
     slice_tiles,
     splat_tiles,
     update,

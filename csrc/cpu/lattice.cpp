@@ -44,7 +44,7 @@ std::vector<at::Tensor> lattice(const at::Tensor& features) {
     }
   }
   try {
-    Permutohedral built(points, ranges, kernels(), [&](int64_t begin, int64_t end, float* out, int64_t stride) {
+    Permutohedral built(points, ranges, false, kernels(), [&](int64_t begin, int64_t end, float* out, int64_t stride) {
       for (int64_t d = 0; d < dims; ++d) std::copy(from + d * points + begin, from + d * points + end, out + d * stride);
     });
     const LatticeArrays arrays = built.arrays();
@@ -88,7 +88,7 @@ LatticeArrays check_lattice(const char* op, at::TensorList tensors) {
   }
   expect(within(tensors[0], static_cast<int32_t>(vertices)) && within(tensors[2], static_cast<int32_t>(vertices)));
   return {points, static_cast<int32_t>(dims), static_cast<int32_t>(vertices), tensors[0].const_data_ptr<int32_t>(),
-          tensors[1].const_data_ptr<float>(), links, axes};
+          tensors[1].const_data_ptr<float>(), links, axes, nullptr};
 }
 
 at::Tensor lattice_filter(const at::Tensor& values, at::TensorList lattice, bool transpose) {

@@ -236,6 +236,18 @@ RIBFAST_INLINE void over_blocks(int32_t channels, F&& f) {
   if (channels & 4) f(Constant<4>(), c);
 }
 
+RIBFAST_INLINE VFloat gather(const float* from, VInt32 index) {
+#if RIBFAST_VECTOR_BYTES == 64
+  return bits<VFloat>(_mm512_i32gather_ps(bits<__m512i>(index), from, 4));
+#elif RIBFAST_VECTOR_BYTES == 32
+  return bits<VFloat>(_mm256_i32gather_ps(from, bits<__m256i>(index), 4));
+#else
+  VFloat v;
+  for (int k = 0; k < kLanes; ++k) v[k] = from[index[k]];
+  return v;
+#endif
+}
+
 // Blur along one axis, in place: v' = v + (before + after) / 2. links [begin, end): the axis's lines of two vertices or
 // more, each closed by a 0; a closing 0 is written to `spare`, a vertex that nobody reads. Both ends of [begin, end) lie
 // between lines.
@@ -261,14 +273,16 @@ void blur(float* values, const int32_t* links, int64_t begin, int64_t end, int32
     case 16: return blur_block<16>(values, links, begin, end, spare);
     case 8: return blur_block<8>(values, links, begin, end, spare);
     case 4: return blur_block<4>(values, links, begin, end, spare);
-    default: break;
+    default: return blur_block<1>(values, links, begin, end, spare);
   }
-  float before = 0, self = values[links[begin]];
-  for (int64_t i = begin; i < end; ++i) {
-    const int32_t id = links[i];
-    const float after = values[links[i + 1]];
-    values[id != 0 ? id : spare] = self + 0.5f * (before + after);
-    before = self, self = after;
+}
+
+// One channel: out = in + (in[before] + in[after]) / 2 for vertices [begin, end), from one buffer to another; what lies
+// between `end` and the next multiple of kTile is written too.
+void blur_one(const float* in, const int32_t* before, const int32_t* after, int64_t begin, int64_t end, float* out) {
+  for (int64_t v = begin; v < end; v += kLanes) {
+    const VFloat sides = gather(in, load_raw<VInt32>(before + v)) + gather(in, load_raw<VInt32>(after + v));
+    store_raw(out + v, load_raw<VFloat>(in + v) + 0.5f * sides);
   }
 }
 
@@ -343,15 +357,44 @@ RIBFAST_INLINE void splat_rows(const LatticeView& lattice, float* splat, int64_t
   });
 }
 
+// Lane k of the result is lane k ^ kStep.
+template <int kStep>
+RIBFAST_INLINE VFloat swapped_lanes(VFloat v) {
+#if RIBFAST_VECTOR_BYTES == 64
+  const __m512 x = bits<__m512>(v);
+  if constexpr (kStep < 4) return bits<VFloat>(_mm512_permute_ps(x, kStep == 1 ? 0xb1 : 0x4e));
+  return bits<VFloat>(_mm512_shuffle_f32x4(x, x, kStep == 4 ? 0xb1 : 0x4e));
+#elif RIBFAST_VECTOR_BYTES == 32
+  const __m256 x = bits<__m256>(v);
+  if constexpr (kStep < 4) return bits<VFloat>(_mm256_permute_ps(x, kStep == 1 ? 0xb1 : 0x4e));
+  return bits<VFloat>(_mm256_permute2f128_ps(x, x, 1));
+#else
+  return kStep == 1 ? __builtin_shuffle(v, VInt32{1, 0, 3, 2}) : __builtin_shuffle(v, VInt32{2, 3, 0, 1});
+#endif
+}
+
 // f over neighbouring lanes in groups of kGroup, the result in every lane of the group.
 template <int kGroup, typename F>
 RIBFAST_INLINE VFloat over_group(VFloat v, F&& f) {
-  for (int step = 1; step < kGroup; step *= 2) {
-    VInt32 index;
-    for (int k = 0; k < kLanes; ++k) index[k] = k ^ step;
-    v = f(v, __builtin_shuffle(v, index));
-  }
+  if constexpr (kGroup > 1) v = f(v, swapped_lanes<1>(v));
+  if constexpr (kGroup > 2) v = f(v, swapped_lanes<2>(v));
+  if constexpr (kGroup > 4) v = f(v, swapped_lanes<4>(v));
+  if constexpr (kGroup > 8) v = f(v, swapped_lanes<8>(v));
   return v;
+}
+
+// Lane k of the result is numbers[k / kWidth].
+template <int kWidth>
+RIBFAST_INLINE VFloat spread(const float* numbers) {
+  if constexpr (kWidth >= kLanes) {
+    return VFloat{} + numbers[0];
+  } else {
+    static constexpr int32_t kQuarters[16] = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};
+    static constexpr int32_t kHalves[16] = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1};
+    VFloat v = VFloat{};
+    __builtin_memcpy(&v, numbers, sizeof(float) * (kLanes / kWidth));
+    return __builtin_shuffle(v, load_raw<VInt32>(kWidth == 4 ? kQuarters : kHalves));
+  }
 }
 
 struct Larger {
@@ -423,8 +466,7 @@ RIBFAST_INLINE void softmax_of_rows(float* rows, int32_t channels, bool reduced,
       float* block = rows + first * kTile;
       for (int k = 0; k < kTile; k += kPoints) {
         R row = R::load(block + k * kWidth);
-        VFloat tops = VFloat{} + top[k];
-        for (int i = 0; i < kLanes && kPoints > 1; ++i) tops[i] = top[k + i / kWidth];
+        const VFloat tops = spread<kWidth>(top + k);
         for (auto& part : row.part) part = exp_of_negative<VFloat, VInt32>(part - tops);
         row.store(block + k * kWidth);
       }
@@ -532,18 +574,6 @@ void update_points(const PixelJob& job, float* scratch) {
       });
     }
   }
-}
-
-RIBFAST_INLINE VFloat gather(const float* from, VInt32 index) {
-#if RIBFAST_VECTOR_BYTES == 64
-  return bits<VFloat>(_mm512_i32gather_ps(bits<__m512i>(index), from, 4));
-#elif RIBFAST_VECTOR_BYTES == 32
-  return bits<VFloat>(_mm256_i32gather_ps(from, bits<__m256i>(index), 4));
-#else
-  VFloat v;
-  for (int k = 0; k < kLanes; ++k) v[k] = from[index[k]];
-  return v;
-#endif
 }
 
 // One channel: what points [lane, lane + kLanes) of a tile read.

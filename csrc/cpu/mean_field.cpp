@@ -10,9 +10,24 @@
 namespace ribfast::cpu {
 namespace {
 
-// Splits [0, size) among threads at the lines' ends and blurs every block of channels along every axis, in place.
-void blur(const LatticeArrays& lattice, int32_t channels, int32_t parts, bool backwards, const Kernels& kernels,
-          float* values) {
+// Blurs one channel along every axis, from one buffer to the other and back; returns the one that holds the result.
+float* blur_one(const LatticeArrays& lattice, const Kernels& kernels, float* values, float* other) {
+  for (int32_t axis = 0; axis <= lattice.dims; ++axis) {
+    const int32_t* before = lattice.pairs + 2 * axis * lattice.stride();
+    at::parallel_for(0, lattice.stride() / kTile, 1 + 65536 / kTile, [&](int64_t begin, int64_t end) {
+      kernels.blur_one(values, before, before + lattice.stride(), begin * kTile, end * kTile, other);
+    });
+    std::swap(values, other);
+    values[0] = 0;
+  }
+  return values;
+}
+
+// Blurs every block of channels along every axis: in place, split among threads at lines' ends; one channel of a lattice
+// made for that with the help of `other`. Returns the buffer that holds the result.
+float* blur(const LatticeArrays& lattice, int32_t channels, int32_t parts, bool backwards, const Kernels& kernels,
+            float* values, float* other) {
+  if (lattice.pairs != nullptr) return blur_one(lattice, kernels, values, other);
   for (int32_t first = 0; first < channels * parts;) {
     const int32_t part = first / channels * channels, width = block_of(first - part, channels).width;
     float* block = values + first * lattice.stride();
@@ -31,6 +46,7 @@ void blur(const LatticeArrays& lattice, int32_t channels, int32_t parts, bool ba
     }
     first += width;
   }
+  return values;
 }
 
 LatticeView view_of(const LatticeArrays& lattice) {
@@ -79,10 +95,10 @@ const float* normalize(const LatticeArrays& lattice, Normalization how, const Ke
   if (how == kNone) return nullptr;
   Buffer<float> values;
   LatticeView view = view_of(lattice);
-  view.values = view.splat = values.get(lattice.stride());
+  view.splat = values.get(2 * lattice.stride());
   std::memset(view.splat, 0, sizeof(float) * lattice.stride());
   kernels.splat(view, 0, lattice.tiles(), 1, nullptr);
-  blur(lattice, 1, 1, false, kernels, view.splat);
+  view.values = blur(lattice, 1, 1, false, kernels, view.splat, view.splat + lattice.stride());
   float* f = factor.get(lattice.tiles() * kTile);
   at::parallel_for(0, lattice.tiles(), 1024, [&](int64_t begin, int64_t end) {
     kernels.slice(view, begin, end, 1, f + begin * kTile);
@@ -120,7 +136,7 @@ void filter(const LatticeArrays& lattice, const float* values, int64_t channels,
     over_rows(begin, end, [&](int64_t row, int64_t at) { rows[row] = values[at]; });
     kernels.splat(view, begin, end, padded, rows.data());
   }
-  blur(lattice, padded, 1, transpose, kernels, view.splat);
+  blur(lattice, padded, 1, transpose, kernels, view.splat, nullptr);
   at::parallel_for(0, tiles, kChunk, [&](int64_t from, int64_t to) {
     std::vector<float> own(kChunk * row_size);
     for (int64_t begin = from; begin < to; begin += kChunk) {
@@ -130,6 +146,8 @@ void filter(const LatticeArrays& lattice, const float* values, int64_t channels,
     }
   });
 }
+
+bool MeanField::has_one_channel() const { return Layout(labels, labellings, exact).channels == 1; }
 
 void MeanField::run(const Kernels& kernels) const {
   const Layout layout(labels, labellings, exact);
@@ -223,8 +241,8 @@ void MeanField::run(const Kernels& kernels) const {
           }
         });
       }
-      blur(lattice, channels, parts, false, kernels, sum);
-      std::swap(values[i].sliced, values[i].splat);
+      float *free = values[i].sliced, *blurred = blur(lattice, channels, parts, false, kernels, sum, free);
+      values[i].sliced = blurred, values[i].splat = blurred == sum ? free : sum;
     }
   }
 

@@ -37,6 +37,7 @@ struct MeanField {
   float* probabilities = nullptr;  // the result: [label][pixel] of the one labelling; or
   uint8_t* best = nullptr;         // [labelling][pixel]: the most probable label
 
+  bool has_one_channel() const;  // the lattices may then be made for one
   void run(const Kernels& kernels) const;
 };
 

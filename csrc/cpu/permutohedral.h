@@ -46,12 +46,13 @@ struct LatticeArrays {
   int32_t dims, vertices;  // vertices: with the absent one
   const int32_t* corners;
   const float* weights;
-  const int32_t* links;    // the lines of axis a: [axes[a], axes[a + 1] - kLinksAhead)
-  const int64_t* axes;     // dims + 2 of them
+  const int32_t* links;  // the lines of axis a: [axes[a], axes[a + 1] - kLinksAhead); or null, and
+  const int64_t* axes;   // dims + 2 of them
+  const int32_t* pairs;  // for one channel alone: [axis][before, after][stride]
 
   int64_t tiles() const { return tiles_of(points); }
-  int32_t spare() const { return vertices; }                        // the vertex that closing zeros are written to
-  int64_t stride() const { return (vertices + 1 + 3) / 4 * 4; }     // blocks begin on a cache line's boundary
+  int32_t spare() const { return vertices; }  // the vertex that closing zeros are written to
+  int64_t stride() const { return (int64_t{vertices} + 1 + kTile - 1) / kTile * kTile; }
 };
 
 // Vertices by key, open addressing; a slot is a vertex's number and 32 bits of its key's hash. A look-up mostly waits for
@@ -89,8 +90,23 @@ class VertexTable {
     return id;
   }
 
-  int32_t find(const Key& key) const {
-    const uint64_t h = hash(key);
+  // find() of `count` keys, in stages that each wait for memory together.
+  template <typename KeyOf>
+  void find_all(int32_t count, KeyOf&& key_of, int32_t* found) const {
+    constexpr int32_t kTogether = 64;
+    uint64_t hashes[kTogether];
+    for (int32_t first = 0; first < count; first += kTogether) {
+      const int32_t held = std::min(kTogether, count - first);
+      for (int32_t i = 0; i < held; ++i) {
+        hashes[i] = hash(key_of(first + i));
+        __builtin_prefetch(&slots_[hashes[i] >> shift_]);
+      }
+      for (int32_t i = 0; i < held; ++i) __builtin_prefetch(&keys_[slots_[hashes[i] >> shift_].id]);
+      for (int32_t i = 0; i < held; ++i) found[first + i] = find(key_of(first + i), hashes[i]);
+    }
+  }
+
+  int32_t find(const Key& key, uint64_t h) const {
     const auto tag = static_cast<uint32_t>(h);
     for (size_t at = h >> shift_; slots_[at].id != 0; at = (at + 1) & mask_) {
       if (slots_[at].tag == tag && keys_[slots_[at].id] == key) return slots_[at].id;
@@ -138,11 +154,12 @@ class Permutohedral {
     float low, high;
   };
 
+  // one_channel: for filters of one channel alone, which have a quicker blur.
   // fill(begin, end, out, stride): features of points [begin, end) to out[dim * stride + point - begin]; ranges: of each
   // dimension, over all points.
   template <typename Fill>
-  Permutohedral(int64_t points, const std::vector<Range>& ranges, const Kernels& kernels, Fill&& fill)
-      : points_(points), dims_(static_cast<int32_t>(ranges.size())) {
+  Permutohedral(int64_t points, const std::vector<Range>& ranges, bool one_channel, const Kernels& kernels, Fill&& fill)
+      : points_(points), dims_(static_cast<int32_t>(ranges.size())), one_channel_(one_channel) {
     const int64_t total = tiles_of(points) * kTile * (dims_ + 1);
     if (total >= (int64_t{1} << 40)) throw std::length_error("fewer points");
     EmbedJob job{};
@@ -161,7 +178,8 @@ class Permutohedral {
   }
 
   LatticeArrays arrays() const {
-    return {points_, dims_, vertices_, corners_.data(), weights_.data(), links_.data(), axes_.data()};
+    return {points_,       dims_,        vertices_,     corners_.data(), weights_.data(),
+            links_.empty() ? nullptr : links_.data(), axes_.data(), pairs_.data()};
   }
   Buffer<int32_t>& corners() { return corners_; }
   Buffer<float>& weights() { return weights_; }
@@ -173,10 +191,12 @@ class Permutohedral {
 
   int64_t points_;
   int32_t dims_, vertices_ = 0;
+  bool one_channel_;
   Buffer<int32_t> corners_;
   Buffer<float> weights_;
   std::vector<int32_t> links_;
   std::vector<int64_t> axes_;
+  Buffer<int32_t> pairs_;
 
   // The bit field of each of the first dims coordinates, wide enough for every vertex and its neighbours. Coordinate j is
   // the sum of the scaled features from j on, less j times the one before those.
@@ -272,17 +292,20 @@ class Permutohedral {
     link(table, job);
   }
 
-  // The lines of each axis: links[axes[a]...] are vertices in a row, closed by a 0; a vertex that is alone is left out.
+  // The neighbours along each axis: as pairs; or as lines of vertices, each closed by a 0, where one that is alone is left
+  // out.
   template <int kWords>
   void link(const VertexTable<kWords>& table, const EmbedJob& job) {
     using Key = typename VertexTable<kWords>::Key;
     const std::vector<Key>& keys = table.keys();
     const int32_t count = dims_ + 1;
     vertices_ = static_cast<int32_t>(keys.size());
+    const int64_t stride = arrays().stride();
+    if (one_channel_) pairs_.get(2 * count * stride);
     std::vector<std::vector<int32_t>> lines(count);
     at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-      std::vector<int32_t> after(vertices_);
-      std::vector<uint8_t> inner(vertices_);  // has one before
+      std::vector<int32_t> own(one_channel_ ? 0 : vertices_);
+      std::vector<uint8_t> inner(one_channel_ ? 0 : vertices_);  // has one before
       for (int64_t axis = begin; axis < end; ++axis) {
         Key move{};  // by one in every coordinate, and dims + 1 back along the axis
         for (int w = 0; w < kWords; ++w) {
@@ -294,13 +317,19 @@ class Permutohedral {
           for (int w = 0; w < kWords; ++w) key.word[w] += move.word[w];
           return key;
         };
-        constexpr int32_t kAhead = 16;
-        std::fill(inner.begin(), inner.end(), 0);
-        for (int32_t v = 1; v < vertices_; ++v) {
-          if (v + kAhead < vertices_) table.prefetch(moved(v + kAhead));
-          after[v] = table.find(moved(v));
-          inner[after[v]] = 1;
+        int32_t* after = one_channel_ ? pairs_.data() + (2 * axis + 1) * stride : own.data();
+        after[0] = 0;
+        table.find_all(vertices_ - 1, [&](int32_t v) { return moved(v + 1); }, after + 1);
+        if (one_channel_) {
+          int32_t* before = after - stride;
+          std::fill(before, before + stride, 0);
+          std::fill(after + vertices_, after + stride, 0);
+          for (int32_t v = 1; v < vertices_; ++v) before[after[v]] = v;
+          before[0] = 0;
+          continue;
         }
+        std::fill(inner.begin(), inner.end(), 0);
+        for (int32_t v = 1; v < vertices_; ++v) inner[after[v]] = 1;
         std::vector<int32_t>& line = lines[axis];
         line.reserve(vertices_ + vertices_ / 2 + kLinksAhead);
         for (int32_t v = 1; v < vertices_; ++v) {
@@ -311,6 +340,7 @@ class Permutohedral {
         line.insert(line.end(), kLinksAhead, 0);
       }
     });
+    if (one_channel_) return;
     axes_.assign(1, 0);
     for (const auto& line : lines) axes_.push_back(axes_.back() + static_cast<int64_t>(line.size()));
     links_.reserve(axes_.back());

@@ -5,7 +5,8 @@
 #include <immintrin.h>
 
 #pragma GCC push_options
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12: false in its own avx512fintrin.h
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12: both false in its own avx512fintrin.h
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c,prefer-vector-width=512")
 #include "../math.h"
 
