@@ -55,9 +55,10 @@ struct Kernels {
   void (*normalize[kStorages])(const void* map, int64_t n, double eps, void* result);
   // The lattice's (lattice.h has the layouts).
   void (*embed)(const EmbedJob& job);
-  // One axis of one block of `width` channels (16, 8, 4 or 1), in place; links [begin, end) begin and end between lines,
-  // and are followed by kLinksAhead zeros.
-  void (*blur)(float* values, const int32_t* links, int64_t begin, int64_t end, int32_t spare, int32_t width);
+  // One block of `width` channels (16, 8, 4 or 1), in place, along the lines of one axis that have `length` vertices, or
+  // more than kLongestLine. links [begin, end) begin and end between lines, and are followed by kLinksAhead more.
+  void (*blur)(float* values, const int32_t* links, int64_t begin, int64_t end, int32_t length, int32_t spare,
+               int32_t width);
   // One axis of one channel, from one buffer to another; everything has room up to the multiple of kTile behind `end`.
   void (*blur_one)(const float* in, const int32_t* before, const int32_t* after, int64_t begin, int64_t end, float* out);
   // Rows of tiles [begin, end); channels: 1 or a multiple of 4. splat adds; rows null, with one channel: ones.

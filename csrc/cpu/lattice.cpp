@@ -1,5 +1,5 @@
-// Lattices of any points on the CPU, as tensors: corners (tiles, d + 1, 16), weights alike, links, and axes: the offsets
-// of each axis's lines in the links, then the numbers of vertices and of points (lattice.h, permutohedral.h).
+// Lattices of any points on the CPU, as tensors: corners (tiles, d + 1, 16), weights alike, links, and where their
+// segments begin, then the numbers of vertices and of points (lattice.h, permutohedral.h).
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
@@ -48,11 +48,12 @@ std::vector<at::Tensor> lattice(const at::Tensor& features) {
       for (int64_t d = 0; d < dims; ++d) std::copy(from + d * points + begin, from + d * points + end, out + d * stride);
     });
     const LatticeArrays arrays = built.arrays();
-    std::vector<int64_t> axes = built.axes();
-    axes.insert(axes.end(), {arrays.vertices, points});
+    std::vector<int64_t> segments = built.segments();
+    const int64_t links = segments.back() + kLinksAhead;
+    segments.insert(segments.end(), {arrays.vertices, points});
     const std::vector<int64_t> shape{arrays.tiles(), dims + 1, kTile};
     return {adopted(built.corners(), shape, at::kInt), adopted(built.weights(), shape, at::kFloat),
-            copied(built.links(), at::kInt), copied(axes, at::kLong)};
+            adopted(built.links(), {links}, at::kInt), copied(segments, at::kLong)};
   } catch (const std::range_error& error) {
     RIBFAST_CHECK_VALUE(false, op, error.what(), "features from ", planes.min().item(), " to ", planes.max().item());
   } catch (const std::length_error& error) {
@@ -76,19 +77,25 @@ LatticeArrays check_lattice(const char* op, at::TensorList tensors) {
          tensors[2].scalar_type() == at::kInt && tensors[3].scalar_type() == at::kLong);
   expect(tensors[0].dim() == 3 && tensors[0].size(2) == kTile && tensors[1].sizes() == tensors[0].sizes());
   const int64_t dims = tensors[0].size(1) - 1;
-  expect(dims >= 1 && dims <= kMaxDims && tensors[3].numel() == dims + 4);
-  const int64_t* axes = tensors[3].const_data_ptr<int64_t>();
-  const int64_t vertices = axes[dims + 2], points = axes[dims + 3];
-  expect(points >= 0 && tiles_of(points) == tensors[0].size(0) && vertices >= 1 && vertices < INT32_MAX);
+  const int64_t count = (dims + 1) * kSegments;
+  expect(dims >= 1 && dims <= kMaxDims && tensors[3].numel() == count + 3);
+  const int64_t* segments = tensors[3].const_data_ptr<int64_t>();
+  const int64_t vertices = segments[count + 1], points = segments[count + 2];
+  expect(points >= 0 && tiles_of(points) == tensors[0].size(0) && vertices >= 1 && vertices < INT32_MAX - kTile);
   const int32_t* links = tensors[2].const_data_ptr<int32_t>();
-  expect(axes[0] == 0 && axes[dims + 1] == tensors[2].numel());
-  for (int64_t axis = 0; axis <= dims; ++axis) {
-    expect(axes[axis + 1] - axes[axis] >= kLinksAhead && axes[axis + 1] <= tensors[2].numel());
-    for (int64_t i = 1; i <= kLinksAhead; ++i) expect(links[axes[axis + 1] - i] == 0);
+  expect(segments[0] == 0 && segments[count] == tensors[2].numel() - kLinksAhead);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t size = segments[i + 1] - segments[i], segment = i % kSegments;
+    expect(size >= 0 && segments[i + 1] <= segments[count]);
+    if (segment + 1 < kSegments) {
+      expect(size % (segment + 2) == 0);
+    } else {
+      expect(size == 0 || links[segments[i + 1] - 1] == 0);
+    }
   }
   expect(within(tensors[0], static_cast<int32_t>(vertices)) && within(tensors[2], static_cast<int32_t>(vertices)));
   return {points, static_cast<int32_t>(dims), static_cast<int32_t>(vertices), tensors[0].const_data_ptr<int32_t>(),
-          tensors[1].const_data_ptr<float>(), links, axes, nullptr};
+          tensors[1].const_data_ptr<float>(), links, segments, nullptr};
 }
 
 at::Tensor lattice_filter(const at::Tensor& values, at::TensorList lattice, bool transpose) {

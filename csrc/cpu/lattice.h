@@ -16,7 +16,9 @@ namespace ribfast::cpu {
 
 constexpr int kMaxDims = 8;
 constexpr int kTile = 16;     // lanes of the widest vector
-constexpr int kLinksAhead = 32;  // zeros behind the links of an axis, for reads ahead
+constexpr int kLongestLine = 8;   // of vertices in a row, among those that are sorted by their length
+constexpr int kSegments = kLongestLine;  // of an axis's lines: of 2, 3, ... kLongestLine vertices, and longer ones
+constexpr int kLinksAhead = 32;   // zeros behind all links, for reads ahead
 constexpr int kKeyWords = 2;  // a vertex's key: its coordinates in bit fields of one or two words
 
 constexpr int64_t tiles_of(int64_t points) { return (points + kTile - 1) / kTile; }

@@ -248,17 +248,40 @@ RIBFAST_INLINE VFloat gather(const float* from, VInt32 index) {
 #endif
 }
 
-// Blur along one axis, in place: v' = v + (before + after) / 2. links [begin, end): the axis's lines of two vertices or
-// more, each closed by a 0; a closing 0 is written to `spare`, a vertex that nobody reads. Both ends of [begin, end) lie
-// between lines.
+// Blur along one axis, in place: v' = v + (before + after) / 2, over lines of neighbours. Lines of kLength vertices, one
+// after the other:
+template <int kWidth, int kLength>
+RIBFAST_INLINE void blur_lines(float* values, const int32_t* links, int64_t begin, int64_t end) {
+  constexpr int64_t kAhead = kLinksAhead / 2;
+  using R = Row<kWidth>;
+  for (int64_t i = begin; i < end; i += kLength) {
+    float* at[kLength];
+    R line[kLength];
+    for (int k = 0; k < kLength; ++k) {
+      __builtin_prefetch(values + int64_t{links[i + kAhead + k]} * kWidth, 1);
+      at[k] = values + int64_t{links[i + k]} * kWidth;
+      line[k] = R::load(at[k]);
+    }
+    for (int k = 0; k < kLength; ++k) {
+      R result;
+      for (int j = 0; j < R::parts; ++j) {
+        const auto before = k > 0 ? line[k - 1].part[j] : typename R::V{};
+        const auto after = k + 1 < kLength ? line[k + 1].part[j] : typename R::V{};
+        result.part[j] = line[k].part[j] + 0.5f * (before + after);
+      }
+      result.store(at[k]);
+    }
+  }
+}
+
+// Lines of any length, each closed by a 0; a closing 0 is written to `spare`, a vertex that nobody reads.
 template <int kWidth>
-RIBFAST_INLINE void blur_block(float* values, const int32_t* links, int64_t begin, int64_t end, int32_t spare) {
-  constexpr int64_t kAhead = kWidth >= 8 ? 12 : 24;
+RIBFAST_INLINE void blur_long_lines(float* values, const int32_t* links, int64_t begin, int64_t end, int32_t spare) {
+  constexpr int64_t kAhead = kLinksAhead / 2;
   using R = Row<kWidth>;
   R before = R::zero(), self = R::load(values + int64_t{links[begin]} * kWidth);
   for (int64_t i = begin; i < end; ++i) {
     const int32_t id = links[i];
-    // links are followed by room that holds zeros
     __builtin_prefetch(values + int64_t{links[i + kAhead]} * kWidth, 1);
     const R after = R::load(values + int64_t{links[i + 1]} * kWidth);
     R result;
@@ -268,12 +291,29 @@ RIBFAST_INLINE void blur_block(float* values, const int32_t* links, int64_t begi
   }
 }
 
-void blur(float* values, const int32_t* links, int64_t begin, int64_t end, int32_t spare, int32_t width) {
+template <int kWidth>
+RIBFAST_INLINE void blur_block(float* values, const int32_t* links, int64_t begin, int64_t end, int32_t length,
+                               int32_t spare) {
+  static_assert(kLongestLine == 8);
+  switch (length) {
+    case 2: return blur_lines<kWidth, 2>(values, links, begin, end);
+    case 3: return blur_lines<kWidth, 3>(values, links, begin, end);
+    case 4: return blur_lines<kWidth, 4>(values, links, begin, end);
+    case 5: return blur_lines<kWidth, 5>(values, links, begin, end);
+    case 6: return blur_lines<kWidth, 6>(values, links, begin, end);
+    case 7: return blur_lines<kWidth, 7>(values, links, begin, end);
+    case 8: return blur_lines<kWidth, 8>(values, links, begin, end);
+    default: return blur_long_lines<kWidth>(values, links, begin, end, spare);
+  }
+}
+
+void blur(float* values, const int32_t* links, int64_t begin, int64_t end, int32_t length, int32_t spare,
+          int32_t width) {
   switch (width) {
-    case 16: return blur_block<16>(values, links, begin, end, spare);
-    case 8: return blur_block<8>(values, links, begin, end, spare);
-    case 4: return blur_block<4>(values, links, begin, end, spare);
-    default: return blur_block<1>(values, links, begin, end, spare);
+    case 16: return blur_block<16>(values, links, begin, end, length, spare);
+    case 8: return blur_block<8>(values, links, begin, end, length, spare);
+    case 4: return blur_block<4>(values, links, begin, end, length, spare);
+    default: return blur_block<1>(values, links, begin, end, length, spare);
   }
 }
 

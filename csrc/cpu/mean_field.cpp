@@ -33,16 +33,21 @@ float* blur(const LatticeArrays& lattice, int32_t channels, int32_t parts, bool 
     float* block = values + first * lattice.stride();
     for (int32_t step = 0; step <= lattice.dims; ++step) {
       const int32_t axis = backwards ? lattice.dims - step : step;
-      const int32_t* links = lattice.links + lattice.axes[axis];
-      const int64_t size = lattice.axes[axis + 1] - lattice.axes[axis] - kLinksAhead;
-      const auto line_at = [&](int64_t at) {  // the first line that begins at or behind `at`
-        while (at > 0 && at < size && links[at - 1] != 0) ++at;
-        return at;
-      };
-      at::parallel_for(0, size, 1 + 131072 / width, [&](int64_t begin, int64_t end) {
-        begin = line_at(begin), end = line_at(end);
-        if (begin < end) kernels.blur(block, links, begin, end, lattice.spare(), width);
-      });
+      for (int32_t segment = 0; segment < kSegments; ++segment) {
+        const int64_t* from = lattice.segments + axis * kSegments + segment;
+        const int32_t* links = lattice.links + from[0];
+        const int64_t size = from[1] - from[0];
+        const int32_t length = segment + 2;
+        const auto line_at = [&](int64_t at) {  // the first line that begins at or behind `at`
+          if (length <= kLongestLine) return (at + length - 1) / length * length;
+          while (at > 0 && at < size && links[at - 1] != 0) ++at;
+          return at;
+        };
+        at::parallel_for(0, size, 1 + 131072 / width, [&](int64_t begin, int64_t end) {
+          begin = line_at(begin), end = line_at(end);
+          if (begin < end) kernels.blur(block, links, begin, end, length, lattice.spare(), width);
+        });
+      }
     }
     first += width;
   }

@@ -46,9 +46,9 @@ struct LatticeArrays {
   int32_t dims, vertices;  // vertices: with the absent one
   const int32_t* corners;
   const float* weights;
-  const int32_t* links;  // the lines of axis a: [axes[a], axes[a + 1] - kLinksAhead); or null, and
-  const int64_t* axes;   // dims + 2 of them
-  const int32_t* pairs;  // for one channel alone: [axis][before, after][stride]
+  const int32_t* links;     // lines of neighbours, those of axis a and segment s at [segments[i], segments[i + 1]) with
+  const int64_t* segments;  // i = a * kSegments + s; or both null, and
+  const int32_t* pairs;     // for one channel alone: [axis][before, after][stride]
 
   int64_t tiles() const { return tiles_of(points); }
   int32_t spare() const { return vertices; }  // the vertex that closing zeros are written to
@@ -102,7 +102,17 @@ class VertexTable {
         __builtin_prefetch(&slots_[hashes[i] >> shift_]);
       }
       for (int32_t i = 0; i < held; ++i) __builtin_prefetch(&keys_[slots_[hashes[i] >> shift_].id]);
-      for (int32_t i = 0; i < held; ++i) found[first + i] = find(key_of(first + i), hashes[i]);
+      for (int32_t i = 0; i < held; ++i) {
+        // nearly all are found, or known to be absent, at the first slot or the next: no branch that is hard to guess
+        const size_t at = hashes[i] >> shift_;
+        const Slot one = slots_[at], two = slots_[(at + 1) & mask_];
+        const auto tag = static_cast<uint32_t>(hashes[i]);
+        const bool here = one.tag == tag, next = two.tag == tag;
+        int32_t id = here || one.id == 0 ? one.id : two.id;
+        const Key key = key_of(first + i);
+        if (!(here || one.id == 0 || next || two.id == 0) || (id != 0 && !(keys_[id] == key))) id = find(key, hashes[i]);
+        found[first + i] = id;
+      }
     }
   }
 
@@ -178,13 +188,13 @@ class Permutohedral {
   }
 
   LatticeArrays arrays() const {
-    return {points_,       dims_,        vertices_,     corners_.data(), weights_.data(),
-            links_.empty() ? nullptr : links_.data(), axes_.data(), pairs_.data()};
+    return {points_,       dims_,        vertices_,        corners_.data(),
+            weights_.data(), links_.data(), segments_.data(), pairs_.data()};
   }
   Buffer<int32_t>& corners() { return corners_; }
   Buffer<float>& weights() { return weights_; }
-  const std::vector<int32_t>& links() const { return links_; }
-  const std::vector<int64_t>& axes() const { return axes_; }
+  Buffer<int32_t>& links() { return links_; }
+  const std::vector<int64_t>& segments() const { return segments_; }
 
  private:
   static constexpr int64_t kChunk = 512;  // tiles whose keys are held at a time
@@ -194,8 +204,8 @@ class Permutohedral {
   bool one_channel_;
   Buffer<int32_t> corners_;
   Buffer<float> weights_;
-  std::vector<int32_t> links_;
-  std::vector<int64_t> axes_;
+  Buffer<int32_t> links_;
+  std::vector<int64_t> segments_;
   Buffer<int32_t> pairs_;
 
   // The bit field of each of the first dims coordinates, wide enough for every vertex and its neighbours. Coordinate j is
@@ -292,8 +302,8 @@ class Permutohedral {
     link(table, job);
   }
 
-  // The neighbours along each axis: as pairs; or as lines of vertices, each closed by a 0, where one that is alone is left
-  // out.
+  // The neighbours along each axis: as pairs; or as lines of vertices, sorted by their length, long ones closed by a 0,
+  // where one that is alone is left out.
   template <int kWords>
   void link(const VertexTable<kWords>& table, const EmbedJob& job) {
     using Key = typename VertexTable<kWords>::Key;
@@ -302,9 +312,10 @@ class Permutohedral {
     vertices_ = static_cast<int32_t>(keys.size());
     const int64_t stride = arrays().stride();
     if (one_channel_) pairs_.get(2 * count * stride);
-    std::vector<std::vector<int32_t>> lines(count);
+    std::vector<Buffer<int32_t>> lines(one_channel_ ? 0 : count * kSegments);
+    std::vector<int64_t> sizes(lines.size());
     at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-      std::vector<int32_t> own(one_channel_ ? 0 : vertices_);
+      Buffer<int32_t> own, starts;
       std::vector<uint8_t> inner(one_channel_ ? 0 : vertices_);  // has one before
       for (int64_t axis = begin; axis < end; ++axis) {
         Key move{};  // by one in every coordinate, and dims + 1 back along the axis
@@ -313,13 +324,13 @@ class Permutohedral {
           if (axis < dims_) move.word[w] -= job.unit[axis][w] * static_cast<uint64_t>(count);
         }
         const auto moved = [&](int32_t v) {
-          Key key = keys[v];
+          Key key = keys[v + 1];
           for (int w = 0; w < kWords; ++w) key.word[w] += move.word[w];
           return key;
         };
-        int32_t* after = one_channel_ ? pairs_.data() + (2 * axis + 1) * stride : own.data();
+        int32_t* after = one_channel_ ? pairs_.data() + (2 * axis + 1) * stride : own.get(vertices_);
         after[0] = 0;
-        table.find_all(vertices_ - 1, [&](int32_t v) { return moved(v + 1); }, after + 1);
+        table.find_all(vertices_ - 1, moved, after + 1);
         if (one_channel_) {
           int32_t* before = after - stride;
           std::fill(before, before + stride, 0);
@@ -330,21 +341,41 @@ class Permutohedral {
         }
         std::fill(inner.begin(), inner.end(), 0);
         for (int32_t v = 1; v < vertices_; ++v) inner[after[v]] = 1;
-        std::vector<int32_t>& line = lines[axis];
-        line.reserve(vertices_ + vertices_ / 2 + kLinksAhead);
+        int32_t* start = starts.get(vertices_);
+        int64_t count_of_starts = 0;
         for (int32_t v = 1; v < vertices_; ++v) {
-          if (inner[v] || after[v] == 0) continue;
-          for (int32_t at = v; at != 0; at = after[at]) line.push_back(at);
-          line.push_back(0);
+          start[count_of_starts] = v;
+          count_of_starts += !inner[v] && after[v] != 0;
         }
-        line.insert(line.end(), kLinksAhead, 0);
+        write_lines(start, count_of_starts, after, &lines[axis * kSegments], &sizes[axis * kSegments]);
       }
     });
     if (one_channel_) return;
-    axes_.assign(1, 0);
-    for (const auto& line : lines) axes_.push_back(axes_.back() + static_cast<int64_t>(line.size()));
-    links_.reserve(axes_.back());
-    for (const auto& line : lines) links_.insert(links_.end(), line.begin(), line.end());
+    segments_.assign(1, 0);
+    for (const int64_t size : sizes) segments_.push_back(segments_.back() + size);
+    int32_t* links = links_.get(segments_.back() + kLinksAhead);
+    for (size_t i = 0; i < lines.size(); ++i) std::copy_n(lines[i].data(), sizes[i], links + segments_[i]);
+    std::fill_n(links + segments_.back(), kLinksAhead, 0);
+  }
+
+  // The lines that begin at the vertices `start`, each into the segment of its length.
+  void write_lines(const int32_t* start, int64_t count, const int32_t* after, Buffer<int32_t>* lines, int64_t* sizes) {
+    int32_t* out[kSegments];
+    for (int s = 0; s < kSegments; ++s) {
+      const int64_t most = s + 1 < kSegments ? count * (s + 2) : vertices_ + count;
+      out[s] = lines[s].get(std::min<int64_t>(most, vertices_ + count) + kLongestLine);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      int32_t line[kLongestLine] = {}, length = 0, at = start[i];
+      for (; at != 0 && length < kLongestLine; at = after[at]) line[length++] = at;
+      int32_t*& to = out[at == 0 ? length - 2 : kSegments - 1];
+      std::memcpy(to, line, sizeof line);  // of one size, whatever the length
+      to += length;
+      if (at == 0) continue;
+      for (; at != 0; at = after[at]) *to++ = at;
+      *to++ = 0;
+    }
+    for (int s = 0; s < kSegments; ++s) sizes[s] = out[s] - lines[s].data();
   }
 };
 
