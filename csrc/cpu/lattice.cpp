@@ -14,9 +14,11 @@ namespace {
 
 constexpr size_t kTensors = 4;
 
+// A tensor over a buffer, which it keeps.
 template <typename T>
 at::Tensor adopted(Buffer<T>& memory, at::IntArrayRef shape, at::ScalarType type) {
-  return at::from_blob(memory.release(), shape, [](void* p) { std::free(p); }, at::TensorOptions().dtype(type));
+  const auto kept = std::make_shared<Buffer<T>>(std::move(memory));
+  return at::from_blob(kept->data(), shape, [kept](void*) {}, at::TensorOptions().dtype(type));
 }
 
 template <typename T>

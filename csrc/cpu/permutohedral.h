@@ -6,39 +6,14 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <stdexcept>
 #include <vector>
 
+#include "buffer.h"
 #include "kernels.h"
 
 namespace ribfast::cpu {
-
-// Memory whose contents are not set, on a cache line's boundary.
-template <typename T>
-class Buffer {
- public:
-  T* get(int64_t wanted) {
-    if (wanted > size_) {
-      memory_.reset(static_cast<T*>(std::aligned_alloc(kCacheLine, (wanted * sizeof(T) + kCacheLine - 1) / kCacheLine * kCacheLine)));
-      if (memory_ == nullptr) throw std::bad_alloc();
-      size_ = wanted;
-    }
-    return memory_.get();
-  }
-  T* data() const { return memory_.get(); }
-  T* release() { return memory_.release(); }  // to be given to std::free
-
- private:
-  struct Free {
-    void operator()(T* p) const { std::free(p); }
-  };
-  std::unique_ptr<T[], Free> memory_;
-  int64_t size_ = 0;
-};
 
 // What the kernels need of a lattice. The arrays belong to somebody else.
 struct LatticeArrays {
@@ -143,7 +118,8 @@ class VertexTable {
     int bits = 10;
     while ((int64_t{1} << bits) < 2 * expected) ++bits;
     shift_ = 64 - bits, mask_ = (size_t{1} << bits) - 1;
-    slots_.assign(mask_ + 1, Slot{});
+    slots_ = memory_.get(static_cast<int64_t>(mask_) + 2);
+    std::fill(slots_, slots_ + mask_ + 1, Slot{});
     for (size_t id = 1; id < keys_.size(); ++id) {
       const uint64_t h = hash(keys_[id]);
       size_t at = h >> shift_;
@@ -153,7 +129,8 @@ class VertexTable {
   }
 
   std::vector<Key> keys_ = std::vector<Key>(1);
-  std::vector<Slot> slots_;
+  Buffer<Slot> memory_;
+  Slot* slots_ = nullptr;
   size_t mask_ = 0;
   int shift_ = 0;
 };
@@ -277,8 +254,10 @@ class Permutohedral {
           }
         }
       };
+      constexpr int64_t kAhead = 3;
+      for (int64_t tile = 0; tile < std::min(kAhead, held); ++tile) prefetch(tile);
       for (int64_t tile = 0; tile < held; ++tile) {
-        if (tile + 1 < held) prefetch(tile + 1);
+        if (tile + kAhead < held) prefetch(tile + kAhead);
         const int64_t used = std::min<int64_t>(kTile, points_ - (first + tile) * kTile);
         int32_t* corner = corners_.data() + (first + tile) * count * kTile;
         const uint32_t inside = (1u << used) - 1;
