@@ -428,6 +428,7 @@ extern const Kernels RIBFAST_TIER_TABLE = {
     RIBFAST_EACH_STORAGE(accumulate_backward),
     RIBFAST_EACH_STORAGE(normalize),
     embed,
+    find,
     blur,
     blur_one,
     slice_tiles,

@@ -63,11 +63,13 @@ std::vector<at::Tensor> lattice(const at::Tensor& features) {
   }
 }
 
-bool within(const at::Tensor& numbers, int32_t end) {
-  const int32_t* from = numbers.const_data_ptr<int32_t>();
-  uint32_t largest = 0;  // a negative one is large
-  for (int64_t i = 0; i < numbers.numel(); ++i) largest = std::max(largest, static_cast<uint32_t>(from[i]));
-  return numbers.numel() == 0 || largest < static_cast<uint32_t>(end);
+// Whether all are multiples of `step` in [0, end).
+bool all_within(const int32_t* numbers, int64_t count, int32_t end, int32_t step) {
+  uint32_t largest = 0, odd = 0;  // a negative one is large
+  for (int64_t i = 0; i < count; ++i) {
+    largest = std::max(largest, static_cast<uint32_t>(numbers[i])), odd |= static_cast<uint32_t>(numbers[i]);
+  }
+  return count == 0 || (largest < static_cast<uint32_t>(end) && odd % static_cast<uint32_t>(step) == 0);
 }
 
 // The arrays of a lattice's tensors, once they are known to lead nowhere else in memory.
@@ -83,7 +85,7 @@ LatticeArrays check_lattice(const char* op, at::TensorList tensors) {
   expect(dims >= 1 && dims <= kMaxDims && tensors[3].numel() == count + 3);
   const int64_t* segments = tensors[3].const_data_ptr<int64_t>();
   const int64_t vertices = segments[count + 1], points = segments[count + 2];
-  expect(points >= 0 && tiles_of(points) == tensors[0].size(0) && vertices >= 1 && vertices < INT32_MAX - kTile);
+  expect(points >= 0 && tiles_of(points) == tensors[0].size(0) && vertices >= 1 && vertices <= kMostVertices);
   const int32_t* links = tensors[2].const_data_ptr<int32_t>();
   expect(segments[0] == 0 && segments[count] == tensors[2].numel() - kLinksAhead);
   for (int64_t i = 0; i < count; ++i) {
@@ -95,8 +97,10 @@ LatticeArrays check_lattice(const char* op, at::TensorList tensors) {
       expect(size == 0 || links[segments[i + 1] - 1] == 0);
     }
   }
-  expect(within(tensors[0], static_cast<int32_t>(vertices)) && within(tensors[2], static_cast<int32_t>(vertices)));
-  return {points, static_cast<int32_t>(dims), static_cast<int32_t>(vertices), tensors[0].const_data_ptr<int32_t>(),
+  const int32_t* corners = tensors[0].const_data_ptr<int32_t>();
+  expect(all_within(corners, tensors[0].numel(), static_cast<int32_t>(vertices) * kCornerScale, kCornerScale));
+  expect(all_within(links, tensors[2].numel(), static_cast<int32_t>(vertices), 1));
+  return {points, static_cast<int32_t>(dims), static_cast<int32_t>(vertices), corners,
           tensors[1].const_data_ptr<float>(), links, segments, nullptr};
 }
 

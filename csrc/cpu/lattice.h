@@ -16,6 +16,8 @@ namespace ribfast::cpu {
 
 constexpr int kMaxDims = 8;
 constexpr int kTile = 16;     // lanes of the widest vector
+constexpr int kCornerScale = 4;  // corners are stored as vertex * kCornerScale: addresses then need one shift less
+constexpr int32_t kMostVertices = (INT32_MAX - kTile) / kCornerScale;
 constexpr int kLongestLine = 8;   // of vertices in a row, among those that are sorted by their length
 constexpr int kSegments = kLongestLine;  // of an axis's lines: of 2, 3, ... kLongestLine vertices, and longer ones
 constexpr int kLinksAhead = 32;   // zeros behind all links, for reads ahead
@@ -44,15 +46,23 @@ struct EmbedJob {
   int32_t lowest[kMaxDims];     // of each coordinate
   uint64_t unit[kMaxDims][kKeyWords];  // what one in a coordinate adds to a key
   float* weights;               // [tile][corner][kTile], of all tiles
-  // of tile `begin` on:
-  uint64_t* keys;   // [tile][word][corner][kTile]
-  uint16_t* fresh;  // [tile][corner]: lanes whose key is neither the lane's before nor that lane's in the tile before
-  uint16_t* left;   // [tile][corner]: lanes whose key is that of the lane before
+  uint64_t* keys;               // [tile][word][corner][kTile], of tile `begin` on
 };
+
+// Vertices by keys of one word, open addressing. A key's hash is key * kHashFactor, its bits from kHashFold on folded onto
+// the lowest; its slot the hash >> shift, or the next ones; a slot the low half of the hash and, above it, the vertex.
+struct VertexSlots {
+  const uint64_t* slots;
+  const uint64_t* keys;  // of each vertex
+  uint64_t mask;
+  int32_t shift;
+};
+constexpr uint64_t kHashFactor = 0x9e3779b97f4a7c15ull;
+constexpr int kHashFold = 29;
 
 // One lattice as the kernels over points see it.
 struct LatticeView {
-  const int32_t* corners;  // [tile][corner][kTile]
+  const int32_t* corners;  // [tile][corner][kTile], vertex * kCornerScale
   const float* weights;    // likewise
   int32_t dims;
   int64_t stride;      // vertices from one block of channels to the next

@@ -79,22 +79,62 @@ RIBFAST_INLINE VKey widened_half(VInt32 numbers, int half) {
   return bits<VKey>(__builtin_convertvector(load_raw<Half>(lanes + half * kKeyLanes), VInt64));
 }
 
-// Bit k: a[k] == b[k].
-RIBFAST_INLINE uint32_t equal_keys(const uint64_t* a, const uint64_t* b) {
-  uint32_t equal = 0;
+RIBFAST_INLINE VKey gather(const uint64_t* from, VKey index) {
 #if RIBFAST_VECTOR_BYTES == 64
-  for (int k = 0; k < kTile; k += 8) {
-    equal |= uint32_t{_mm512_cmpeq_epi64_mask(load_raw<__m512i>(a + k), load_raw<__m512i>(b + k))} << k;
-  }
+  return bits<VKey>(_mm512_i64gather_epi64(bits<__m512i>(index), from, 8));
 #elif RIBFAST_VECTOR_BYTES == 32
-  for (int k = 0; k < kTile; k += 4) {
-    const __m256i same = _mm256_cmpeq_epi64(load_raw<__m256i>(a + k), load_raw<__m256i>(b + k));
-    equal |= static_cast<uint32_t>(_mm256_movemask_pd(bits<__m256d>(same))) << k;
-  }
+  return bits<VKey>(_mm256_i64gather_epi64(reinterpret_cast<const long long*>(from), bits<__m256i>(index), 8));
 #else
-  for (int k = 0; k < kTile; ++k) equal |= static_cast<uint32_t>(a[k] == b[k]) << k;
+  VKey v;
+  for (int k = 0; k < kKeyLanes; ++k) v[k] = from[index[k]];
+  return v;
 #endif
-  return equal;
+}
+
+// Bit k: lane k is not 0.
+RIBFAST_INLINE uint32_t lanes_set(VKey v) {
+#if RIBFAST_VECTOR_BYTES == 64
+  return _mm512_test_epi64_mask(bits<__m512i>(v), bits<__m512i>(v));
+#else
+  uint32_t set = 0;
+  for (int k = 0; k < kKeyLanes; ++k) set |= static_cast<uint32_t>(v[k] != 0) << k;
+  return set;
+#endif
+}
+
+RIBFAST_INLINE int32_t find_vertex(const VertexSlots& table, uint64_t key) {
+  uint64_t hash = key * kHashFactor;
+  hash ^= hash >> kHashFold;
+  for (uint64_t at = hash >> table.shift;; at = (at + 1) & table.mask) {
+    const uint64_t slot = table.slots[at], vertex = slot >> 32;
+    if (vertex == 0) return 0;
+    if (static_cast<uint32_t>(slot) == static_cast<uint32_t>(hash) && table.keys[vertex] == key) {
+      return static_cast<int32_t>(vertex);
+    }
+  }
+}
+
+// found[i]: the vertex of keys[i] + move, or 0. Nearly all are found, or known to be absent, at their slot or the next.
+void find(const VertexSlots& table, const uint64_t* keys, uint64_t move, int64_t count, int32_t* found) {
+  int64_t i = 0;
+  for (; i + kKeyLanes <= count; i += kKeyLanes) {
+    const VKey key = load_raw<VKey>(keys + i) + move;
+    VKey hash = key * kHashFactor;
+    hash ^= hash >> kHashFold;
+    const VKey at = hash >> table.shift, low = VKey{} + 0xffffffffull, tag = hash & low;
+    const VKey one = gather(table.slots, at), two = gather(table.slots, (at + 1) & table.mask);
+    const VKey at_one = bits<VKey>((one & low) == tag) | bits<VKey>((one >> 32) == 0);
+    const VKey at_two = bits<VKey>((two & low) == tag) | bits<VKey>((two >> 32) == 0);
+    const VKey vertex = ((at_one & one) | (~at_one & two)) >> 32;
+    const VKey wrong = bits<VKey>(vertex != 0) & (gather(table.keys, vertex) ^ key);
+    typedef int32_t Half __attribute__((vector_size(RIBFAST_VECTOR_BYTES / 2)));
+    store_raw(found + i, __builtin_convertvector(bits<VInt64>(vertex), Half));
+    for (uint32_t open = lanes_set(~(at_one | at_two) | wrong); open != 0; open &= open - 1) {
+      const int k = __builtin_ctz(open);
+      found[i + k] = find_vertex(table, keys[i + k] + move);
+    }
+  }
+  for (; i < count; ++i) found[i] = find_vertex(table, keys[i] + move);
 }
 
 template <int kDims>
@@ -174,21 +214,6 @@ void embed_points(const EmbedJob& job) {
         }
       }
     }
-    if (lane + kLanes < kTile) continue;
-    const uint64_t* keys = job.keys + (tile - job.begin) * keys_of_tile;
-    for (int r = 0; r < kCorners; ++r) {
-      uint32_t above = tile > job.begin ? 0xffff : 0, left = 0xfffe;
-      for (int word = 0; word < job.words; ++word) {
-        const uint64_t* own = keys + (word * kCorners + r) * kTile;
-        if (above != 0) above &= equal_keys(own, own - keys_of_tile);
-        uint64_t before[kTile];
-        before[0] = ~own[0];
-        __builtin_memcpy(before + 1, own, sizeof(uint64_t) * (kTile - 1));
-        left &= equal_keys(own, before);
-      }
-      job.fresh[(tile - job.begin) * kCorners + r] = static_cast<uint16_t>(~(above | left));
-      job.left[(tile - job.begin) * kCorners + r] = static_cast<uint16_t>(left);
-    }
   }
 }
 
@@ -236,14 +261,16 @@ RIBFAST_INLINE void over_blocks(int32_t channels, F&& f) {
   if (channels & 4) f(Constant<4>(), c);
 }
 
+// from[index / (4 / kScale)], for indices that kScale makes offsets in bytes.
+template <int kScale>
 RIBFAST_INLINE VFloat gather(const float* from, VInt32 index) {
 #if RIBFAST_VECTOR_BYTES == 64
-  return bits<VFloat>(_mm512_i32gather_ps(bits<__m512i>(index), from, 4));
+  return bits<VFloat>(_mm512_i32gather_ps(bits<__m512i>(index), from, kScale));
 #elif RIBFAST_VECTOR_BYTES == 32
-  return bits<VFloat>(_mm256_i32gather_ps(from, bits<__m256i>(index), 4));
+  return bits<VFloat>(_mm256_i32gather_ps(from, bits<__m256i>(index), kScale));
 #else
   VFloat v;
-  for (int k = 0; k < kLanes; ++k) v[k] = from[index[k]];
+  for (int k = 0; k < kLanes; ++k) v[k] = from[index[k] / (4 / kScale)];
   return v;
 #endif
 }
@@ -321,9 +348,16 @@ void blur(float* values, const int32_t* links, int64_t begin, int64_t end, int32
 // between `end` and the next multiple of kTile is written too.
 void blur_one(const float* in, const int32_t* before, const int32_t* after, int64_t begin, int64_t end, float* out) {
   for (int64_t v = begin; v < end; v += kLanes) {
-    const VFloat sides = gather(in, load_raw<VInt32>(before + v)) + gather(in, load_raw<VInt32>(after + v));
+    const VFloat sides = gather<4>(in, load_raw<VInt32>(before + v)) + gather<4>(in, load_raw<VInt32>(after + v));
     store_raw(out + v, load_raw<VFloat>(in + v) + 0.5f * sides);
   }
+}
+
+// The values of a corner in a block.
+template <int kWidth, typename T>
+RIBFAST_INLINE T* vertex_at(T* block, int32_t corner) {
+  constexpr int64_t kStep = kWidth * 4 / kCornerScale;  // bytes
+  return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(block) + int64_t{corner} * kStep);
 }
 
 constexpr float slice_scale(int dims) { return 1.0f / (1.0f + 1.0f / static_cast<float>(1 << dims)); }
@@ -336,7 +370,7 @@ RIBFAST_INLINE Row<kWidth> sliced(const int32_t* corners, const float* weights, 
   Row<kWidth> sum = Row<kWidth>::zero();
   for (int r = 0; r < kCorners; ++r) {
     const float weight = kExact ? weights[r * kTile] * alpha : weights[r * kTile];
-    sum.add(weight, Row<kWidth>::load(values + int64_t{corners[r * kTile]} * kWidth));
+    sum.add(weight, Row<kWidth>::load(vertex_at<kWidth>(values, corners[r * kTile])));
   }
   return sum;
 }
@@ -387,7 +421,7 @@ RIBFAST_INLINE void splat_rows(const LatticeView& lattice, float* splat, int64_t
         Row<kWidth> value = Row<kWidth>::load(rows + first * kTile + k * kWidth);
         for (auto& part : value.part) part = part * factor[k] + shift[k];
         for (int r = 0; r < kCorners; ++r) {
-          float* vertex = block + int64_t{corners[r * kTile + k]} * kWidth;
+          float* vertex = vertex_at<kWidth>(block, corners[r * kTile + k]);
           Row<kWidth> sum = Row<kWidth>::load(vertex);
           sum.add(weights[r * kTile + k], value);
           sum.store(vertex);
@@ -623,7 +657,7 @@ RIBFAST_INLINE VFloat sliced_one(const LatticeView& lattice, int64_t tile, int l
   VFloat sum = VFloat{};
   for (int r = 0; r < kCorners; ++r) {
     sum += load_raw<VFloat>(lattice.weights + at + r * kTile) *
-           gather(lattice.values, load_raw<VInt32>(lattice.corners + at + r * kTile));
+           gather<1>(lattice.values, load_raw<VInt32>(lattice.corners + at + r * kTile));
   }
   return sum * slice_scale(kCorners - 1);
 }
@@ -639,7 +673,7 @@ RIBFAST_INLINE void splat_one(const LatticeView& lattice, int64_t tile, const fl
       for (int k = 0; k < kTile; ++k) weighted[r][k] = weights[r * kTile + k] * value[k];
     }
     for (int k = 0; k < kTile; ++k) {
-      for (int r = 0; r < kCorners; ++r) splat[corners[r * kTile + k]] += weighted[r][k];
+      for (int r = 0; r < kCorners; ++r) *vertex_at<1>(splat, corners[r * kTile + k]) += weighted[r][k];
     }
   });
 }

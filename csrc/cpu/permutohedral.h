@@ -30,8 +30,7 @@ struct LatticeArrays {
   int64_t stride() const { return (int64_t{vertices} + 1 + kTile - 1) / kTile * kTile; }
 };
 
-// Vertices by key, open addressing; a slot is a vertex's number and 32 bits of its key's hash. A look-up mostly waits for
-// memory: ask for the slot early with prefetch().
+// Vertices by key (VertexSlots in lattice.h).
 template <int kWords>
 class VertexTable {
  public:
@@ -47,92 +46,73 @@ class VertexTable {
 
   explicit VertexTable(int64_t expected) { resize(expected); }
 
-  void prefetch(const Key& key) const { __builtin_prefetch(&slots_[hash(key) >> shift_]); }
-
   int32_t insert(const Key& key) {
     const uint64_t h = hash(key);
-    const auto tag = static_cast<uint32_t>(h);
     size_t at = h >> shift_;
-    while (slots_[at].id != 0) {
-      if (slots_[at].tag == tag && keys_[slots_[at].id] == key) return slots_[at].id;
-      at = (at + 1) & mask_;
+    for (; slots_[at] >> 32 != 0; at = (at + 1) & mask_) {
+      if (same(slots_[at], h, key)) return static_cast<int32_t>(slots_[at] >> 32);
     }
-    if (keys_.size() >= static_cast<size_t>(INT32_MAX) - 8) throw std::length_error("fewer points: vertices are numbered in 31 bits");
-    const auto id = static_cast<int32_t>(keys_.size());
+    if (keys_.size() >= static_cast<size_t>(kMostVertices)) {
+      throw std::length_error("fewer points: vertices are numbered in 29 bits");
+    }
+    const uint64_t id = keys_.size();
     keys_.push_back(key);
-    slots_[at] = {tag, id};
+    slots_[at] = slot_of(h, id);
     if (keys_.size() * 2 > mask_) resize(static_cast<int64_t>(keys_.size()) * 2);
-    return id;
+    return static_cast<int32_t>(id);
   }
 
-  // find() of `count` keys, in stages that each wait for memory together.
-  template <typename KeyOf>
-  void find_all(int32_t count, KeyOf&& key_of, int32_t* found) const {
-    constexpr int32_t kTogether = 64;
-    uint64_t hashes[kTogether];
-    for (int32_t first = 0; first < count; first += kTogether) {
-      const int32_t held = std::min(kTogether, count - first);
-      for (int32_t i = 0; i < held; ++i) {
-        hashes[i] = hash(key_of(first + i));
-        __builtin_prefetch(&slots_[hashes[i] >> shift_]);
-      }
-      for (int32_t i = 0; i < held; ++i) __builtin_prefetch(&keys_[slots_[hashes[i] >> shift_].id]);
-      for (int32_t i = 0; i < held; ++i) {
-        // nearly all are found, or known to be absent, at the first slot or the next: no branch that is hard to guess
-        const size_t at = hashes[i] >> shift_;
-        const Slot one = slots_[at], two = slots_[(at + 1) & mask_];
-        const auto tag = static_cast<uint32_t>(hashes[i]);
-        const bool here = one.tag == tag, next = two.tag == tag;
-        int32_t id = here || one.id == 0 ? one.id : two.id;
-        const Key key = key_of(first + i);
-        if (!(here || one.id == 0 || next || two.id == 0) || (id != 0 && !(keys_[id] == key))) id = find(key, hashes[i]);
-        found[first + i] = id;
+  // found[i]: the vertex of keys[i] + move, or 0.
+  void find(const Key* keys, const Key& move, int64_t count, const Kernels& kernels, int32_t* found) const {
+    if constexpr (kWords == 1) {
+      kernels.find({slots_, &keys_[0].word[0], mask_, shift_}, &keys[0].word[0], move.word[0], count, found);
+    } else {
+      for (int64_t i = 0; i < count; ++i) {
+        Key key = keys[i];
+        for (int w = 0; w < kWords; ++w) key.word[w] += move.word[w];
+        const uint64_t h = hash(key);
+        size_t at = h >> shift_;
+        while (slots_[at] >> 32 != 0 && !same(slots_[at], h, key)) at = (at + 1) & mask_;
+        found[i] = static_cast<int32_t>(slots_[at] >> 32);
       }
     }
-  }
-
-  int32_t find(const Key& key, uint64_t h) const {
-    const auto tag = static_cast<uint32_t>(h);
-    for (size_t at = h >> shift_; slots_[at].id != 0; at = (at + 1) & mask_) {
-      if (slots_[at].tag == tag && keys_[slots_[at].id] == key) return slots_[at].id;
-    }
-    return 0;
   }
 
   const std::vector<Key>& keys() const { return keys_; }  // keys()[0] is none
 
  private:
-  struct Slot {
-    uint32_t tag;
-    int32_t id;
-  };
-
   static uint64_t hash(const Key& key) {
     uint64_t folded = key.word[0];
-    for (int i = 1; i < kWords; ++i) folded = (folded ^ (folded >> 32)) * 0x9e3779b97f4a7c15ull + key.word[i];
-    folded *= 0x9e3779b97f4a7c15ull;
-    return folded ^ (folded >> 29);  // the high bits, which are the best, into the tag too
+    for (int i = 1; i < kWords; ++i) folded = (folded ^ (folded >> 32)) * kHashFactor + key.word[i];
+    folded *= kHashFactor;
+    return folded ^ (folded >> kHashFold);
+  }
+
+  static uint64_t slot_of(uint64_t hash, uint64_t id) { return id << 32 | static_cast<uint32_t>(hash); }
+
+  bool same(uint64_t slot, uint64_t hash, const Key& key) const {
+    return static_cast<uint32_t>(slot) == static_cast<uint32_t>(hash) && keys_[slot >> 32] == key;
   }
 
   void resize(int64_t expected) {
     int bits = 10;
     while ((int64_t{1} << bits) < 2 * expected) ++bits;
     shift_ = 64 - bits, mask_ = (size_t{1} << bits) - 1;
-    slots_ = memory_.get(static_cast<int64_t>(mask_) + 2);
-    std::fill(slots_, slots_ + mask_ + 1, Slot{});
+    slots_ = memory_.get(static_cast<int64_t>(mask_) + 1);
+    std::fill(slots_, slots_ + mask_ + 1, 0);
     for (size_t id = 1; id < keys_.size(); ++id) {
       const uint64_t h = hash(keys_[id]);
       size_t at = h >> shift_;
-      while (slots_[at].id != 0) at = (at + 1) & mask_;
-      slots_[at] = {static_cast<uint32_t>(h), static_cast<int32_t>(id)};
+      while (slots_[at] != 0) at = (at + 1) & mask_;
+      slots_[at] = slot_of(h, id);
     }
   }
 
   std::vector<Key> keys_ = std::vector<Key>(1);
-  Buffer<Slot> memory_;
-  Slot* slots_ = nullptr;
-  size_t mask_ = 0;
-  int shift_ = 0;
+  Buffer<uint64_t> memory_;
+  uint64_t* slots_ = nullptr;
+  uint64_t mask_ = 0;
+  int32_t shift_ = 0;
 };
 
 class Permutohedral {
@@ -226,15 +206,8 @@ class Permutohedral {
     VertexTable<kWords> table(std::min<int64_t>(points_, int64_t{1} << 17));
     Buffer<float> features;
     Buffer<uint64_t> keys;
-    Buffer<uint16_t> masks;
     job.keys = keys.get(chunk * kWords * count * kTile);
-    job.fresh = masks.get(2 * chunk * count), job.left = job.fresh + chunk * count;
     job.feature_stride = chunk * kTile, job.features = features.get(job.feature_stride * dims_);
-    const auto key_at = [&](int64_t tile, int32_t r, int lane) {
-      Key key;
-      for (int w = 0; w < kWords; ++w) key.word[w] = job.keys[((tile * kWords + w) * count + r) * kTile + lane];
-      return key;
-    };
     for (int64_t first = 0; first < tiles; first += chunk) {
       const int64_t held = std::min(chunk, tiles - first);
       at::parallel_for(0, held, 64, [&](int64_t begin, int64_t end) {
@@ -243,48 +216,35 @@ class Permutohedral {
         const int64_t from = part.begin * kTile;
         float* own = features.data() + begin * kTile;
         fill(from, std::min(part.end * kTile, points_), own, job.feature_stride);
-        part.features = own;
-        part.keys += begin * kWords * count * kTile, part.fresh += begin * count, part.left += begin * count;
+        part.features = own, part.keys += begin * kWords * count * kTile;
         kernels.embed(part);
       });
-      const auto prefetch = [&](int64_t tile) {
-        for (int32_t r = 0; r < count; ++r) {
-          for (uint32_t fresh = job.fresh[tile * count + r]; fresh != 0; fresh &= fresh - 1) {
-            table.prefetch(key_at(tile, r, __builtin_ctz(fresh)));
-          }
-        }
-      };
-      constexpr int64_t kAhead = 3;
-      for (int64_t tile = 0; tile < std::min(kAhead, held); ++tile) prefetch(tile);
       for (int64_t tile = 0; tile < held; ++tile) {
-        if (tile + kAhead < held) prefetch(tile + kAhead);
-        const int64_t used = std::min<int64_t>(kTile, points_ - (first + tile) * kTile);
+        Key own[(kMaxDims + 1) * kTile];
+        const uint64_t* words = job.keys + tile * kWords * count * kTile;
+        for (int32_t i = 0; i < count * kTile; ++i) {
+          for (int w = 0; w < kWords; ++w) own[i].word[w] = words[w * count * kTile + i];
+        }
         int32_t* corner = corners_.data() + (first + tile) * count * kTile;
-        const uint32_t inside = (1u << used) - 1;
-        for (int32_t r = 0; r < count; ++r, corner += kTile) {
-          uint32_t fresh = job.fresh[tile * count + r] & inside;
-          const uint32_t left = job.left[tile * count + r];
-          if (fresh != inside && first + tile > 0) {
-            std::memcpy(corner, corner - count * kTile, sizeof(int32_t) * kTile);
+        table.find(own, Key{}, count * kTile, kernels, corner);
+        const int64_t used = points_ - (first + tile) * kTile;
+        for (int32_t i = 0; i < count * kTile; ++i) {
+          if (i % kTile >= used) {
+            corner[i] = 0;
+            continue;
           }
-          for (; fresh != 0; fresh &= fresh - 1) {
-            const int lane = __builtin_ctz(fresh);
-            corner[lane] = table.insert(key_at(tile, r, lane));
-          }
-          if (left != 0) {
-            for (int lane = 1; lane < kTile; ++lane) corner[lane] = left >> lane & 1 ? corner[lane - 1] : corner[lane];
-          }
-          for (int64_t lane = used; lane < kTile; ++lane) corner[lane] = 0;
+          if (corner[i] == 0) corner[i] = table.insert(own[i]);
+          corner[i] *= kCornerScale;
         }
       }
     }
-    link(table, job);
+    link(table, job, kernels);
   }
 
   // The neighbours along each axis: as pairs; or as lines of vertices, sorted by their length, long ones closed by a 0,
   // where one that is alone is left out.
   template <int kWords>
-  void link(const VertexTable<kWords>& table, const EmbedJob& job) {
+  void link(const VertexTable<kWords>& table, const EmbedJob& job, const Kernels& kernels) {
     using Key = typename VertexTable<kWords>::Key;
     const std::vector<Key>& keys = table.keys();
     const int32_t count = dims_ + 1;
@@ -302,14 +262,9 @@ class Permutohedral {
           for (int32_t i = 0; i < dims_; ++i) move.word[w] += job.unit[i][w];
           if (axis < dims_) move.word[w] -= job.unit[axis][w] * static_cast<uint64_t>(count);
         }
-        const auto moved = [&](int32_t v) {
-          Key key = keys[v + 1];
-          for (int w = 0; w < kWords; ++w) key.word[w] += move.word[w];
-          return key;
-        };
         int32_t* after = one_channel_ ? pairs_.data() + (2 * axis + 1) * stride : own.get(vertices_);
         after[0] = 0;
-        table.find_all(vertices_ - 1, moved, after + 1);
+        table.find(&keys[0] + 1, move, vertices_ - 1, kernels, after + 1);
         if (one_channel_) {
           int32_t* before = after - stride;
           std::fill(before, before + stride, 0);
