@@ -30,8 +30,8 @@ TORCH_LIBRARY(ribfast, m) {
       "dense_crf_labels(Tensor[] images, Tensor[] labels, int n_labels, float confidence, int unsure, "
       "float[] gaussian, float[] bilateral, int iterations, int normalization, bool exact, int capacity) -> Tensor[]");
 
-  // features (P, d) -> tensors that only these operators read; values (P, C) -> (P, C); unary (L, P) -> probabilities
-  m.def("lattice(Tensor features) -> Tensor[]");
+  // features (P, d) -> tensors that only these operators read (filled: as pydensecrf fills up fours of points); values (P, C) -> (P, C); unary (L, P) -> probabilities
+  m.def("lattice(Tensor features, bool filled) -> Tensor[]");
   m.def("lattice_filter(Tensor values, Tensor[] lattice, bool transpose) -> Tensor");
   m.def(
       "mean_field(Tensor unary, Tensor[] lattices, float[] strengths, int[] normalizations, int iterations, "

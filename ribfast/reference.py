@@ -58,11 +58,15 @@ class Lattice:
     """The permutohedral lattice of points, (P, d) float32 features: a Gaussian filter of any dimension.
 
     Adams, Baek and Davis 2010, with Kraehenbuehl and Koltun's rounding: nearest remainder-0 point with ties to even.
+    filled: as pydensecrf fills the last group of four points up, with points at the origin that have no weight.
     """
 
-    def __init__(self, features: Tensor):
+    def __init__(self, features: Tensor, *, filled: bool = False):
         features = features.float()
-        points, d = features.shape
+        own, d = features.shape
+        if filled and own % 4:
+            features = torch.cat([features, features.new_zeros(1, d)])
+        points = len(features)
         spread = torch.tensor(math.sqrt(2 / 3) * (d + 1), dtype=torch.float32).item()
         elevated = features.new_empty(points, d + 1)
         below = features.new_zeros(points)
@@ -88,12 +92,12 @@ class Lattice:
         weights.scatter_add_(1, d - rank, t)
         weights.scatter_add_(1, d + 1 - rank, -t)
         weights[:, 0] += 1 + weights[:, d + 1]
-        self.weights = weights[:, : d + 1]
+        self.weights = weights[:own, : d + 1]
         corner = torch.arange(d + 1, device=features.device)[:, None]
         moves = torch.where(rank[:, None, :d] <= d - corner, corner, corner - (d + 1))
         keys = (nearest[:, None, :d].long() + moves).flatten(0, 1)
         vertices, found = torch.unique(keys, dim=0, return_inverse=True)
-        self.corners, self.count, self.d = found.view(points, d + 1), len(vertices), d
+        self.corners, self.count, self.d = found.view(points, d + 1)[:own], len(vertices), d
         self.neighbours = [
             [self._find(vertices, vertices + sign - sign * (d + 1) * self._axis(vertices, axis)) for sign in (-1, 1)]
             for axis in range(d + 1)
@@ -109,43 +113,72 @@ class Lattice:
         place[number[: self.count]] = torch.arange(self.count, device=vertices.device)
         return place[number[self.count :]]
 
-    def filter(self, values: Tensor) -> Tensor:
-        """(P, C) -> (P, C): splat, blur along every axis, slice."""
+    def filter(self, values: Tensor, *, transpose: bool = False) -> Tensor:
+        """(P, C) -> (P, C): splat, blur along every axis (in reverse for the transpose), slice."""
         nothing = values.new_zeros(1, values.shape[1])  # what absent neighbours hold
         weighted = (self.weights[..., None] * values[:, None]).flatten(0, 1)
         lattice = values.new_zeros(self.count, values.shape[1]).index_add(0, self.corners.flatten(), weighted)
-        for before, after in self.neighbours:
+        for before, after in reversed(self.neighbours) if transpose else self.neighbours:
             padded = torch.cat([lattice, nothing])
             lattice = lattice + (padded[before] + padded[after]) / 2
         return (self.weights[..., None] * lattice[self.corners]).sum(1) / (1 + 2.0**-self.d)
 
 
-def dense_crf(
-    image, unary, *, gaussian=(3.0, 3.0), bilateral=(50.0, 5.0, 10.0), iterations=10, normalization="symmetric"
-):
-    """Mean field of one image (H, W, 3), unary (L, H, W): Q = softmax(-U + sum of strength * n K(n Q)), in parallel."""
-    labels, height, width = unary.shape
+NORMALIZATIONS = ("symmetric", "after", "before", "none")
+
+
+def mean_field(unary, lattices, strengths, *, normalizations="symmetric", iterations=10):
+    """unary (L, P) -> Q = softmax(-U + sum over terms of strength * after * K(before * Q)), all labels in parallel."""
+    if isinstance(normalizations, str):
+        normalizations = [normalizations] * len(lattices)
+    energies = -unary.T
+    q = energies.softmax(1)
+    terms = []
+    for lattice, strength, how in zip(lattices, strengths, normalizations, strict=True):
+        mass = lattice.filter(q.new_ones(len(q), 1)) + 1e-20
+        before = {"symmetric": mass.rsqrt(), "before": 1 / mass}.get(how, 1.0)
+        after = {"symmetric": mass.rsqrt(), "after": 1 / mass}.get(how, 1.0)
+        terms.append((lattice, strength, before, after))
+    for _ in range(iterations):
+        q = (energies + sum(s * after * lattice.filter(before * q) for lattice, s, before, after in terms)).softmax(1)
+    return q.T
+
+
+def image_features(image, gaussian, bilateral):
+    """The features of an image's terms: x and y, and x, y, r, g and b, divided by their standard deviations."""
+    height, width = image.shape[:2]
     y, x = torch.meshgrid(
         torch.arange(height, device=image.device).float(),
         torch.arange(width, device=image.device).float(),
         indexing="ij",
     )
-    terms = []
+    place, features = torch.stack([x, y], -1), []
     if gaussian is not None:
-        terms.append((torch.stack([x / gaussian[0], y / gaussian[0]], -1), gaussian[1]))
+        features.append(place / gaussian[0])
     if bilateral is not None:
-        place = torch.stack([x / bilateral[0], y / bilateral[0]], -1)
-        terms.append((torch.cat([place, image.float() / bilateral[1]], -1), bilateral[2]))
-    energies = -unary.float().flatten(1).T
-    q = energies.softmax(1)
-    kernels = []
-    for features, strength in terms:
-        lattice = Lattice(features.flatten(0, 1))
-        mass = lattice.filter(q.new_ones(len(q), 1)) + 1e-20
-        before = {"symmetric": mass.rsqrt(), "before": 1 / mass}.get(normalization, 1.0)
-        after = {"symmetric": mass.rsqrt(), "after": 1 / mass}.get(normalization, 1.0)
-        kernels.append((lattice, strength, before, after))
-    for _ in range(iterations):
-        messages = sum(strength * after * lattice.filter(before * q) for lattice, strength, before, after in kernels)
-        q = (energies + messages).softmax(1)
-    return q.T.reshape(labels, height, width)
+        features.append(torch.cat([place / bilateral[0], image.float() / bilateral[1]], -1))
+    return [f.flatten(0, 1) for f in features]
+
+
+def dense_crf(
+    image, unary, *, gaussian=(3.0, 3.0), bilateral=(50.0, 5.0, 10.0), iterations=10, normalization="symmetric"
+):
+    """Mean field of one image (H, W, 3), unary (L, H, W), with a Potts term for each of gaussian and bilateral."""
+    lattices = [Lattice(features, filled=True) for features in image_features(image, gaussian, bilateral)]
+    strengths = [term[-1] for term in (gaussian, bilateral) if term is not None]
+    q = mean_field(unary.float().flatten(1), lattices, strengths, normalizations=normalization, iterations=iterations)
+    return q.reshape(unary.shape)
+
+
+def unary_of_labels(labels, n_labels, confidence, unsure=None):
+    """Energies (L, H, W): -log of the confidence for the label, of the rest shared among the others; 0 where unsure."""
+    given = labels.long()[None] == torch.arange(n_labels, device=labels.device)[:, None, None]
+    rest = (1 - confidence) / (n_labels - 1) if n_labels > 1 else confidence
+    energies = torch.where(given, -math.log(confidence), -math.log(rest))
+    return energies if unsure is None else torch.where(labels[None] == unsure, 0.0, energies)
+
+
+def dense_crf_labels(image, labels, n_labels, *, confidence=0.7, unsure=None, **options):
+    """labels (K, H, W) of one image -> the most probable labels under the CRF of each label map."""
+    maps = [unary_of_labels(each, n_labels, confidence, unsure) for each in labels]
+    return torch.stack([dense_crf(image, unary, **options).argmax(0) for unary in maps]).to(labels.dtype)

@@ -75,7 +75,7 @@ std::shared_ptr<const ImageTerm> spatial_term(const Image& image, const std::vec
                                               bool one_channel, Normalization how, const Kernels& kernels) {
   const Places places(image, order, static_cast<float>(sigma));
   Permutohedral lattice(
-      image.height * image.width, places.ranges(image), one_channel, kernels,
+      image.height * image.width, places.ranges(image), one_channel, true, kernels,
       [&](int64_t begin, int64_t end, float* out, int64_t stride) { places.fill(begin, end, out, stride); });
   return std::make_shared<const ImageTerm>(std::move(lattice), how, kernels);
 }
@@ -114,7 +114,7 @@ std::shared_ptr<const ImageTerm> bilateral_term(const Image& image, const std::v
   for (int value = 0; value < 256; ++value) colour[value] = static_cast<float>(value) / srgb;
   auto ranges = places.ranges(image);
   ranges.insert(ranges.end(), 3, {0, colour[255]});
-  Permutohedral lattice(image.height * image.width, ranges, one_channel, kernels,
+  Permutohedral lattice(image.height * image.width, ranges, one_channel, true, kernels,
                         [&](int64_t begin, int64_t end, float* out, int64_t stride) {
                           places.fill(begin, end, out, stride);
                           for (int64_t p = begin; p < end; ++p) {

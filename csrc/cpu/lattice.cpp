@@ -28,7 +28,7 @@ at::Tensor copied(const std::vector<T>& numbers, at::ScalarType type) {
   return result;
 }
 
-std::vector<at::Tensor> lattice(const at::Tensor& features) {
+std::vector<at::Tensor> lattice(const at::Tensor& features, bool filled) {
   const char* op = "lattice";
   check_float(op, "features", features);
   RIBFAST_CHECK_VALUE(features.dim() == 2 && features.size(1) >= 1 && features.size(1) <= kMaxDims &&
@@ -46,7 +46,7 @@ std::vector<at::Tensor> lattice(const at::Tensor& features) {
     }
   }
   try {
-    Permutohedral built(points, ranges, false, kernels(), [&](int64_t begin, int64_t end, float* out, int64_t stride) {
+    Permutohedral built(points, ranges, false, filled, kernels(), [&](int64_t begin, int64_t end, float* out, int64_t stride) {
       for (int64_t d = 0; d < dims; ++d) std::copy(from + d * points + begin, from + d * points + end, out + d * stride);
     });
     const LatticeArrays arrays = built.arrays();

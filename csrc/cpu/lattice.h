@@ -76,19 +76,19 @@ struct LatticeView {
 // One mean-field update of the points of tiles [begin, end): energies, softmax, and the splat of the result.
 //
 // `parts` independent labellings share the lattices, `channels` of each: 1 (with one part), or a multiple of 4. In
-// reduced form one label, the last, is left out: its energy is 0, the others' are differences from it, and what is
-// splat are differences of probabilities.
+// reduced form one label, the last, is left out: what is splat, and so the messages too, are differences from it.
 struct PixelJob {
   const LatticeView* lattices;
   int32_t count;
   int64_t begin, end;
   int32_t channels, parts;
-  int32_t group;  // 1, 2 or 4: so many channels in a row are one labelling; 0: all channels of a part are
+  int32_t group;  // 1, 2 or 4: so many channels in a row are one labelling (left_out is null); 0: all of a part are
   bool reduced;
   bool exact;      // pydensecrf's order of operations and the C library's exponential; never reduced
   int32_t labels;  // of a labelling, for `given`
   // energies, negated: rows with -inf in channels that pad; or, where null, from labels
   const float* negative_unary;
+  const float* left_out;  // in reduced form: of each point, the left-out label's; null: 0
   const uint8_t* given;  // [labelling][given_stride]: gain for that label, 0 for the others; none of them: 0 for all
   int64_t given_stride;
   int32_t labellings;

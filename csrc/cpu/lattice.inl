@@ -525,9 +525,13 @@ RIBFAST_INLINE void fold_block(const float* block, F&& f, float* result) {
 
 // Softmax of one labelling of many channels, all but its division: rows become exp(energy - top), to be multiplied with
 // share[k]; left_out[k]: what stands for the left-out label, 0 where there is none.
-RIBFAST_INLINE void softmax_of_rows(float* rows, int32_t channels, bool reduced, float* share, float* left_out) {
-  float top[kTile], sum[kTile];
-  for (int k = 0; k < kTile; ++k) top[k] = reduced ? 0.0f : -kInfinity<float>, sum[k] = 0;
+RIBFAST_INLINE void softmax_of_rows(float* rows, int32_t channels, bool reduced, const float* left_out_energies,
+                                    float* share, float* left_out) {
+  float last[kTile], top[kTile], sum[kTile];
+  for (int k = 0; k < kTile; ++k) {
+    last[k] = !reduced ? -kInfinity<float> : left_out_energies == nullptr ? 0.0f : left_out_energies[k];
+    top[k] = last[k], sum[k] = 0;
+  }
   over_blocks(channels, [&](auto width, int32_t first) {
     constexpr int kWidth = decltype(width)::value;
     if constexpr (kWidth > 1) fold_block<kWidth>(rows + first * kTile, Larger(), top);
@@ -549,7 +553,7 @@ RIBFAST_INLINE void softmax_of_rows(float* rows, int32_t channels, bool reduced,
   });
   for (int k = 0; k < kTile; k += kLanes) {
     VFloat rest = VFloat{};
-    if (reduced) rest = exp_of_negative<VFloat, VInt32>(-load_raw<VFloat>(top + k));
+    if (reduced) rest = exp_of_negative<VFloat, VInt32>(load_raw<VFloat>(last + k) - load_raw<VFloat>(top + k));
     store_raw(left_out + k, rest);
     store_raw(share + k, 1.0f / (load_raw<VFloat>(sum + k) + rest));
   }
@@ -629,7 +633,8 @@ void update_points(const PixelJob& job, float* scratch) {
       } else if (job.group == 4) {
         softmax_of_groups<4>(own, part_size, job.reduced, !last && job.reduced);
       } else {
-        softmax_of_rows(own, job.channels, job.reduced, share, left_out);
+        softmax_of_rows(own, job.channels, job.reduced,
+                        job.left_out == nullptr ? nullptr : job.left_out + tile * kTile, share, left_out);
       }
       for (int32_t l = 0; l < job.count; ++l) {
         const LatticeView& lattice = job.lattices[l];

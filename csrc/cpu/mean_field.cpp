@@ -66,12 +66,13 @@ struct Layout {
   bool reduced;
   int32_t used, group, channels, parts;
 
-  Layout(int64_t labels, int64_t labellings, bool exact) {
+  // given: energies of given labels, whose differences are exact; any others may be too large to be subtracted.
+  Layout(int64_t labels, int64_t labellings, bool given, bool exact) {
     const auto all = static_cast<int32_t>(labels);
-    reduced = !exact && all > 1 && (all <= 3 || all % 4 == 1);
+    reduced = !exact && (all == 2 || (all == 3 && given) || (all > 1 && all % 4 == 1));
     used = all - reduced;
     const int32_t padded = (used + 3) / 4 * 4;
-    group = exact || used > 4 ? 0 : all == 1 ? 4 : used;  // used is 1, 2 or 4 in the fast mode
+    group = exact || used > 4 || (all == 5 && !given) ? 0 : reduced ? used : 4;
     const auto together = static_cast<int32_t>(labellings * (group == 0 ? padded : group));
     channels = group == 0 ? padded : together == 1 ? 1 : (together + 3) / 4 * 4;
     parts = group == 0 ? static_cast<int32_t>(labellings) : 1;
@@ -152,10 +153,10 @@ void filter(const LatticeArrays& lattice, const float* values, int64_t channels,
   });
 }
 
-bool MeanField::has_one_channel() const { return Layout(labels, labellings, exact).channels == 1; }
+bool MeanField::has_one_channel() const { return Layout(labels, labellings, unary == nullptr, exact).channels == 1; }
 
 void MeanField::run(const Kernels& kernels) const {
-  const Layout layout(labels, labellings, exact);
+  const Layout layout(labels, labellings, unary == nullptr, exact);
   const int32_t channels = layout.channels, parts = layout.parts, used = layout.used;
   const int64_t row_size = int64_t{kTile} * channels * parts, tiles = tiles_of(points);
   const int64_t threads = exact || at::in_parallel_region()
@@ -171,11 +172,14 @@ void MeanField::run(const Kernels& kernels) const {
   job.count = static_cast<int32_t>(terms.size());
   job.channels = channels, job.parts = parts, job.group = layout.group;
   job.reduced = layout.reduced, job.exact = exact, job.labels = static_cast<int32_t>(labels);
-  Buffer<float> energies;
+  Buffer<float> energies, left_out;
   Buffer<uint8_t> ordered;
   if (unary != nullptr) {
     float* rows = energies.get(tiles * row_size);
     job.negative_unary = rows;
+    const bool differences = channels == 1;
+    float* last = nullptr;
+    if (layout.reduced && !differences) job.left_out = last = left_out.get(tiles * kTile);
     at::parallel_for(0, tiles, 256, [&](int64_t begin, int64_t end) {
       for (int64_t tile = begin; tile < end; ++tile) {
         float* own = rows + tile * row_size;
@@ -186,9 +190,12 @@ void MeanField::run(const Kernels& kernels) const {
           float* to = own + layout.row_of(0, c, width);
           for (int64_t k = 0; k < count; ++k) {
             const int64_t p = pixel(tile * kTile + k);
-            to[k * width] = layout.reduced ? unary[used * points + p] - unary[c * points + p] : -unary[c * points + p];
+            to[k * width] = differences ? unary[points + p] - unary[p] : -unary[c * points + p];
           }
           for (int64_t k = count; k < kTile; ++k) to[k * width] = 0;
+        }
+        for (int64_t k = 0; k < kTile && last != nullptr; ++k) {
+          last[tile * kTile + k] = k < count ? -unary[used * points + pixel(tile * kTile + k)] : 0.0f;
         }
       }
     });

@@ -121,12 +121,17 @@ class Permutohedral {
     float low, high;
   };
 
-  // one_channel: for filters of one channel alone, which have a quicker blur.
+  // one_channel: for filters of one channel alone, which have a quicker blur. filled: as pydensecrf has it, which fills
+  // the last four points up with points at the origin: their vertices have no weight, but pass blurred values on.
   // fill(begin, end, out, stride): features of points [begin, end) to out[dim * stride + point - begin]; ranges: of each
-  // dimension, over all points.
+  // dimension, over all points, and 0.
   template <typename Fill>
-  Permutohedral(int64_t points, const std::vector<Range>& ranges, bool one_channel, const Kernels& kernels, Fill&& fill)
-      : points_(points), dims_(static_cast<int32_t>(ranges.size())), one_channel_(one_channel) {
+  Permutohedral(int64_t points, const std::vector<Range>& ranges, bool one_channel, bool filled, const Kernels& kernels,
+                Fill&& fill)
+      : points_(points),
+        dims_(static_cast<int32_t>(ranges.size())),
+        one_channel_(one_channel),
+        filled_(filled && points % 4 != 0) {
     const int64_t total = tiles_of(points) * kTile * (dims_ + 1);
     if (total >= (int64_t{1} << 40)) throw std::length_error("fewer points");
     EmbedJob job{};
@@ -158,7 +163,7 @@ class Permutohedral {
 
   int64_t points_;
   int32_t dims_, vertices_ = 0;
-  bool one_channel_;
+  bool one_channel_, filled_;
   Buffer<int32_t> corners_;
   Buffer<float> weights_;
   Buffer<int32_t> links_;
@@ -229,12 +234,12 @@ class Permutohedral {
         table.find(own, Key{}, count * kTile, kernels, corner);
         const int64_t used = points_ - (first + tile) * kTile;
         for (int32_t i = 0; i < count * kTile; ++i) {
-          if (i % kTile >= used) {
+          if (i % kTile < used) {
+            corner[i] = kCornerScale * (corner[i] == 0 ? table.insert(own[i]) : corner[i]);
+          } else {
+            if (filled_) table.insert(own[i]);  // what lies beyond the last point is embedded at the origin
             corner[i] = 0;
-            continue;
           }
-          if (corner[i] == 0) corner[i] = table.insert(own[i]);
-          corner[i] *= kCornerScale;
         }
       }
     }

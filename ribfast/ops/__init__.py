@@ -1,8 +1,18 @@
 """The operators: C++ on the CPU, C++ or Triton on CUDA devices, each specified by ribfast.reference."""
 
 from .accumulate_cams import accumulate_cams, accumulate_cams_batch
-from .dense_crf import dense_crf
+from .dense_crf import dense_crf, dense_crf_labels, mean_field
 from .gndrp import gndrp
+from .lattice import Lattice
 from .normalize_cams import normalize_cams
 
-__all__ = ["accumulate_cams", "accumulate_cams_batch", "dense_crf", "gndrp", "normalize_cams"]
+__all__ = [
+    "Lattice",
+    "accumulate_cams",
+    "accumulate_cams_batch",
+    "dense_crf",
+    "dense_crf_labels",
+    "gndrp",
+    "mean_field",
+    "normalize_cams",
+]

@@ -42,7 +42,7 @@ def number(op: str, name: str, value, *, at_least: float = -math.inf) -> float:
     if not (max(at_least, -LARGEST) <= value <= LARGEST):
         bound = "" if at_least == -math.inf else f" of at least {at_least:g}"
         raise ValueError(f"{op}: expected {name} to be a finite number{bound}, got {value}")
-    return value
+    return float(value) if type(value) is int else value  # operators take 64 bits of an int
 
 
 def size(op: str, name: str, value) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The fully connected CRF's mean field: wrapper, contract, fake kernel; no gradient."""
+"""The fully connected CRF's mean field: wrappers, contract, fake kernels; the gradient by a loop over the lattice's."""
 
 from collections.abc import Sequence
 
@@ -7,10 +7,11 @@ from torch import Tensor
 
 from .. import _ext, reference
 from . import contract
+from .lattice import Lattice
 from .registration import refuse_gradient, run_as_is_under_autocast
 
 _OP = "dense_crf"
-NORMALIZATIONS = ("symmetric", "after", "before", "none")
+NORMALIZATIONS = reference.NORMALIZATIONS
 
 
 def dense_crf(
@@ -23,6 +24,8 @@ def dense_crf(
     normalization: str = "symmetric",
     exact: bool = False,
     nan: str = "error",
+    differentiable: bool = False,
+    capacity: int | None = None,
 ) -> Tensor | list[Tensor]:
     """Probabilities of the labels of every pixel: mean field in a CRF that connects all pixels of an image.
 
@@ -32,69 +35,224 @@ def dense_crf(
     None leaves a term out. normalization: "symmetric" (pydensecrf's default), "after", "before" or "none".
     exact: pydensecrf's order of operations, for results equal to 1e-5; otherwise they are within 5e-4 of it.
     nan: "error" refuses energies that are not finite; "propagate" computes with them.
+    differentiable: with respect to the unary, for a CRF as a layer: iterations by autograd over `Lattice.filter`, which
+    keeps iterations * L * H * W floats an image; without it, asking for a gradient is an error.
+    capacity: on CUDA devices, vertices for which a lattice has room (default: as many as there can be); fewer save
+    memory, and more vertices than that are an error (in a CUDA graph, where nothing can be raised: NaN results).
     """
     stacked = isinstance(images, Tensor)
-    if stacked != isinstance(unary, Tensor):
-        raise TypeError(f"{_OP}: expected images and unary to be two tensors or two lists, "
-                        f"got {type(images).__name__} and {type(unary).__name__}")  # fmt: skip
-    if stacked and (images.ndim != 4 or unary.ndim != 4):
-        raise ValueError(f"{_OP}: expected images (N, H, W, 3) and unary (N, L, H, W), got shapes "
-                         f"{tuple(images.shape)} and {tuple(unary.shape)}")  # fmt: skip
-    each_image, each_unary = list(images), list(unary)
-    if len(each_image) != len(each_unary):
-        raise ValueError(f"{_OP}: expected a unary for each image, got {len(each_unary)} for {len(each_image)}")
+    each_image, each_unary = _paired(_OP, images, unary, "unary", "(N, L, H, W)", 4)
     if nan not in ("error", "propagate"):
         raise ValueError(f"{_OP}: expected nan to be 'error' or 'propagate', got {nan!r}")
     for image, energies in zip(each_image, each_unary, strict=True):
-        _check_pair(image, energies, nan)
-    terms = [_term("gaussian", gaussian, 2), _term("bilateral", bilateral, 3)]
-    if isinstance(iterations, bool) or not isinstance(iterations, int):
-        raise TypeError(f"{_OP}: expected iterations to be an integer, got {type(iterations).__name__}")
-    if iterations < 0:
-        raise ValueError(f"{_OP}: expected iterations of at least 0, got {iterations}")
-    if normalization not in NORMALIZATIONS:
-        raise ValueError(f"{_OP}: expected normalization to be one of {', '.join(NORMALIZATIONS)}, "
-                         f"got {normalization!r}")  # fmt: skip
+        _check_image(_OP, image)
+        _check_unary(image, energies, nan)
+    options = _options(_OP, gaussian, bilateral, iterations, normalization, exact, capacity)
     if not each_image:
         return torch.empty(unary.shape, device=unary.device) if stacked else []
     contract.same_device(_OP, *each_image, *each_unary)
-    if _ext.backend(_OP, each_image[0].device).name == "reference":
-        options = dict(gaussian=gaussian, bilateral=bilateral, iterations=iterations, normalization=normalization)
-        results = [reference.dense_crf(i, u, **options) for i, u in zip(each_image, each_unary, strict=True)]
+    if differentiable:
+        results = [_by_autograd(i, u, gaussian, bilateral, iterations, normalization)
+                   for i, u in zip(each_image, each_unary, strict=True)]  # fmt: skip
+    elif _ext.backend(_OP, each_image[0].device).name == "reference":
+        terms = dict(gaussian=gaussian, bilateral=bilateral, iterations=iterations, normalization=normalization)
+        results = [reference.dense_crf(i, u, **terms) for i, u in zip(each_image, each_unary, strict=True)]
     else:
-        how = NORMALIZATIONS.index(normalization)
-        results = torch.ops.ribfast.dense_crf(each_image, each_unary, *terms, iterations, how, bool(exact), 0)
+        results = torch.ops.ribfast.dense_crf(each_image, each_unary, *options)
     return torch.stack(results) if stacked else results
 
 
-def _check_pair(image, energies, nan: str) -> None:
+def dense_crf_labels(
+    images: Tensor | Sequence[Tensor],
+    labels: Tensor | Sequence[Tensor],
+    n_labels: int,
+    *,
+    confidence: float = 0.7,
+    unsure: int | None = None,
+    gaussian: tuple[float, float] | None = (3.0, 3.0),
+    bilateral: tuple[float, float, float] | None = (50.0, 5.0, 10.0),
+    iterations: int = 10,
+    normalization: str = "symmetric",
+    exact: bool = False,
+    capacity: int | None = None,
+) -> Tensor | list[Tensor]:
+    """Labels refined by the dense CRF: `dense_crf` of energies that hold each given label with `confidence`, and the most
+    probable label of every pixel. The energies are never in memory.
+
+    images: (N, H, W, 3) uint8, labels: (N, H, W) uint8 below n_labels -> (N, H, W) uint8; or lists of (H, W, 3) and
+    (H, W) -> a list. Several label maps of one image, (N, K, H, W) or lists of (K, H, W), share its lattices.
+    The energy is -log(confidence) for the given label and -log((1 - confidence) / (n_labels - 1)) for the others; for
+    all alike where the label is `unsure` (for instance 255). The rest as for `dense_crf`.
+    """
+    op = "dense_crf_labels"
+    stacked = isinstance(images, Tensor)
+    several = labels.ndim == 4 if isinstance(labels, Tensor) else None
+    each_image, each_labels = _paired(op, images, labels, "labels", "(N, H, W) or (N, K, H, W)", 3, 4)
+    n_labels = _integer(op, "n_labels", n_labels, 1, 256)
+    confidence = float(contract.number(op, "confidence", confidence))
+    if not 0 < confidence < 1:
+        raise ValueError(f"{op}: expected a confidence above 0 and below 1, got {confidence}")
+    if unsure is not None:
+        unsure = _integer(op, "unsure", unsure, 0, 255)
+    maps = [
+        _check_labels(op, image, given, n_labels, unsure) for image, given in zip(each_image, each_labels, strict=True)
+    ]
+    options = _options(op, gaussian, bilateral, iterations, normalization, exact, capacity)
+    if not each_image:
+        return labels.clone() if stacked else []
+    contract.same_device(op, *each_image, *each_labels)
+    if _ext.backend(op, each_image[0].device).name == "reference":
+        terms = dict(gaussian=gaussian, bilateral=bilateral, iterations=iterations, normalization=normalization)
+        results = [
+            reference.dense_crf_labels(i, m, n_labels, confidence=confidence, unsure=unsure, **terms)
+            for i, m in zip(each_image, maps, strict=True)
+        ]
+    else:
+        none = -1 if unsure is None else unsure
+        results = torch.ops.ribfast.dense_crf_labels(each_image, maps, n_labels, confidence, none, *options)
+    results = [r if several or g.ndim == 3 else r[0] for r, g in zip(results, each_labels, strict=True)]
+    return torch.stack(results) if stacked else results
+
+
+def mean_field(
+    unary: Tensor,
+    lattices: Sequence[Lattice],
+    strengths: Sequence[float],
+    *,
+    normalizations: str | Sequence[str] = "symmetric",
+    iterations: int = 10,
+    exact: bool = False,
+    nan: str = "error",
+    differentiable: bool = False,
+) -> Tensor:
+    """`dense_crf` with Potts terms over any lattices: unary (L, P) energies -> probabilities (L, P).
+
+    strengths: of each lattice's term; normalizations: one for all, or one for each. The rest as for `dense_crf`.
+    """
+    op = "mean_field"
+    contract.tensor(op, "unary", unary, 2, "(L, P)")
+    lattices, strengths = list(lattices), [float(contract.number(op, "strengths", s)) for s in strengths]
+    if isinstance(normalizations, str):
+        normalizations = [normalizations] * len(lattices)
+    if not len(lattices) == len(strengths) == len(normalizations):
+        raise ValueError(f"{op}: expected a strength and a normalization for each lattice, got {len(lattices)} lattices, "
+                         f"{len(strengths)} strengths and {len(normalizations)} normalizations")  # fmt: skip
+    for lattice in lattices:
+        if not isinstance(lattice, Lattice):
+            raise TypeError(f"{op}: expected lattices to be ribfast.ops.Lattice objects, got {type(lattice).__name__}")
+        if lattice.points != unary.shape[1] or lattice.device != unary.device:
+            raise ValueError(f"{op}: expected lattices of the unary's {unary.shape[1]} points on {unary.device}, "
+                             f"got one of {lattice.points} on {lattice.device}")  # fmt: skip
+    if unary.shape[0] == 0:
+        raise ValueError(f"{op}: expected unary (L, P) with at least one label, got shape {tuple(unary.shape)}")
+    _check_finite(op, unary, nan)
+    how = [_normalization(op, name) for name in normalizations]
+    iterations = _integer(op, "iterations", iterations, 0)
+    fused = all(lattice._reference is None for lattice in lattices) and unary.device.type == "cpu"
+    if differentiable or not fused or _ext.backend(op, unary.device).name == "reference":
+        return reference.mean_field(
+            unary.float(), lattices, strengths, normalizations=list(normalizations), iterations=iterations
+        )
+    tensors = [tensor for lattice in lattices for tensor in lattice._tensors]
+    return torch.ops.ribfast.mean_field(unary, tensors, strengths, how, iterations, bool(exact))
+
+
+def _by_autograd(image, unary, gaussian, bilateral, iterations, normalization):
+    lattices = [Lattice(features, filled=True) for features in reference.image_features(image, gaussian, bilateral)]
+    strengths = [term[-1] for term in (gaussian, bilateral) if term is not None]
+    q = reference.mean_field(
+        unary.float().flatten(1), lattices, strengths, normalizations=normalization, iterations=iterations
+    )
+    return q.reshape(unary.shape)
+
+
+def _paired(op: str, images, others, name: str, shape: str, *ndims: int) -> tuple[list, list]:
+    """Each image and what belongs to it, from stacked tensors or lists."""
+    stacked = isinstance(images, Tensor)
+    if stacked != isinstance(others, Tensor):
+        raise TypeError(f"{op}: expected images and {name} to be two tensors or two lists, "
+                        f"got {type(images).__name__} and {type(others).__name__}")  # fmt: skip
+    if stacked and (images.ndim != 4 or others.ndim not in ndims):
+        raise ValueError(f"{op}: expected images (N, H, W, 3) and {name} {shape}, got shapes "
+                         f"{tuple(images.shape)} and {tuple(others.shape)}")  # fmt: skip
+    each_image, each_other = list(images), list(others)
+    if len(each_image) != len(each_other):
+        raise ValueError(f"{op}: expected a {name} for each image, got {len(each_other)} for {len(each_image)}")
+    return each_image, each_other
+
+
+def _check_image(op: str, image) -> None:
     if not isinstance(image, Tensor) or image.dtype != torch.uint8:
         got = image.dtype if isinstance(image, Tensor) else type(image).__name__
-        raise TypeError(f"{_OP}: expected images to be uint8 tensors (H, W, 3), got {got}")
+        raise TypeError(f"{op}: expected images to be uint8 tensors (H, W, 3), got {got}")
     if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise ValueError(f"{_OP}: expected images (H, W, 3) with at least one pixel, got shape {tuple(image.shape)}")
+        raise ValueError(f"{op}: expected images (H, W, 3) with at least one pixel, got shape {tuple(image.shape)}")
+
+
+def _check_unary(image, energies, nan: str) -> None:
     contract.tensor(_OP, "unary", energies, 3, "(L, H, W)")
     if energies.shape[0] == 0 or energies.shape[1:] != image.shape[:2]:
         raise ValueError(f"{_OP}: expected unary (L, H, W) with L >= 1 and the image's size {tuple(image.shape[:2])}, "
                          f"got shape {tuple(energies.shape)}")  # fmt: skip
+    _check_finite(_OP, energies, nan)
+
+
+def _check_finite(op: str, energies: Tensor, nan: str) -> None:
+    if nan not in ("error", "propagate"):
+        raise ValueError(f"{op}: expected nan to be 'error' or 'propagate', got {nan!r}")
     # a finite sum is the quick proof
     if nan == "error" and not torch.isfinite(energies.sum()) and not torch.isfinite(energies).all():
-        raise ValueError(f"{_OP}: expected finite energies, got NaN or infinity; clip probabilities before taking "
+        raise ValueError(f"{op}: expected finite energies, got NaN or infinity; clip probabilities before taking "
                          "their logarithm, or pass nan='propagate'")  # fmt: skip
 
 
-def _term(name: str, term, count: int) -> list[float]:
-    """A pairwise term as the operator takes it: empty for None."""
+def _check_labels(op: str, image, labels, n_labels: int, unsure: int | None) -> Tensor:
+    """The label maps of one image, (K, H, W)."""
+    _check_image(op, image)
+    if not isinstance(labels, Tensor) or labels.dtype != torch.uint8:
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"{op}: expected labels to be uint8 tensors (H, W) or (K, H, W), got {got}")
+    if labels.ndim not in (2, 3) or labels.shape[-2:] != image.shape[:2]:
+        raise ValueError(f"{op}: expected labels (H, W) or (K, H, W) of the image's size {tuple(image.shape[:2])}, "
+                         f"got shape {tuple(labels.shape)}")  # fmt: skip
+    return labels if labels.ndim == 3 else labels[None]
+
+
+def _options(op: str, gaussian, bilateral, iterations, normalization, exact, capacity) -> tuple:
+    """What both operators take behind their tensors."""
+    terms = _term(op, "gaussian", gaussian, 2), _term(op, "bilateral", bilateral, 3)
+    iterations = _integer(op, "iterations", iterations, 0)
+    capacity = 0 if capacity is None else _integer(op, "capacity", capacity, 1)
+    return (*terms, iterations, _normalization(op, normalization), bool(exact), capacity)
+
+
+def _normalization(op: str, name: str) -> int:
+    if name not in NORMALIZATIONS:
+        raise ValueError(f"{op}: expected normalization to be one of {', '.join(NORMALIZATIONS)}, got {name!r}")
+    return NORMALIZATIONS.index(name)
+
+
+def _integer(op: str, name: str, value, least: int, most: int | None = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{op}: expected {name} to be an integer, got {type(value).__name__}")
+    if value < least or (most is not None and value > most):
+        bound = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{op}: expected {name} {bound}, got {value}")
+    return value
+
+
+def _term(op: str, name: str, term, count: int) -> list[float]:
+    """A pairwise term as the operators take it: empty for None."""
     if term is None:
         return []
     try:
-        numbers = [contract.number(_OP, name, number) for number in term]
+        numbers = [float(contract.number(op, name, number)) for number in term]
     except TypeError:
-        raise TypeError(f"{_OP}: expected {name} to be {count} numbers or None, got {term!r}") from None
+        raise TypeError(f"{op}: expected {name} to be {count} numbers or None, got {term!r}") from None
     if len(numbers) != count:
-        raise ValueError(f"{_OP}: expected {name} to be {count} numbers or None, got {term!r}")
+        raise ValueError(f"{op}: expected {name} to be {count} numbers or None, got {term!r}")
     if min(numbers[:-1]) <= 0:
-        raise ValueError(f"{_OP}: expected {name} with standard deviations above 0, got {term!r}")
+        raise ValueError(f"{op}: expected {name} with standard deviations above 0, got {term!r}")
     return numbers
 
 
@@ -103,5 +261,17 @@ def _(images, unary, gaussian, bilateral, iterations, normalization, exact, capa
     return [energies.new_empty(energies.shape, dtype=torch.float32) for energies in unary]
 
 
-refuse_gradient("dense_crf", "detach() it")
-run_as_is_under_autocast("dense_crf")
+@torch.library.register_fake("ribfast::dense_crf_labels")
+def _(images, labels, n_labels, confidence, unsure, gaussian, bilateral, iterations, normalization, exact, capacity):
+    return [each.new_empty(each.shape) for each in labels]
+
+
+@torch.library.register_fake("ribfast::mean_field")
+def _(unary, lattices, strengths, normalizations, iterations, exact):
+    return unary.new_empty(unary.shape, dtype=torch.float32)
+
+
+for _name in ("dense_crf", "mean_field"):
+    refuse_gradient(_name, "detach() it, or pass differentiable=True")
+    run_as_is_under_autocast(_name)
+run_as_is_under_autocast("dense_crf_labels")
