@@ -5,6 +5,20 @@ import torch
 from ribfast import ops, reference
 
 
+class Lattice:
+    """reference.Lattice with the vertices that pydensecrf makes beside those of the points: it elevates points four at
+    a time, and fills the last group up with points at 0, whose vertices pass on what blurring brings them."""
+
+    def __init__(self, features):
+        self.points = len(features)
+        self.filler = features.new_zeros(-self.points % 4, features.shape[1])
+        self.lattice = reference.Lattice(torch.cat([features, self.filler]))
+
+    def filter(self, values):
+        nothing = values.new_zeros(len(self.filler), values.shape[1])
+        return self.lattice.filter(torch.cat([values, nothing]))[: self.points]
+
+
 def mean_field(unary, lattices, strengths, *, normalizations="symmetric", iterations=10, exact=False, nan="error"):
     names = [normalizations] * len(lattices) if isinstance(normalizations, str) else normalizations
     energies = -unary.float().T
@@ -21,4 +35,4 @@ def mean_field(unary, lattices, strengths, *, normalizations="symmetric", iterat
 
 
 if not hasattr(ops, "mean_field"):
-    ops.Lattice, ops.mean_field = reference.Lattice, mean_field
+    ops.Lattice, ops.mean_field = Lattice, mean_field

@@ -95,8 +95,8 @@ def create_pairwise_bilateral(sdims, schan, img, chdim=-1):
     deviations = [schan] * len(channels) if isinstance(schan, Number) else list(schan)
     dimensions = channels.ndim - 1
     if len(deviations) > len(channels) or len(sdims) > dimensions:
-        raise ValueError(f"{op}: expected at most {dimensions} numbers in sdims and {len(channels)} in schan for img of "
-                         f"shape {img.shape} with chdim={chdim}, got {len(sdims)} and {len(deviations)}; "
+        raise ValueError(f"{op}: expected at most {dimensions} numbers in sdims and {len(channels)} in schan for img "
+                         f"of shape {img.shape} with chdim={chdim}, got {len(sdims)} and {len(deviations)}; "
                          "chdim names the dimension that holds the channels")  # fmt: skip
     values = channels.astype(np.float32)
     _divide(op, values, deviations)
