@@ -145,12 +145,13 @@ class DenseCRF:
             raise ValueError(f"{op}: expected energies (labels, pixels) = {wanted}, got shape {energies.shape}{hint}")
         if nan not in ("error", "propagate"):
             raise ValueError(f"{op}: expected the module's nan to be 'error' or 'propagate', got {nan!r}")
-        if nan == "error" and not np.isfinite(energies.min(0)).all():
+        lowest, highest = energies.min(0), energies.max(0)
+        if nan == "error" and not np.isfinite(lowest).all():
             raise ValueError(f"{op}: expected finite energies, got NaN or infinity; clip probabilities before taking "
                              f"their logarithm, or set {__name__}.nan = 'propagate'")  # fmt: skip
         self._energies = torch.from_numpy(energies)
         with np.errstate(invalid="ignore"):
-            self._wide = not float(np.ptp(energies, axis=0).max()) < _WIDEST
+            self._wide = not (highest - lowest).max() < _WIDEST
 
     def addPairwiseEnergy(self, features, compat, kernel=DIAG_KERNEL, normalization=NORMALIZE_SYMMETRIC):
         """A Gaussian kernel of features (dimensions, pixels), which are divided by their standard deviations.
