@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ribfast import ops
+from ribfast import _ext, ops
 from ribfast.ops import contract
 
 ROOT = Path(__file__).parents[1]
@@ -241,6 +241,8 @@ def described(value):
 
 def child(seed, first, calls, log):
     """Makes the calls; the log's last line is the call that is being made."""
+    if not Path(_ext._C.__file__).is_relative_to(Path(log).parent):
+        sys.exit(f"fuzz: expected the instrumented extension, got {_ext._C.__file__}")
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills uninitialised memory with NaN
     table = rows()
     outcomes = collections.Counter()
