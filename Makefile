@@ -2,6 +2,7 @@
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 PYTEST_ARGS ?=
+FUZZ_ARGS ?= --calls 10000
 
 ifeq ($(VENV),none)
 PYTHON ?= python3
@@ -15,7 +16,7 @@ endif
 
 SOURCES := setup.py pyproject.toml build_backend.py $(shell find csrc -type f)
 
-.PHONY: build demo test test-tiers test-triton bench gpu lint clean
+.PHONY: build demo test test-tiers test-triton test-peers fuzz bench gpu lint clean
 
 build: $(INSTALLED)
 
@@ -40,6 +41,12 @@ test-tiers: build  ## the operators' tests under each CPU tier
 
 test-triton: build  ## the Triton kernels in their interpreter, and compiled for sm_80 and sm_90
 	$(PYTHON) -m pytest tests/test_backends.py tests/test_triton_compile.py -k triton -m "slow or not slow" $(PYTEST_ARGS)
+
+test-peers: build  ## against pydensecrf, where it is installed, with other random cases on every run
+	$(PYTHON) -m pytest tests -m peers -s $(PYTEST_ARGS)
+
+fuzz: build  ## random calls of every operator, valid and invalid, in a build with AddressSanitizer
+	$(PYTHON) benchmarks/fuzz.py $(FUZZ_ARGS)
 
 bench: build  ## CPU ratios against plain torch, to benchmarks/results/
 	$(PYTHON) benchmarks/run_cpu.py

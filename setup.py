@@ -2,6 +2,7 @@
 
 RIBFAST_CUDA=auto|0|1   auto: with CUDA where torch and a CUDA toolkit have it; 1: or fail, saying what is missing
 RIBFAST_DEBUG=1         -O0 -g and assertions
+RIBFAST_SANITIZE=1      -O1 -g, assertions, AddressSanitizer and UBSan; loads where libasan is preloaded (make fuzz)
 TORCH_CUDA_ARCH_LIST    as torch reads it; default: the architectures torch itself was built for
 """
 
@@ -75,8 +76,16 @@ def extension():
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
     with_cuda, reason = cuda_choice()
-    debug = os.environ.get("RIBFAST_DEBUG") == "1"
-    optimise = ["-O0", "-g"] if debug else ["-O3", "-DNDEBUG"]
+    optimise = ["-O3", "-DNDEBUG"]
+    if os.environ.get("RIBFAST_DEBUG") == "1":
+        optimise = ["-O0", "-g", "-UNDEBUG"]  # Python's own flags define it
+    sanitize = []
+    if os.environ.get("RIBFAST_SANITIZE") == "1":
+        optimise = ["-O1", "-g", "-UNDEBUG"]
+        # wrapv, which is among Python's own flags, defines what signed overflow does; vptr wants type information
+        # that torch's libraries hide; casts of floats that are out of range are asked for by name
+        sanitize = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize=vptr", "-fno-wrapv"]
+        sanitize += ["-fno-omit-frame-pointer"]
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
     macros = [("RIBFAST_CUDA_REASON", f'"{reason}"')]
     if with_cuda:
@@ -88,10 +97,10 @@ def extension():
         sources(with_cuda),
         define_macros=macros,
         extra_compile_args={
-            "cxx": [*optimise, *openmp, "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"],
+            "cxx": [*optimise, *sanitize, *openmp, "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"],
             "nvcc": [*optimise, "-lineinfo"],
         },
-        extra_link_args=openmp,
+        extra_link_args=[*sanitize, *openmp],
     )
 
 

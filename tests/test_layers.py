@@ -25,6 +25,7 @@ def imports(path):
 
 def foreign(path, allowed):
     standard = {"math", "operator", "sys", "itertools", "collections", "typing"}
+    standard |= {"enum", "functools", "numbers", "os", "warnings"}
 
     def within(module, package):
         return module == package or module.startswith(package + ".")
@@ -51,6 +52,13 @@ def test_triton_imports_torch_and_triton():
     assert paths
     for path in paths:
         assert foreign(path, ["torch", "triton", "ribfast.triton"]) == [], path.name
+
+
+def test_stand_ins_see_the_operators_alone():
+    paths = list((PACKAGE / "compat").rglob("*.py"))
+    assert paths
+    for path in paths:
+        assert foreign(path, ["numpy", "torch", "ribfast.ops", "ribfast.compat"]) == [], path
 
 
 def test_nobody_imports_the_commands():

@@ -1,0 +1,359 @@
+"""Random small calls of every operator, valid and invalid, in a build with AddressSanitizer and UBSan.
+
+Public functions and the schemas under them, in each of this machine's CPU tiers: odd sizes and strides, every dtype,
+NaN and infinity, tiny and huge numbers, and arguments that are wrong. An argument may be refused, with a ValueError,
+TypeError or RuntimeError; nothing may crash, touch memory that is not its own, or compute what C++ leaves undefined.
+Every call depends on the seed and its number alone: --seed S --first N --calls 1 repeats one.
+"""
+
+import argparse
+import collections
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ribfast import _ext, ops
+from ribfast.ops import contract
+
+ROOT = Path(__file__).parents[1]
+SIDES = (1, 1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 33)
+REFUSALS = (ValueError, TypeError, RuntimeError)
+OPTIONS = {
+    # Python and ATen do not free all at exit; an allocation that is too large fails as it does elsewhere
+    "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:detect_odr_violation=0",
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+    "OMP_NUM_THREADS": "2",
+}
+
+
+class Draw:
+    """Arguments drawn from one generator."""
+
+    def __init__(self, seed):
+        self.random = np.random.default_rng(seed)
+
+    def pick(self, *choices):
+        return choices[self.random.integers(len(choices))]
+
+    def chance(self, probability):
+        return bool(self.random.random() < probability)
+
+    def side(self):
+        return self.pick(*SIDES)
+
+    def count(self, most):
+        return int(self.random.integers(1, most + 1))
+
+    def number(self, usual):
+        """Around `usual`, or of any order of magnitude."""
+        if self.chance(0.7):
+            return float(usual * self.random.uniform(0.3, 3))
+        return float(10.0 ** self.random.uniform(-30, 30)) * self.pick(1, 1, 1, -1)
+
+    def floats(self, *shape, dtype=None):
+        """A tensor of any float dtype with ordinary values, or with some that are not."""
+        values = torch.from_numpy(self.random.normal(0, 3, shape))
+        odd = self.pick(None, None, None, 0.0, -0.0, 1e30, -1e30, 1e-42, float("nan"), float("inf"), -float("inf"))
+        if odd is not None:
+            values[torch.from_numpy(self.random.random(shape) < self.pick(0.02, 0.5, 1.0))] = odd
+        return self.strided(values.to(dtype or self.pick(*contract.FLOATS)))
+
+    def bytes(self, *shape):
+        return self.strided(torch.from_numpy(self.random.integers(0, 256, shape).astype(np.uint8)))
+
+    def bools(self, *shape):
+        return self.strided(torch.from_numpy(self.random.random(shape) < 0.6))
+
+    def strided(self, values):
+        """The same values laid out in another way."""
+        how = self.pick("plain", "plain", "turned", "steps", "inside", "expanded")
+        if how == "turned" and values.ndim > 1:
+            a, b = self.random.choice(values.ndim, 2, replace=False)
+            return values.transpose(a, b).contiguous().transpose(a, b)
+        if how == "steps" and values.ndim:
+            return torch.stack([values, values], -1).flatten(-2)[..., ::2]
+        if how == "inside":
+            room = torch.empty(values.numel() + 3, dtype=values.dtype)
+            return room[1 : 1 + values.numel()].view(values.shape).copy_(values)
+        if how == "expanded" and values.ndim and values.shape[0]:
+            return values[:1].expand(values.shape)
+        return values
+
+    def wrong(self, value):
+        """Something that probably may not stand in the place of `value`."""
+        general = (None, "kept", -1, 0, 3, 2**70, 1e300, float("nan"), float("inf"), [], (), [None], torch.zeros(()))
+        plain = isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.layout == torch.strided
+        if plain and self.chance(0.8):
+            changes = (
+                lambda: value[..., :-1] if value.ndim else value,
+                lambda: value[:0] if value.ndim else value,
+                lambda: value[None],
+                lambda: value.flatten(),
+                lambda: value.flip(-1)[..., None] if value.ndim else value,
+                lambda: torch.cat([value, value]) if value.ndim else value,
+                lambda: value.to(self.pick(*contract.FLOATS, torch.int64, torch.uint8, torch.bool, torch.complex64)),
+                lambda: value.to("meta"),
+                lambda: value.to_sparse(),
+                lambda: value.clone().requires_grad_(value.is_floating_point()),
+            )
+            return self.pick(*changes)()
+        if isinstance(value, (list, tuple)) and value and self.chance(0.8):
+            at = int(self.random.integers(len(value)))
+            changed = [*value[:at], *self.pick([], [value[at]] * 2, [self.wrong(value[at])]), *value[at + 1 :]]
+            return type(value)(changed)
+        return self.pick(*general)
+
+
+def maps_of_scales(d, dtype=None):
+    """(maps of every scale, size, padded)"""
+    channels, views, dtype = d.count(5), d.pick(1, 2), dtype or d.pick(*contract.FLOATS)
+    maps = [d.floats(views, channels, d.side(), d.side(), dtype=dtype) for _ in range(d.count(5))]
+    size = (d.side(), d.side())
+    return maps, size, d.pick(None, tuple(side + d.pick(0, 1, 9) for side in size))
+
+
+def room_for(maps, size):
+    """What accumulate_cams adds into."""
+    dtype = torch.float64 if maps[0].dtype == torch.float64 else torch.float32
+    return torch.zeros(maps[0].shape[1], *size, dtype=dtype)
+
+
+def pooled(d):
+    shape = (d.count(4), d.count(6), d.side(), d.side())
+    options = dict(tau=d.pick(0.4, d.number(0.5)), divide_by=d.pick("kept", "all"), strict=d.chance(0.5))
+    return [d.floats(*shape), d.bools(*shape[:2])], options
+
+
+def merged(d):
+    maps, size, padded = maps_of_scales(d)
+    out = d.pick(None, room_for(maps, size))
+    return [maps, size], dict(padded=padded, relu=d.chance(0.7), out=out)
+
+
+def merged_batch(d):
+    dtype = d.pick(*contract.FLOATS)
+    images = [maps_of_scales(d, dtype) for _ in range(d.count(3))]
+    maps, sizes = [i[0] for i in images], [i[1] for i in images]
+    padded = d.pick(None, [tuple(side + d.pick(0, 5) for side in size) for size in sizes])
+    return [maps, sizes], dict(padded=padded, relu=d.chance(0.7))
+
+
+def merged_flat(d):
+    maps, size, padded = maps_of_scales(d)
+    return maps, [len(maps)], list(size), list(padded or size), d.chance(0.5)
+
+
+def merged_raw(d):
+    return [*merged_flat(d)], {}
+
+
+def merged_raw_into(d):
+    maps, counts, size, padded, relu = merged_flat(d)
+    return [[room_for(maps, size)], maps, counts, padded, relu], {}
+
+
+def normalised(d):
+    shape = [d.side() for _ in range(d.pick(2, 3, 4))]
+    return [d.floats(*shape)], dict(eps=d.pick(1e-5, d.number(1e-5)), inplace=d.chance(0.3))
+
+
+def image_and_energies(d):
+    height, width, labels = d.side(), d.side(), d.count(40)
+    return d.bytes(height, width, 3), d.floats(labels, height, width)
+
+
+def fields(d):
+    pairs = [image_and_energies(d) for _ in range(d.count(3))]
+    terms = dict(
+        gaussian=d.pick(None, (d.number(3), d.number(3))),
+        bilateral=d.pick(None, (d.number(50), d.number(10), d.number(5))),
+    )
+    how = dict(iterations=d.pick(0, 1, 2, 3), normalization=d.pick("symmetric", "after", "before", "none"))
+    return [[i for i, _ in pairs], [u for _, u in pairs]], terms | how | dict(exact=d.chance(0.5), nan="propagate")
+
+
+def fields_raw(d):
+    image, energies = image_and_energies(d)
+    terms = [d.number(3), d.number(3)], [d.number(50), d.number(10), d.number(5)]
+    return [[image], [energies], *terms, d.pick(0, 2), d.pick(0, 1, 2, 3), d.chance(0.5)], {}
+
+
+def pooled_raw_backward(d):
+    n, c, h, w = d.count(4), d.count(6), d.side(), d.side()
+    maps = d.floats(n, c, h, w)
+    stats = d.floats(n, c, 2, dtype=torch.float64 if maps.dtype == torch.float64 else torch.float32)
+    return [d.floats(n, c), maps, d.bools(n, c), stats, d.number(0.5), d.chance(0.5)], {}
+
+
+def with_gradient(op):
+    """op, and its backward where there is something to differentiate."""
+
+    def call(maps, *arguments, **options):
+        def leaf(value):
+            return value.detach().requires_grad_() if isinstance(value, torch.Tensor) else value
+
+        maps = [leaf(m) for m in maps] if isinstance(maps, list) else leaf(maps)
+        op(maps, *arguments, **options).sum().backward()
+
+    return call
+
+
+def rows():
+    """name: (function, what draws its positional and named arguments)"""
+    raw = torch.ops.ribfast
+    return {
+        "gndrp": (ops.gndrp, pooled),
+        "gndrp, backward": (with_gradient(ops.gndrp), pooled),
+        "accumulate_cams": (ops.accumulate_cams, merged),
+        "accumulate_cams, backward": (with_gradient(ops.accumulate_cams), merged),
+        "accumulate_cams_batch": (ops.accumulate_cams_batch, merged_batch),
+        "normalize_cams": (ops.normalize_cams, normalised),
+        "dense_crf": (ops.dense_crf, fields),
+        "ribfast::gndrp": (raw.gndrp, lambda d: ([*pooled(d)[0], d.number(0.5), d.chance(0.5), d.chance(0.5)], {})),
+        "ribfast::gndrp_backward": (raw.gndrp_backward, pooled_raw_backward),
+        "ribfast::accumulate_cams": (raw.accumulate_cams, merged_raw),
+        "ribfast::accumulate_cams_": (raw.accumulate_cams_, merged_raw_into),
+        "ribfast::accumulate_cams_backward": (raw.accumulate_cams_backward, merged_raw_into),
+        "ribfast::normalize_cams": (raw.normalize_cams, lambda d: ([*normalised(d)[0], d.number(1e-5)], {})),
+        "ribfast::normalize_cams_": (raw.normalize_cams_, lambda d: ([*normalised(d)[0], d.number(1e-5)], {})),
+        "ribfast::dense_crf": (raw.dense_crf, fields_raw),
+    }
+
+
+def described(value):
+    if isinstance(value, torch.Tensor):
+        strides = value.stride() if value.layout == torch.strided else value.layout
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} {strides}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={described(v)}" for name, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(described, value))}]"
+    return repr(value)
+
+
+def child(seed, first, calls, log):
+    """Makes the calls; the log's last line is the call that is being made."""
+    if not Path(_ext._C.__file__).is_relative_to(Path(log).parent):
+        sys.exit(f"fuzz: expected the instrumented extension, got {_ext._C.__file__}")
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills uninitialised memory with NaN
+    table = rows()
+    outcomes = collections.Counter()
+    strange = 0
+    with open(log, "w") as lines:
+        for number in range(first, first + calls):
+            d = Draw([seed, number])
+            name = list(table)[number % len(table)]
+            function, arguments_of = table[name]
+            positional, named = arguments_of(d)
+            valid = d.chance(0.6)
+            for _ in range(0 if valid else d.pick(1, 1, 2)):
+                keys = [*range(len(positional)), *named]
+                key = keys[d.random.integers(len(keys))]
+                where = positional if isinstance(key, int) else named
+                where[key] = d.wrong(where[key])
+            call = f"{number} {name}({described(positional)} {described(named)})"
+            lines.write(call + "\n")
+            lines.flush()
+            try:
+                function(*positional, **named)
+                outcomes["answered"] += 1
+            except REFUSALS as error:
+                outcomes["valid but refused" if valid else "refused"] += 1
+                if "internal assert" in str(error).lower():
+                    strange += 1
+                    print(f"call {call}\n  {error}", flush=True)
+            except Exception as error:
+                strange += 1
+                print(f"call {call}\n  {type(error).__name__}: {error}", flush=True)
+    print(", ".join(f"{count} {what}" for what, count in sorted(outcomes.items())), flush=True)
+    return 1 if strange else 0
+
+
+def library(name):
+    compiler = os.environ.get("CXX", "g++")
+    found = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+    if not Path(found).is_absolute():
+        sys.exit(f"fuzz: expected {compiler} with {name}, got none; install gcc and its sanitizers' libraries")
+    return found
+
+
+def build(folder):
+    """A copy of the package with an instrumented extension, in `folder`."""
+    package = folder / "ribfast"
+    shutil.copytree(ROOT / "ribfast", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"), dirs_exist_ok=True)
+    environment = os.environ | {"RIBFAST_SANITIZE": "1", "RIBFAST_CUDA": "0"}
+    command = [sys.executable, "setup.py", "--quiet", "build_ext"]
+    command += ["--build-lib", str(folder), "--build-temp", str(folder / "objects")]
+    built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if built.returncode:
+        sys.exit(f"fuzz: the build failed\n{built.stdout[-3000:]}{built.stderr[-3000:]}")
+
+
+def tiers():
+    """The CPU tiers that this machine has, the lowest first."""
+    ladder = ["default", "avx2", "avx512"]
+    best = torch.backends.cpu.get_cpu_capability().lower()
+    return ladder[: ladder.index(best) + 1] if best in ladder else ["default"]
+
+
+def parent(arguments):
+    seed = secrets.randbelow(2**32) if arguments.seed is None else arguments.seed
+    print(f"fuzz: --seed {seed} --calls {arguments.calls}", flush=True)
+    start = time.monotonic()
+    failed = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(arguments.build or temporary).resolve()
+        build(folder)
+        # the program itself is not instrumented: the runtime comes first, and C++'s, whose exceptions it intercepts
+        preloaded = " ".join(library(name) for name in ("libasan.so", "libubsan.so", "libstdc++.so"))
+        environment = os.environ | OPTIONS | {"LD_PRELOAD": preloaded, "PYTHONPATH": str(folder)}
+        ladder = [arguments.tier] if arguments.tier else tiers()
+        first = arguments.first
+        for place, tier in enumerate(ladder):
+            calls = arguments.calls // len(ladder) + (place < arguments.calls % len(ladder))
+            log = folder / "calls.log"
+            command = [sys.executable, str(Path(__file__).resolve()), "--child", str(log)]
+            command += ["--seed", str(seed), "--first", str(first), "--calls", str(calls)]
+            done = subprocess.run(
+                command, env=environment | {"ATEN_CPU_CAPABILITY": tier}, cwd=folder, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+            undefined = "runtime error:" in done.stdout
+            if done.returncode or undefined:
+                failed.append(tier)
+                last = log.read_text().splitlines()[-1:] if log.exists() else ["none"]
+                print(done.stdout[:20000])
+                print(f"fuzz: {tier}: exit {done.returncode}, last call {last[0]}")
+            else:
+                print(f"fuzz: {tier}: {done.stdout.strip().splitlines()[-1]}", flush=True)
+            first += calls
+    verdict = f"FAILED in {', '.join(failed)}" if failed else "no error"
+    print(f"fuzz: {verdict} in {arguments.calls} calls of {len(rows())} operators and schemas, seed {seed}, "
+          f"{time.monotonic() - start:.0f} s")  # fmt: skip
+    return 1 if failed else 0
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calls", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, help="repeats a run; drawn and printed otherwise")
+    parser.add_argument("--first", type=int, default=0, help="number of the first call")
+    parser.add_argument("--tier", choices=("default", "avx2", "avx512"), help="one CPU tier (default: each in turn)")
+    parser.add_argument("--build", help="folder to build in and keep, for quick repeats (default: a temporary one)")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        return child(arguments.seed, arguments.first, arguments.calls, arguments.child)
+    return parent(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
