@@ -170,20 +170,92 @@ def image_and_energies(d):
     return d.bytes(height, width, 3), d.floats(labels, height, width)
 
 
-def fields(d):
-    pairs = [image_and_energies(d) for _ in range(d.count(3))]
-    terms = dict(
+def terms_of(d):
+    return dict(
         gaussian=d.pick(None, (d.number(3), d.number(3))),
         bilateral=d.pick(None, (d.number(50), d.number(10), d.number(5))),
+        iterations=d.pick(0, 1, 2, 3),
+        normalization=d.pick("symmetric", "after", "before", "none"),
     )
-    how = dict(iterations=d.pick(0, 1, 2, 3), normalization=d.pick("symmetric", "after", "before", "none"))
-    return [[i for i, _ in pairs], [u for _, u in pairs]], terms | how | dict(exact=d.chance(0.5), nan="propagate")
+
+
+def fields(d):
+    pairs = [image_and_energies(d) for _ in range(d.count(3))]
+    how = dict(exact=d.chance(0.5), nan="propagate", differentiable=d.chance(0.1))
+    return [[i for i, _ in pairs], [u for _, u in pairs]], terms_of(d) | how
+
+
+def terms_raw(d):
+    terms = [d.number(3), d.number(3)], [d.number(50), d.number(10), d.number(5)]
+    return [*terms, d.pick(0, 2), d.pick(0, 1, 2, 3), d.chance(0.5), d.pick(0, 100)]
 
 
 def fields_raw(d):
     image, energies = image_and_energies(d)
-    terms = [d.number(3), d.number(3)], [d.number(50), d.number(10), d.number(5)]
-    return [[image], [energies], *terms, d.pick(0, 2), d.pick(0, 1, 2, 3), d.chance(0.5)], {}
+    return [[image], [energies], *terms_raw(d)], {}
+
+
+def label_maps(d):
+    """Images, their label maps, and the number of labels; one label in ten maps is too large."""
+    labels, images, maps = d.count(40), [], []
+    for _ in range(d.count(3)):
+        height, width = d.side(), d.side()
+        shape = d.pick((height, width), (d.count(4), height, width))
+        images.append(d.bytes(height, width, 3))
+        given = d.random.integers(0, labels + d.chance(0.1), shape).astype(np.uint8)
+        maps.append(d.strided(torch.from_numpy(given)))
+    return images, maps, labels
+
+
+def label_fields(d):
+    how = dict(confidence=d.pick(0.7, d.number(0.5)), unsure=d.pick(None, 0, 255), exact=d.chance(0.5))
+    return [*label_maps(d)], terms_of(d) | how
+
+
+def label_fields_raw(d):
+    images, maps, labels = label_maps(d)
+    maps = [given if given.ndim == 3 else given[None] for given in maps]
+    return [images, maps, labels, d.pick(0.7, d.number(0.5)), d.pick(-1, 0, 255), *terms_raw(d)], {}
+
+
+def features(d, points):
+    return d.floats(points, d.count(8), dtype=torch.float32)
+
+
+def lattice_and_values(d):
+    points = d.pick(0, 1, 2, 3, 15, 16, 17, 63, 129)
+    values = d.floats(points, d.pick(0, 1, 2, 4, 7, 20, 36)) if d.chance(0.9) else d.floats(points)
+    return [features(d, points), values], dict(filled=d.chance(0.3), transpose=d.chance(0.3))
+
+
+def filtered(features, values, filled=False, transpose=False):
+    return ops.Lattice(features, filled=filled).filter(values, transpose=transpose)
+
+
+def filtered_raw(features, values, filled=False, transpose=False, spoil=None):
+    """Through the raw operators, with one of the lattice's tensors spoilt."""
+    tensors = torch.ops.ribfast.lattice(features, filled)
+    if spoil is not None:
+        tensors[spoil % len(tensors)] = Draw([spoil]).wrong(tensors[spoil % len(tensors)])
+    return torch.ops.ribfast.lattice_filter(values, tensors, transpose)
+
+
+def lattices_of_field(d):
+    points, count = d.pick(1, 2, 15, 16, 17, 63, 129), d.pick(0, 1, 2)
+    drawn = [features(d, points) for _ in range(count)]
+    names = [d.pick("symmetric", "after", "before", "none") for _ in drawn]
+    options = dict(normalizations=names, iterations=d.pick(0, 1, 3), exact=d.chance(0.5), nan="propagate")
+    return [d.floats(d.count(40), points), drawn, [d.number(3) for _ in drawn]], options
+
+
+def field_over_lattices(unary, features, strengths, **options):
+    return ops.mean_field(unary, [ops.Lattice(each) for each in features], strengths, **options)
+
+
+def field_over_lattices_raw(unary, features, strengths, normalizations=(), iterations=1, exact=False, nan=None):
+    tensors = [tensor for each in features for tensor in torch.ops.ribfast.lattice(each, exact)]
+    return torch.ops.ribfast.mean_field(unary, tensors, strengths, [len(name) % 4 for name in normalizations],
+                                        iterations, exact)  # fmt: skip
 
 
 def pooled_raw_backward(d):
@@ -217,6 +289,9 @@ def rows():
         "accumulate_cams_batch": (ops.accumulate_cams_batch, merged_batch),
         "normalize_cams": (ops.normalize_cams, normalised),
         "dense_crf": (ops.dense_crf, fields),
+        "dense_crf_labels": (ops.dense_crf_labels, label_fields),
+        "Lattice": (filtered, lattice_and_values),
+        "mean_field": (field_over_lattices, lattices_of_field),
         "ribfast::gndrp": (raw.gndrp, lambda d: ([*pooled(d)[0], d.number(0.5), d.chance(0.5), d.chance(0.5)], {})),
         "ribfast::gndrp_backward": (raw.gndrp_backward, pooled_raw_backward),
         "ribfast::accumulate_cams": (raw.accumulate_cams, merged_raw),
@@ -225,6 +300,13 @@ def rows():
         "ribfast::normalize_cams": (raw.normalize_cams, lambda d: ([*normalised(d)[0], d.number(1e-5)], {})),
         "ribfast::normalize_cams_": (raw.normalize_cams_, lambda d: ([*normalised(d)[0], d.number(1e-5)], {})),
         "ribfast::dense_crf": (raw.dense_crf, fields_raw),
+        "ribfast::dense_crf_labels": (raw.dense_crf_labels, label_fields_raw),
+        "ribfast::lattice": (raw.lattice, lambda d: ([lattice_and_values(d)[0][0], d.chance(0.5)], {})),
+        "ribfast::lattice_filter": (
+            filtered_raw,
+            lambda d: (lattice_and_values(d)[0], dict(spoil=d.pick(None, *range(99)))),
+        ),
+        "ribfast::mean_field": (field_over_lattices_raw, lattices_of_field),
     }
 
 

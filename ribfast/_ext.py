@@ -25,7 +25,7 @@ _SCHEMAS = {  # each operator's schemas in csrc/module.cpp
     "accumulate_cams": ("accumulate_cams", "accumulate_cams_", "accumulate_cams_backward"),
     "normalize_cams": ("normalize_cams", "normalize_cams_"),
 }
-_CPU_ONLY = ("dense_crf",)  # operators whose kernels are C++ on the CPU alone so far
+_CPU_ONLY = ("dense_crf", "lattice")  # operators whose kernels are C++ on the CPU alone so far
 OPS = (*_SCHEMAS, *_CPU_ONLY)
 
 

@@ -3,7 +3,6 @@ import subprocess
 import sys
 import types
 
-import lattice_shim  # noqa: F401
 import numpy as np
 import pytest
 import torch
@@ -248,10 +247,7 @@ def test_settings_reach_the_kernels(scene, monkeypatch):
     monkeypatch.setattr(dcrf, "exact", True)
     made.inference(1)
     monkeypatch.setattr(dcrf, "exact", False)
-    far = scene[1].copy()
-    far[2, 5] = 1e6
-    crf(far, ("addPairwiseGaussian", 3, 3)).inference(1)
-    assert seen == [False, True, True]
+    assert seen == [False, True]
 
 
 def test_environment_asks_for_exact():

@@ -173,3 +173,139 @@ def test_refuses_bad_input():
     refused(TypeError, "iterations to be an integer, got float", [image], [unary], iterations=2.5)
     refused(ValueError, "normalization to be one of symmetric, after", [image], [unary], normalization="both")
     refused(ValueError, "nan to be 'error' or 'propagate'", [image], [unary], nan="ignore")
+
+
+@pytest.mark.parametrize("labels", [5, 9, 21])
+@pytest.mark.parametrize("size", [1e5, 1e10, 1e30])
+def test_large_energies_of_the_last_label(labels, size):
+    image, unary = picture(12, 13, labels)
+    unary[-1, :6] += size
+    (result,) = ops.dense_crf([image], [unary], iterations=3)
+    torch.testing.assert_close(result, reference.dense_crf(image, unary, iterations=3), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("labels", [2, 3, 4, 5, 21])
+@pytest.mark.parametrize("which", [0, -1])
+def test_infinite_energy_forbids_a_label(labels, which):
+    image, unary = picture(12, 13, labels)
+    unary[which] = math.inf
+    (result,) = ops.dense_crf([image], [unary], nan="propagate", iterations=2)
+    assert result[which].max() == 0 and result.isfinite().all()
+    torch.testing.assert_close(result, reference.dense_crf(image, unary, iterations=2), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(3, 3), (7, 9), (5, 18)], ids=str)
+def test_fills_fours_of_pixels_as_pydensecrf(size):
+    """Where the number of pixels is no multiple of 4, the vertices around the origin pass on what they are given."""
+    image, unary = picture(*size, 3)
+    options = dict(bilateral=(40.0, 60.0, 8.0), iterations=1)
+    (result,) = ops.dense_crf([image], [unary], **options)
+    torch.testing.assert_close(result, reference.dense_crf(image, unary, **options), rtol=0, atol=1e-5)
+
+
+def labelled(height, width, n_labels, maps=None, seed=0):
+    image, _ = picture(height, width, 1, seed)
+    draw = torch.Generator().manual_seed(seed)
+    shape = (height, width) if maps is None else (maps, height, width)
+    return image, torch.randint(n_labels, shape, generator=draw, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("n_labels", [1, 2, 3, 4, 5, 9, 21, 60, 256])
+@pytest.mark.parametrize("maps", [1, 2, 3])
+@pytest.mark.parametrize("exact", [False, True])
+def test_label_maps(n_labels, maps, exact):
+    image, labels = labelled(18, 25, n_labels, maps)
+    (result,) = ops.dense_crf_labels([image], [labels], n_labels, iterations=3, exact=exact)
+    expected = reference.dense_crf_labels(image, labels, n_labels, iterations=3)
+    assert result.dtype == torch.uint8 and torch.equal(result, expected)
+
+
+def test_label_maps_equal_their_energies():
+    """One call for two maps of an image, and calls of dense_crf with the energies in memory."""
+    image, labels = labelled(40, 51, 3, 2)
+    together = ops.dense_crf_labels(image[None], labels[None], 3, confidence=0.6)[0]
+    for given, got in zip(labels, together, strict=True):
+        energies = reference.unary_of_labels(given, 3, 0.6)
+        expected = ops.dense_crf(image[None], energies[None])[0].argmax(0)
+        assert (got != expected).sum() <= 1  # the one label left out rounds differently
+        assert torch.equal(ops.dense_crf_labels(image[None], given[None], 3, confidence=0.6)[0], got)
+
+
+@pytest.mark.parametrize("n_labels", [2, 3, 5, 21])
+def test_unsure_labels(n_labels):
+    image, labels = labelled(18, 25, n_labels)
+    labels[3:9] = 255
+    (result,) = ops.dense_crf_labels([image], [labels], n_labels, unsure=255, iterations=3)
+    expected = reference.dense_crf_labels(image, labels[None], n_labels, unsure=255, iterations=3)[0]
+    assert result.max() < n_labels and torch.equal(result, expected)
+
+
+def test_label_shapes():
+    image, labels = labelled(6, 7, 3, 2)
+    assert ops.dense_crf_labels(image[None], labels[None, 0], 3).shape == (1, 6, 7)
+    assert ops.dense_crf_labels(image[None], labels[None], 3).shape == (1, 2, 6, 7)
+    first, second = ops.dense_crf_labels([image, image[:5]], [labels, labels[0, :5]], 3)
+    assert first.shape == (2, 6, 7) and second.shape == (5, 7)
+    assert ops.dense_crf_labels([image], [labels[:0]], 3)[0].shape == (0, 6, 7)
+    assert ops.dense_crf_labels([], [], 3) == []
+
+
+def test_refuses_bad_labels():
+    image, labels = labelled(6, 7, 3)
+
+    def refused(error, match, image=image, labels=labels, n_labels=3, **options):
+        with pytest.raises(error, match="dense_crf_labels: expected " + match):
+            ops.dense_crf_labels([image], [labels], n_labels, **options)
+
+    refused(TypeError, "labels to be uint8 tensors", labels=labels.long())
+    refused(ValueError, r"labels \(H, W\) or \(K, H, W\) of the image's size \(6, 7\)", labels=labels[:5])
+    refused(ValueError, r"labels below n_labels \(2\) or `unsure` \(255\), got 2", n_labels=2, unsure=255)
+    refused(ValueError, "n_labels from 1 to 256, got 257", n_labels=257)
+    refused(TypeError, "n_labels to be an integer", n_labels=3.0)
+    refused(ValueError, "a confidence above 0 and below 1, got 1", confidence=1)
+    refused(ValueError, "unsure from 0 to 255, got 256", unsure=256)
+    refused(ValueError, "capacity of at least 1, got 0", capacity=0)
+
+
+def test_mean_field_over_lattices():
+    image, unary = picture(20, 31, 5)
+    features = reference.image_features(image, (3.0, 3.0), (50.0, 5.0, 10.0))
+    lattices = [ops.Lattice(f, filled=True) for f in features]
+    result = ops.mean_field(unary.flatten(1), lattices, [3.0, 10.0], exact=True)
+    (expected,) = ops.dense_crf([image], [unary], exact=True)
+    assert torch.equal(result.view_as(expected), expected)
+    names = ["after", "none"]
+    strengths = [2.0, 0.03]
+    result = ops.mean_field(unary.flatten(1), lattices, strengths, normalizations=names, iterations=4)
+    plain = [reference.Lattice(f, filled=True) for f in features]
+    expected = reference.mean_field(unary.flatten(1), plain, strengths, normalizations=names, iterations=4)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
+
+
+def test_differentiable():
+    image, unary = picture(12, 15, 4)
+    weights = torch.rand(4, 12, 15)
+    leaf = unary.clone().requires_grad_()
+    (result,) = ops.dense_crf([image], [leaf], iterations=3, differentiable=True)
+    torch.testing.assert_close(result.detach(), ops.dense_crf([image], [unary], iterations=3)[0], rtol=0, atol=1e-4)
+    (result * weights).sum().backward()
+    plain = unary.clone().requires_grad_()
+    (reference.dense_crf(image, plain, iterations=3) * weights).sum().backward()
+    torch.testing.assert_close(leaf.grad, plain.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_descends_along_the_gradient():
+    """What a CRF layer is for: energies learn to bring about a wanted labelling."""
+    image, unary = picture(12, 15, 3)
+    wanted = (torch.arange(12)[:, None] // 4).expand(12, 15)
+    energies = unary.clone().requires_grad_()
+    losses = []
+    for _ in range(5):
+        (q,) = ops.dense_crf(
+            [image], [energies], gaussian=(1.0, 1.0), bilateral=None, iterations=3, differentiable=True
+        )
+        loss = -q.gather(0, wanted[None]).clamp(min=1e-6).log().mean()
+        (gradient,) = torch.autograd.grad(loss, energies)
+        energies = (energies - 20 * gradient).detach().requires_grad_()
+        losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.9 * losses[0]

@@ -27,7 +27,6 @@ def test_named_files_and_targets_exist():
 
 def test_readme_examples_run():
     """With arrays of the shapes that they name."""
-    import lattice_shim  # noqa: F401
     import numpy as np
     import torch
 

@@ -94,6 +94,7 @@ struct PixelJob {
   int32_t labellings;
   float gain, otherwise;  // negative energies of the given label and of the others
   float* probabilities;   // rows from tile `begin` on, or null where they are not wanted
+  float* left_out_probabilities;  // with them, in reduced form and but for groups: [tile][part][kTile]
 };
 
 }  // namespace ribfast::cpu

@@ -647,6 +647,10 @@ void update_points(const PixelJob& job, float* scratch) {
         splat_rows(lattice, lattice.splat + part * job.channels * lattice.stride, tile, job.channels, factor, shift, own);
       }
       if (!last) continue;
+      if (job.reduced && job.group == 0) {
+        float* to = job.left_out_probabilities + ((tile - job.begin) * job.parts + part) * kTile;
+        for (int k = 0; k < kTile; ++k) to[k] = left_out[k] * share[k];
+      }
       over_blocks(job.channels, [&](auto width, int32_t first) {
         constexpr int kWidth = decltype(width)::value;
         for (int k = 0; k < kTile * kWidth; ++k) own[first * kTile + k] *= share[k / kWidth];
@@ -714,7 +718,9 @@ void update_points_of_one_channel(const PixelJob& job) {
       const VFloat small = e / (e + 1.0f), gap = (1.0f - e) / (e + 1.0f);
       store_raw(difference + lane, energy < 0 ? -gap : gap);
       if (job.probabilities != nullptr) {
-        store_raw(job.probabilities + (tile - job.begin) * kTile + lane, energy < 0 ? small : 1.0f - small);
+        const int64_t at = (tile - job.begin) * kTile + lane;
+        store_raw(job.probabilities + at, energy < 0 ? small : 1.0f - small);
+        store_raw(job.left_out_probabilities + at, energy < 0 ? 1.0f - small : small);
       }
     }
     for (int32_t l = 0; l < job.count; ++l) {

@@ -261,11 +261,11 @@ void MeanField::run(const Kernels& kernels) const {
   constexpr int64_t kChunk = 16;  // tiles whose probabilities are held at a time
   at::parallel_for(0, tiles, 256, [&](int64_t from, int64_t to) {
     const auto own = views(iterations > 0, false);
-    std::vector<float> rows(kChunk * row_size);
+    std::vector<float> rows(kChunk * row_size), rest_rows(kChunk * parts * kTile);
     for (int64_t begin = from; begin < to; begin += kChunk) {
       PixelJob part = job;
       part.lattices = own.data(), part.begin = begin, part.end = std::min(begin + kChunk, to);
-      part.probabilities = rows.data();
+      part.probabilities = rows.data(), part.left_out_probabilities = rest_rows.data();
       kernels.update(part, nullptr);
       for (int64_t tile = begin; tile < part.end; ++tile) {
         const float* tile_rows = rows.data() + (tile - begin) * row_size;
@@ -276,15 +276,20 @@ void MeanField::run(const Kernels& kernels) const {
           for (int k = 0; k < kTile; ++k) rest[k] = 1, top[k] = -1;
           for (int32_t c = 0; c < labels; ++c) {
             int32_t width = 1;
-            const float* row = c < used ? tile_rows + layout.row_of(n, c, width) : rest;
+            const float* row = rest;
+            if (c < used) {
+              row = tile_rows + layout.row_of(n, c, width);
+            } else if (layout.group == 0 || channels == 1) {
+              row = rest_rows.data() + ((tile - begin) * parts + (channels == 1 ? 0 : n)) * kTile;
+            }
             for (int64_t k = 0; k < count; ++k) {
-              const float q = c < used ? row[k * width] : std::max(rest[k], 0.0f);
+              const float q = row[k * width];
               if (probabilities != nullptr) {
                 probabilities[c * points + pixel(tile * kTile + k)] = q;
               } else if (q > top[k]) {
                 top[k] = q, label[k] = c;
               }
-              if (c < used) rest[k] -= q;
+              rest[k] -= q;
             }
           }
           if (best == nullptr) continue;

@@ -10,7 +10,7 @@ from . import contract
 from .lattice import Lattice
 from .registration import refuse_gradient, run_as_is_under_autocast
 
-_OP = "dense_crf"
+_OP = "dense_crf"  # all three operators come from one backend
 NORMALIZATIONS = reference.NORMALIZATIONS
 
 
@@ -76,8 +76,8 @@ def dense_crf_labels(
     exact: bool = False,
     capacity: int | None = None,
 ) -> Tensor | list[Tensor]:
-    """Labels refined by the dense CRF: `dense_crf` of energies that hold each given label with `confidence`, and the most
-    probable label of every pixel. The energies are never in memory.
+    """Labels refined by the dense CRF: `dense_crf` of energies that hold each given label with `confidence`, and the
+    most probable label of every pixel. The energies are never in memory.
 
     images: (N, H, W, 3) uint8, labels: (N, H, W) uint8 below n_labels -> (N, H, W) uint8; or lists of (H, W, 3) and
     (H, W) -> a list. Several label maps of one image, (N, K, H, W) or lists of (K, H, W), share its lattices.
@@ -101,7 +101,7 @@ def dense_crf_labels(
     if not each_image:
         return labels.clone() if stacked else []
     contract.same_device(op, *each_image, *each_labels)
-    if _ext.backend(op, each_image[0].device).name == "reference":
+    if _ext.backend(_OP, each_image[0].device).name == "reference":
         terms = dict(gaussian=gaussian, bilateral=bilateral, iterations=iterations, normalization=normalization)
         results = [
             reference.dense_crf_labels(i, m, n_labels, confidence=confidence, unsure=unsure, **terms)
@@ -135,8 +135,8 @@ def mean_field(
     if isinstance(normalizations, str):
         normalizations = [normalizations] * len(lattices)
     if not len(lattices) == len(strengths) == len(normalizations):
-        raise ValueError(f"{op}: expected a strength and a normalization for each lattice, got {len(lattices)} lattices, "
-                         f"{len(strengths)} strengths and {len(normalizations)} normalizations")  # fmt: skip
+        raise ValueError(f"{op}: expected a strength and a normalization for each lattice, got {len(lattices)} "
+                         f"lattices, {len(strengths)} strengths and {len(normalizations)} normalizations")  # fmt: skip
     for lattice in lattices:
         if not isinstance(lattice, Lattice):
             raise TypeError(f"{op}: expected lattices to be ribfast.ops.Lattice objects, got {type(lattice).__name__}")
@@ -149,7 +149,7 @@ def mean_field(
     how = [_normalization(op, name) for name in normalizations]
     iterations = _integer(op, "iterations", iterations, 0)
     fused = all(lattice._reference is None for lattice in lattices) and unary.device.type == "cpu"
-    if differentiable or not fused or _ext.backend(op, unary.device).name == "reference":
+    if differentiable or not fused or _ext.backend(_OP, unary.device).name == "reference":
         return reference.mean_field(
             unary.float(), lattices, strengths, normalizations=list(normalizations), iterations=iterations
         )

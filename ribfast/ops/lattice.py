@@ -14,8 +14,8 @@ MOST_DIMENSIONS = 8
 class Lattice:
     """A Gaussian filter over points in 1 to 8 dimensions (Adams, Baek and Davis 2010), built once, for any values.
 
-    features: (P, d), positions divided by the standard deviations of the kernel exp(-|f_i - f_j|^2 / 2). They are no part
-    of a gradient.
+    features: (P, d), positions divided by the standard deviations of the kernel exp(-|f_i - f_j|^2 / 2). They are no
+    part of a gradient.
     filled: as pydensecrf builds its lattices, which fills the last group of four points up with points at the origin:
     without weight, but where P is no multiple of 4 the result is slightly another.
     """
@@ -36,8 +36,8 @@ class Lattice:
     def filter(self, values: Tensor, *, transpose: bool = False) -> Tensor:
         """sum over j of k(f_i, f_j) values_j, not normalised: (P, C) -> (P, C), or (P,) -> (P,).
 
-        Differentiable with respect to the values. Computed in float32, returned in the values' dtype. `transpose`: of the
-        filter, whose blur goes through the axes in reverse; the two differ by the lattice's own error alone.
+        Differentiable with respect to the values. Computed in float32, returned in the values' dtype. `transpose`: of
+        the filter, whose blur goes through the axes in reverse; the two differ by the lattice's own error alone.
         """
         contract.tensor("lattice_filter", "values", values)
         if values.ndim not in (1, 2) or values.shape[0] != self.points:
@@ -70,11 +70,11 @@ def _(values, lattice, transpose):
 
 
 def _save(ctx, inputs, output):
-    _, ctx.lattice, ctx.transpose = inputs
+    _, ctx.lattice, ctx.transpose = inputs  # none of it is an input of a gradient
 
 
 def _backward(ctx, grad):
-    return torch.ops.ribfast.lattice_filter(grad, ctx.lattice, not ctx.transpose), None, None
+    return torch.ops.ribfast.lattice_filter(grad, ctx.lattice, not ctx.transpose), [None] * len(ctx.lattice), None
 
 
 torch.library.register_autograd("ribfast::lattice_filter", _backward, setup_context=_save)

@@ -33,9 +33,6 @@ exact = _asked == "1"
 nan = "error"
 
 
-_WIDEST = 1e3  # energies further apart lose digits in the fast mode, which keeps their differences
-
-
 class KernelType(IntEnum):
     """What learning may change of a kernel. Inference computes the same with each."""
 
@@ -121,7 +118,6 @@ class DenseCRF:
         if min(self._points, self._labels) < 1:
             raise ValueError(f"{cls.__name__}: expected at least one point and one label, got {nvar} and {nlabels}")
         self._energies = torch.zeros(self._labels, self._points)
-        self._wide = False
         self._terms = []
         return self
 
@@ -145,13 +141,10 @@ class DenseCRF:
             raise ValueError(f"{op}: expected energies (labels, pixels) = {wanted}, got shape {energies.shape}{hint}")
         if nan not in ("error", "propagate"):
             raise ValueError(f"{op}: expected the module's nan to be 'error' or 'propagate', got {nan!r}")
-        lowest, highest = energies.min(0), energies.max(0)
-        if nan == "error" and not np.isfinite(lowest).all():
+        if nan == "error" and not np.isfinite(energies.min(0)).all():
             raise ValueError(f"{op}: expected finite energies, got NaN or infinity; clip probabilities before taking "
                              f"their logarithm, or set {__name__}.nan = 'propagate'")  # fmt: skip
         self._energies = torch.from_numpy(energies)
-        with np.errstate(invalid="ignore"):
-            self._wide = not (highest - lowest).max() < _WIDEST
 
     def addPairwiseEnergy(self, features, compat, kernel=DIAG_KERNEL, normalization=NORMALIZE_SYMMETRIC):
         """A Gaussian kernel of features (dimensions, pixels), which are divided by their standard deviations.
@@ -178,7 +171,7 @@ class DenseCRF:
         if not np.isfinite(features).all():
             raise ValueError(f"{op}: expected finite features, got NaN or infinity")
         compatibility = _compatibility(op, compat, self._labels)
-        lattice = ops.Lattice(torch.from_numpy(np.ascontiguousarray(features)))
+        lattice = ops.Lattice(torch.from_numpy(np.ascontiguousarray(features)), filled=True)
         self._terms.append(_Term(lattice, self._points, how, compatibility))
 
     def inference(self, niter):
@@ -192,7 +185,7 @@ class DenseCRF:
                 [term.compatibility for term in terms],
                 normalizations=[term.normalization for term in terms],
                 iterations=iterations,
-                exact=bool(exact) or self._wide,
+                exact=bool(exact),
                 nan="propagate",  # setUnaryEnergy has looked at them
             )
         else:
