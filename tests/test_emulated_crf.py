@@ -148,7 +148,8 @@ def picture(height, width, labels, seed=0, noise=30):
 
 
 def emulated(kernels, images, unary, given=None, labels=None, *, gaussian=(3.0, 3.0), bilateral=(50.0, 5.0, 10.0),
-             iterations=3, normalization="symmetric", exact=False, capacity=0, gap=0.0, unsure=-1, orders=(0,)):  # fmt: skip
+             iterations=3, normalization="symmetric", exact=False, capacity=0, gap=0.0, unsure=-1,
+             orders=(0,)):  # fmt: skip
     """(results, whether a lattice overflowed)"""
     sizes = [side for image in images for side in image.shape[:2]]
     overflowed = []
@@ -161,7 +162,8 @@ def emulated(kernels, images, unary, given=None, labels=None, *, gaussian=(3.0, 
             order, len(images), pointers(images), pointers(unary), pointers(given),
             None if unary is None else pointers(results), None if given is None else pointers(results),
             (ctypes.c_int64 * len(sizes))(*sizes), labels or unary[0].shape[0], numbers(gaussian), numbers(bilateral),
-            iterations, NORMALIZATIONS.index(normalization), exact, ctypes.c_int64(capacity), ctypes.c_float(gap), unsure,
+            iterations, NORMALIZATIONS.index(normalization), exact, ctypes.c_int64(capacity), ctypes.c_float(gap),
+            unsure,
         ))  # fmt: skip
         return results
 

@@ -1,6 +1,6 @@
 // dense_crf and dense_crf_labels on CUDA: kernels in dense_crf.cuh. Fields with one number of labels share launches, as
-// many as their worst case fits into a quarter of the device's memory; results are on the device when the stream has come
-// so far. Only a `capacity` is ever asked back for: whether it sufficed.
+// many as fit into a quarter of the device's memory at their worst. Only where a `capacity` was given is the device
+// asked for anything: whether it sufficed.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -40,7 +40,8 @@ bool capturing(cudaStream_t stream) {
 }
 
 void check_term(const char* name, at::ArrayRef<double> term, size_t size) {
-  RIBFAST_CHECK_VALUE(term.empty() || term.size() == size, kOp, c10::str(name, " with ", size, " numbers"), term.size());
+  RIBFAST_CHECK_VALUE(term.empty() || term.size() == size, kOp, c10::str(name, " with ", size, " numbers"),
+                      term.size());
   for (size_t i = 0; i < term.size(); ++i) {
     RIBFAST_CHECK_VALUE(std::isfinite(term[i]) && (i + 1 == size || term[i] > 0), kOp,
                         c10::str(name, " with finite numbers and standard deviations above 0"), term);
@@ -180,7 +181,8 @@ std::vector<at::Tensor> dense_crf_labels(at::TensorList images, at::TensorList l
   CrfOptions options = check_options(gaussian, bilateral, iterations, normalization, exact, capacity);
   options.unsure = unsure >= 0 && unsure <= 255 ? static_cast<int32_t>(unsure) : -1;
   if (n_labels > 1) {
-    options.gap = static_cast<float>(std::log(confidence) - std::log((1 - confidence) / static_cast<double>(n_labels - 1)));
+    const double other = (1 - confidence) / static_cast<double>(n_labels - 1);
+    options.gap = static_cast<float>(std::log(confidence) - std::log(other));
   }
   if (images.empty()) return {};
   const c10::cuda::CUDAGuard guard(images[0].device());

@@ -1,11 +1,11 @@
 // Mean field over permutohedral lattices (Kraehenbuehl & Koltun 2011): Q = softmax(-U + sum of strength * n K(n Q)).
 //
 // Layout: images (H, W, 3) uint8, unary and probabilities (L, H, W), label maps (H, W) uint8, all contiguous; points in
-// tiles of 16 x 16 pixels (lattice.cuh). Between the passes nothing but lattice values is kept: an iteration is one pass
-// over the tiles, which slices the blurred values, adds the unary, takes the softmax and sums what each vertex of the
-// tile receives; then these sums are gathered and blurred. A tile's vertices are loaded into shared memory once, as many
-// as fit; the others are read where they stand. Any number of labels: up to kGroupMost channels a thread keeps its
-// pixel's energies in registers, beyond they are in memory and channels are passed through in groups.
+// tiles of 16 x 16 pixels (lattice.cuh). Between passes nothing but lattice values is kept: an iteration is one pass over
+// the tiles, which slices the blurred values, adds the unary, takes the softmax and sums what each vertex of the tile
+// receives; then these sums are gathered and blurred. A tile's vertices are loaded into shared memory once, as many as
+// fit; the others are read where they stand. Any number of labels: up to kGroupMost channels a thread keeps its pixel's
+// energies in registers, beyond they are in memory and channels are passed through in groups.
 //
 // As on the CPU, fast mode leaves out one label where that saves a vector: its energy is 0, its message what is left of
 // the filtered ones.
@@ -39,8 +39,9 @@ struct CrfStep {
 };
 
 template <int kVec, int kVectors, bool kMany>
-__global__ void __launch_bounds__(kTilePoints) update_kernel(const Lattice* lattices, const Field* fields,
-                                                             const CrfImage* images, const CrfStep step) {
+__global__ void __launch_bounds__(kTilePoints, kMany ? 2 : 3)
+    update_kernel(const Lattice* __restrict__ lattices, const Field* __restrict__ fields,
+                  const CrfImage* __restrict__ images, const CrfStep step) {
   using Value = Pack<float, kVec>;
   constexpr int kStride = kVec == 1 ? 1 : kVectors | 1;  // an odd number of vectors spreads rows over the banks
   constexpr int kFitting = kSpaceBytes / (kStride * static_cast<int>(sizeof(Value)));
@@ -59,13 +60,15 @@ __global__ void __launch_bounds__(kTilePoints) update_kernel(const Lattice* latt
 
   // where the term's weights, and its rows in `space`, end
   const auto weights_of = [&](const Lattice& lattice) { return kTilePoints * (lattice.dims + 1); };
-  const auto rows_of = [&](const Lattice& lattice, int32_t taken) { return min(lattice.runs[tile], kRows - taken); };
+  const auto rows_of = [&](const Lattice& lattice, int32_t taken) {
+    return min(__ldg(lattice.runs + tile), kRows - taken);
+  };
 
   for (int k = 0, begin = 0; k < terms; ++k) {
     const Lattice& lattice = lattices[fields[image.fields[k]].lattice];
     const int32_t count = weights_of(lattice);
     const float* from = lattice.weights + static_cast<int64_t>(tile) * count;
-    for (int32_t i = thread; i < count; i += kTilePoints) weights[begin + i] = from[i];
+    for (int32_t i = thread; i < count; i += kTilePoints) weights[begin + i] = __ldg(from + i);
     begin += count;
   }
 
@@ -73,9 +76,9 @@ __global__ void __launch_bounds__(kTilePoints) update_kernel(const Lattice* latt
   float base = 0;    // the left-out label's energy of the unary
   if (pixel >= 0) {
     if (image.unary != nullptr) {
-      if (step.reduced) base = image.unary[used * area + pixel];
+      if (step.reduced) base = __ldg(image.unary + used * area + pixel);
     } else {
-      own = image.given[pixel];
+      own = __ldg(image.given + pixel);
       own = own == step.unsure ? -1 : own;
       if (step.reduced && own == used) base = -step.gap;
     }
@@ -83,7 +86,7 @@ __global__ void __launch_bounds__(kTilePoints) update_kernel(const Lattice* latt
   const auto energy_of = [&](int32_t c) {
     if (c >= used) return -INFINITY;
     if (pixel < 0) return 0.0f;
-    return image.unary != nullptr ? base - image.unary[c * area + pixel] : base + (c == own ? step.gap : 0.0f);
+    return image.unary != nullptr ? base - __ldg(image.unary + c * area + pixel) : base + (c == own ? step.gap : 0.0f);
   };
 
   Value energy[kVectors];
@@ -104,6 +107,11 @@ __global__ void __launch_bounds__(kTilePoints) update_kernel(const Lattice* latt
   int32_t best = 0;
   for (int32_t group = 0; group < groups; ++group) {
     const int32_t first_vector = group * kVectors;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+      for (int c = 0; c < kVec; ++c) energy[v].at[c] = energy_of((first_vector + v) * kVec + c);
+    }
     if (group > 0) __syncthreads();
     if (!step.first) {
       for (int k = 0, taken = 0; k < terms; ++k) {
@@ -112,55 +120,46 @@ __global__ void __launch_bounds__(kTilePoints) update_kernel(const Lattice* latt
         const auto* values = reinterpret_cast<const Value*>(blurred(field, lattice.dims)) + first_vector;
         const int32_t* vertex = lattice.vertex + static_cast<int64_t>(tile) * weights_of(lattice);
         const int32_t rows = rows_of(lattice, taken);
+#pragma unroll 4
         for (int32_t i = thread; i < rows * kVectors; i += kTilePoints) {
-          const int32_t row = i / kVectors, v = vertex[row];
+          const int32_t row = i / kVectors, v = __ldg(vertex + row);
           space[(taken + row) * kStride + i % kVectors] =
-              v != 0 ? values[static_cast<int64_t>(v) * vectors + i % kVectors] : Value{};
+              v != 0 ? load(values + static_cast<int64_t>(v) * vectors + i % kVectors) : Value{};
         }
         taken += rows;
       }
     }
     __syncthreads();
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-#pragma unroll
-      for (int c = 0; c < kVec; ++c) energy[v].at[c] = energy_of((first_vector + v) * kVec + c);
-    }
     if (!step.first && pixel >= 0) {
       for (int k = 0, taken = 0, begin = 0; k < terms; ++k) {
         const Field& field = fields[image.fields[k]];
         const Lattice& lattice = lattices[field.lattice];
         const int32_t dims = lattice.dims, rows = rows_of(lattice, taken);
-        const float alpha = slice_scale(dims);
-        Value sum[kVectors];
+        const int32_t* vertices = lattice.vertex + static_cast<int64_t>(tile) * weights_of(lattice);
+        const float scale = slice_scale(dims) * field.strength * (step.after ? __ldg(lattice.factor + place) : 1.0f);
+        float total = 0;
+        const auto add = [&](float weight, int v, const Value& value) {
+          add_product(energy[v], weight, value);
+          if (step.reduced) {
 #pragma unroll
-        for (int v = 0; v < kVectors; ++v) sum[v] = Value{};
+            for (int c = 0; c < kVec; ++c) total += weight * value.at[c];
+          }
+        };
         for (int32_t r = 0; r <= dims; ++r) {
-          const int32_t local = lattice.local[corner_at(dims, place, r)];
-          const float weight = weights[begin + corner_at(dims, thread, r)] * alpha;
+          const int32_t local = __ldg(lattice.local + corner_at(dims, place, r));
+          const float weight = weights[begin + corner_at(dims, thread, r)] * scale;
           if (local < rows) {
             const Value* from = space + (taken + local) * kStride;
 #pragma unroll
-            for (int v = 0; v < kVectors; ++v) add_product(sum[v], weight, from[v]);
-          } else if (const int32_t vertex = lattice.vertex[static_cast<int64_t>(tile) * weights_of(lattice) + local]) {
+            for (int v = 0; v < kVectors; ++v) add(weight, v, from[v]);
+          } else if (const int32_t vertex = __ldg(vertices + local)) {
             const auto* from = reinterpret_cast<const Value*>(blurred(field, dims)) +
                                static_cast<int64_t>(vertex) * vectors + first_vector;
 #pragma unroll
-            for (int v = 0; v < kVectors; ++v) add_product(sum[v], weight, from[v]);
+            for (int v = 0; v < kVectors; ++v) add(weight, v, load(from + v));
           }
         }
-        const float after = step.after ? lattice.factor[place] : 1.0f;
-        float total = 0;
-#pragma unroll
-        for (int v = 0; v < kVectors; ++v) {
-#pragma unroll
-          for (int c = 0; c < kVec; ++c) {
-            const float sliced = sum[v].at[c] * after;
-            energy[v].at[c] += field.strength * sliced;
-            total += sliced;
-          }
-        }
-        if (step.reduced) left_out += field.strength * ((group == 0 ? lattice.ones[place] : 0.0f) - total);
+        if (step.reduced) left_out += (group == 0 ? field.strength * __ldg(lattice.ones + place) : 0.0f) - total;
         taken += rows, begin += weights_of(lattice);
       }
     }
@@ -216,7 +215,7 @@ __global__ void __launch_bounds__(kTilePoints) update_kernel(const Lattice* latt
   if (step.before) {
     for (int k = 0, begin = 0; k < terms; ++k) {
       const Lattice& lattice = lattices[fields[image.fields[k]].lattice];
-      const float factor = lattice.factor[place];
+      const float factor = __ldg(lattice.factor + place);
       for (int32_t r = 0; r <= lattice.dims; ++r) weights[begin + corner_at(lattice.dims, thread, r)] *= factor;
       begin += weights_of(lattice);
     }
@@ -236,15 +235,17 @@ __global__ void __launch_bounds__(kTilePoints) update_kernel(const Lattice* latt
     for (int k = 0, begin = 0; k < terms; ++k) {
       const Field& field = fields[image.fields[k]];
       const Lattice& lattice = lattices[field.lattice];
-      const int32_t dims = lattice.dims, items = lattice.runs[tile] * kVectors;
+      const int32_t dims = lattice.dims, items = __ldg(lattice.runs + tile) * kVectors;
       const int64_t first = static_cast<int64_t>(tile) * weights_of(lattice);
       const uint16_t *starts = lattice.starts + first + tile, *order = lattice.order + first;
       auto* partial = reinterpret_cast<Value*>(field.partial) + group * kVectors;
       for (int32_t i = thread; i < items; i += kTilePoints) {
-        const int32_t run = i / kVectors, v = i % kVectors, row = lattice.row[first + run], end = starts[run + 1];
+        const int32_t run = i / kVectors, v = i % kVectors, row = __ldg(lattice.row + first + run);
+        const int32_t end = __ldg(starts + run + 1);
         Value received{};
-        for (int32_t j = starts[run]; j < end; ++j) {
-          const int32_t entry = order[j], from = entry % kTilePoints;
+#pragma unroll 4
+        for (int32_t j = __ldg(starts + run); j < end; ++j) {
+          const int32_t entry = __ldg(order + j), from = entry % kTilePoints;
           add_product(received, weights[begin + corner_at(dims, from, entry / kTilePoints)],
                       space[from * kStride + v]);
         }

@@ -1,5 +1,5 @@
-// lattice and lattice_filter on CUDA: kernels in lattice.cuh. Room for as many vertices as there can be, so that nothing
-// has to be asked of the device.
+// lattice and lattice_filter on CUDA: kernels in lattice.cuh. There is room for as many vertices as there can be, so
+// that nothing has to be asked of the device.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -38,8 +38,8 @@ std::vector<at::Tensor> lattice(const at::Tensor& features) {
   const auto dims = static_cast<int32_t>(features.size(1));
   const at::Tensor dense = features.contiguous();
   Lattice lattice{};
-  RIBFAST_CHECK_VALUE(describe(lattice, dims, points, 0, 0, 0), kLattice, "fewer points: corners are numbered in 31 bits",
-                      points);
+  RIBFAST_CHECK_VALUE(describe(lattice, dims, points, 0, 0, 0), kLattice,
+                      "fewer points: corners are numbered in 31 bits", points);
   const auto integers = features.options().dtype(at::kInt);
   const at::Tensor corner = at::empty({(points + 15) / 16, corners, 16}, integers);
   const at::Tensor weights = at::empty({(points + 15) / 16, corners, 16}, features.options());
@@ -105,8 +105,8 @@ at::Tensor lattice_filter(const at::Tensor& values, at::TensorList given, bool t
   store(run, std::vector<Lattice>{lattice}, lattice_table);
   store(run, std::vector<Field>{field}, field_table);
   with_vector<float>(vector_width<float>(channels, field.input, field.output), [&](auto vec) {
-    filter<vec.value>(run, lattice_table, field_table, 1, lattice.tiles, points, field.channels, lattice.dims, transpose,
-                      kPlain);
+    filter<vec.value>(run, lattice_table, field_table, 1, lattice.tiles, points, field.channels, lattice.dims,
+                      transpose, kPlain);
   });
   return result;
 }

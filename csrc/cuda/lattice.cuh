@@ -1,14 +1,15 @@
-// The permutohedral lattice on CUDA (Adams, Baek & Davis 2010; rounding as Kraehenbuehl & Koltun's): built on the device
-// without a word from the host, and filtering over it.
+// The permutohedral lattice on CUDA (Adams, Baek & Davis 2010, rounding as Kraehenbuehl & Koltun's): built on the
+// device without a word from the host, and filtering over it.
 //
 // Layout: points in tiles of kTilePoints, one block each: consecutive points, or 16 x 16 pixels of an image (those
-// outside it belong to no vertex and have no weight). Corners and weights stand as the CPU's do, [points / 16][corner]
-// [16]. Within a tile the vertices that it touches are numbered in the order of first touch, by points ascending, corners
-// inner; such a pair of tile and vertex is a run, numbered tile * kTilePoints * (d + 1) + local number. Vertices of the
-// lattice are numbered from 1 in the order in which runs first touch them, 0 stands for every absent one.
+// outside it belong to no vertex and have no weight). Corners and weights stand as the CPU's do,
+// [points / 16][corner][16]. Within a tile the vertices that it touches are numbered in the order of first touch, by
+// points ascending, corners inner; such a pair of tile and vertex is a run, with the number
+// tile * kTilePoints * (d + 1) + local number. Vertices of the lattice are numbered from 1 in the order in which runs
+// first touch them; 0 stands for every absent one.
 //
-// A run's points are summed by the tile, in a fixed order, into a row of `partial`; the rows of a vertex are consecutive,
-// tiles ascending, and summed by a second kernel. No floating-point atomics: results are the same bit for bit.
+// A run's points are summed by the tile, in a fixed order, into a row of `partial`; the rows of a vertex are
+// consecutive, tiles ascending, and summed by a second kernel. No floating-point atomics: the same bits every time.
 //
 // Capacity: more vertices than `capacity` set status[kOverflow]; what is left out then has vertex 0. Nothing is written
 // out of bounds, but no result of such a lattice is right.
@@ -232,9 +233,9 @@ __device__ __forceinline__ void load_features(const Lattice& lattice, int32_t po
   }
 }
 
-// The simplex that a point lies in (Adams et al. 2010, section 3): base, ranks, and the weights of its corners. Products
-// are rounded before they are added to anything: contracted, positions move by 1e-5 of a cell, which mean field
-// amplifies. Positions that float32 does not tell apart weigh NaN.
+// The simplex that a point lies in (Adams et al. 2010, section 3): base, ranks, and the weights of its corners.
+// Products are rounded before they are added to anything: contracted, positions move by 1e-5 of a cell, which mean
+// field amplifies. Positions that float32 does not tell apart weigh NaN.
 template <int kDims>
 __device__ __forceinline__ void embed(const float* features, const float* scale, int32_t* base, uint32_t* ranks,
                                       float* weights) {
@@ -298,7 +299,7 @@ __device__ __forceinline__ void embed(const float* features, const float* scale,
 
 // A block a tile: its points' simplices, the distinct vertices among their corners, and for each of these its points.
 template <int kDims>
-__global__ void __launch_bounds__(kTilePoints) embed_kernel(const Lattice* lattices) {
+__global__ void __launch_bounds__(kTilePoints, 4) embed_kernel(const Lattice* __restrict__ lattices) {
   constexpr int kCorners = kDims + 1, kEntries = kTilePoints * kCorners, kSlots = kEntries <= 1024 ? 2048 : 4096;
   __shared__ int32_t base[kDims][kTilePoints], slots[kSlots], starts[kEntries + 1], scratch[kWarp];
   __shared__ uint32_t ranks[kTilePoints];
@@ -421,7 +422,7 @@ __global__ void __launch_bounds__(kTilePoints) embed_kernel(const Lattice* latti
   }
 }
 
-__global__ void __launch_bounds__(kTilePoints) clear_kernel(const Lattice* lattices) {
+__global__ void __launch_bounds__(kTilePoints) clear_kernel(const Lattice* __restrict__ lattices) {
   const Lattice& lattice = lattices[blockIdx.y];
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i <= lattice.mask; i += step) {
@@ -439,7 +440,7 @@ __device__ __forceinline__ void over_runs(const Lattice& lattice, F&& f) {
 
 // Every run's vertex into the hash table; of the entries with one key the first stays.
 template <int kDims>
-__global__ void __launch_bounds__(kTilePoints) insert_kernel(const Lattice* lattices) {
+__global__ void __launch_bounds__(kTilePoints) insert_kernel(const Lattice* __restrict__ lattices) {
   const Lattice& lattice = lattices[blockIdx.y];
   over_runs(lattice, [&](int32_t run, int32_t entry) {
     const Key<kDims> key = key_of_entry<kDims>(lattice.records, entry);
@@ -458,7 +459,7 @@ __global__ void __launch_bounds__(kTilePoints) insert_kernel(const Lattice* latt
 }
 
 // tile_first: how many vertices a tile is the first to touch.
-__global__ void __launch_bounds__(kTilePoints) count_kernel(const Lattice* lattices) {
+__global__ void __launch_bounds__(kTilePoints) count_kernel(const Lattice* __restrict__ lattices) {
   __shared__ int32_t shared[kWarp];
   const Lattice& lattice = lattices[blockIdx.y];
   if (static_cast<int32_t>(blockIdx.x) >= lattice.tiles) return;
@@ -469,7 +470,7 @@ __global__ void __launch_bounds__(kTilePoints) count_kernel(const Lattice* latti
 }
 
 // A block a lattice: tile_first (and the number of vertices), or tile_rows, become sums over the tiles before.
-__global__ void __launch_bounds__(kScanThreads) scan_kernel(const Lattice* lattices, bool rows) {
+__global__ void __launch_bounds__(kScanThreads) scan_kernel(const Lattice* __restrict__ lattices, bool rows) {
   __shared__ int32_t shared[kWarp];
   const Lattice& lattice = lattices[blockIdx.x];
   int32_t *counts = rows ? lattice.tile_rows : lattice.tile_first, before = 0;
@@ -492,7 +493,7 @@ __global__ void __launch_bounds__(kScanThreads) scan_kernel(const Lattice* latti
 }
 
 // Numbers the vertices that a tile is the first to touch.
-__global__ void __launch_bounds__(kTilePoints) number_kernel(const Lattice* lattices) {
+__global__ void __launch_bounds__(kTilePoints) number_kernel(const Lattice* __restrict__ lattices) {
   __shared__ int32_t shared[kWarp];
   const Lattice& lattice = lattices[blockIdx.y];
   if (static_cast<int32_t>(blockIdx.x) >= lattice.tiles) return;
@@ -520,7 +521,7 @@ __global__ void __launch_bounds__(kTilePoints) number_kernel(const Lattice* latt
 }
 
 // Every run's vertex, and how many runs a vertex has.
-__global__ void __launch_bounds__(kTilePoints) link_kernel(const Lattice* lattices) {
+__global__ void __launch_bounds__(kTilePoints) link_kernel(const Lattice* __restrict__ lattices) {
   const Lattice& lattice = lattices[blockIdx.y];
   over_runs(lattice, [&](int32_t run, int32_t) {
     const int32_t v = lattice.number[lattice.vertex[run]];
@@ -531,7 +532,7 @@ __global__ void __launch_bounds__(kTilePoints) link_kernel(const Lattice* lattic
 
 // The neighbour after a vertex along an axis lies one further in every coordinate and dims + 1 back in the axis'.
 template <int kDims>
-__global__ void __launch_bounds__(kTilePoints) neighbour_kernel(const Lattice* lattices) {
+__global__ void __launch_bounds__(kTilePoints) neighbour_kernel(const Lattice* __restrict__ lattices) {
   const Lattice& lattice = lattices[blockIdx.y];
   const int32_t vertices = lattice.status[kVertices];
   const int64_t stride = lattice.capacity + int64_t{1}, step = static_cast<int64_t>(gridDim.x) * blockDim.x;
@@ -566,7 +567,7 @@ __device__ __forceinline__ void own_vertices(const Lattice& lattice, int32_t* be
   *end = min(lattice.tile_first[blockIdx.x + 1], lattice.capacity) + 1;
 }
 
-__global__ void __launch_bounds__(kTilePoints) count_rows_kernel(const Lattice* lattices) {
+__global__ void __launch_bounds__(kTilePoints) count_rows_kernel(const Lattice* __restrict__ lattices) {
   __shared__ int32_t shared[kWarp];
   const Lattice& lattice = lattices[blockIdx.y];
   if (static_cast<int32_t>(blockIdx.x) >= lattice.tiles) return;
@@ -577,7 +578,7 @@ __global__ void __launch_bounds__(kTilePoints) count_rows_kernel(const Lattice* 
   if (threadIdx.x == 0) lattice.tile_rows[blockIdx.x] = count;
 }
 
-__global__ void __launch_bounds__(kTilePoints) rows_kernel(const Lattice* lattices) {
+__global__ void __launch_bounds__(kTilePoints) rows_kernel(const Lattice* __restrict__ lattices) {
   __shared__ int32_t shared[kWarp];
   const Lattice& lattice = lattices[blockIdx.y];
   if (static_cast<int32_t>(blockIdx.x) >= lattice.tiles) return;
@@ -592,7 +593,7 @@ __global__ void __launch_bounds__(kTilePoints) rows_kernel(const Lattice* lattic
   }
 }
 
-__global__ void __launch_bounds__(kTilePoints) list_kernel(const Lattice* lattices) {
+__global__ void __launch_bounds__(kTilePoints) list_kernel(const Lattice* __restrict__ lattices) {
   const Lattice& lattice = lattices[blockIdx.y];
   over_runs(lattice, [&](int32_t run, int32_t) {
     const int32_t v = lattice.vertex[run];
@@ -601,7 +602,7 @@ __global__ void __launch_bounds__(kTilePoints) list_kernel(const Lattice* lattic
 }
 
 // A run's row: its vertex' first, and the number of its runs before this one.
-__global__ void __launch_bounds__(kTilePoints) row_kernel(const Lattice* lattices) {
+__global__ void __launch_bounds__(kTilePoints) row_kernel(const Lattice* __restrict__ lattices) {
   const Lattice& lattice = lattices[blockIdx.y];
   over_runs(lattice, [&](int32_t run, int32_t) {
     const int32_t v = lattice.vertex[run];
@@ -616,7 +617,8 @@ __global__ void __launch_bounds__(kTilePoints) row_kernel(const Lattice* lattice
 }
 
 // The vertices of every corner, as the CPU's lattice has them.
-__global__ void __launch_bounds__(kTilePoints) corners_kernel(const Lattice* lattice, int32_t* corners) {
+__global__ void __launch_bounds__(kTilePoints) corners_kernel(const Lattice* __restrict__ lattice,
+                                                              int32_t* __restrict__ corners) {
   const int32_t point = blockIdx.x * kTilePoints + threadIdx.x, dims = lattice->dims;
   if (point >= lattice->padded) return;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kTilePoints * (dims + 1);
@@ -667,8 +669,8 @@ void build_of_dims(const Run& run, const Lattice* lattices, int32_t dims, unsign
 }
 
 // Values over the vertices of a lattice. partial: [row][channels], what the tiles have summed; first, second:
-// [vertex][channels], between which blurs go back and forth, row 0 unused. Where their number is even, second is partial:
-// it has been read by then.
+// [vertex][channels], between which blurs go back and forth, row 0 unused. Where there is an even number of blurs, second
+// is partial: that has been read by then.
 struct Field {
   const float* input;  // [point][channels], or null for ones
   float* output;       // likewise
@@ -694,6 +696,36 @@ __device__ __forceinline__ float* blurred(const Field& field, int32_t dims) {
   return dims % 2 == 0 ? field.second : field.first;
 }
 
+// What no thread of the kernel writes: says so, since pointers that come out of descriptions could be any.
+template <int kVec>
+__device__ __forceinline__ Pack<float, kVec> load(const Pack<float, kVec>* from) {
+  Pack<float, kVec> value;
+  if constexpr (kVec == 4) {
+    const float4 four = __ldg(reinterpret_cast<const float4*>(from));
+    value.at[0] = four.x, value.at[1] = four.y, value.at[2] = four.z, value.at[3] = four.w;
+  } else {
+    static_assert(kVec == 1);
+    value.at[0] = __ldg(from->at);
+  }
+  return value;
+}
+
+// The [vertex from 1][vector] that a thread of a striding grid takes: one division, not one for each.
+struct Stride {
+  int32_t vertex, vector, vertices, vectors;  // the current one; what a step adds
+
+  __device__ explicit Stride(int32_t count) {
+    const uint32_t step = gridDim.x * blockDim.x, begin = blockIdx.x * blockDim.x + threadIdx.x;
+    vertex = static_cast<int32_t>(1 + begin / count), vector = static_cast<int32_t>(begin % count);
+    vertices = static_cast<int32_t>(step / count), vectors = static_cast<int32_t>(step % count);
+  }
+
+  __device__ void next(int32_t count) {
+    vertex += vertices, vector += vectors;
+    if (vector >= count) vector -= count, ++vertex;
+  }
+};
+
 template <int kVec>
 __device__ __forceinline__ void add_product(Pack<float, kVec>& sum, float a, const Pack<float, kVec>& b) {
 #pragma unroll
@@ -706,25 +738,27 @@ __device__ __forceinline__ float slice_scale(int32_t dims) {
 
 // partial(run) = sum of weight * input over the run's points.
 template <int kVec>
-__global__ void __launch_bounds__(kTilePoints) splat_kernel(const Lattice* lattices, const Field* fields) {
+__global__ void __launch_bounds__(kTilePoints) splat_kernel(const Lattice* __restrict__ lattices,
+                                                            const Field* __restrict__ fields) {
   using Value = Pack<float, kVec>;
   const Field& field = fields[blockIdx.y];
   const Lattice& lattice = lattices[field.lattice];
   const int32_t tile = blockIdx.x, dims = lattice.dims;
   if (tile >= lattice.tiles) return;
   const int64_t first = static_cast<int64_t>(tile) * kTilePoints * (dims + 1);
-  const int32_t vectors = field.channels / kVec, items = lattice.runs[tile] * vectors;
-  const uint16_t* starts = lattice.starts + first + tile;
+  const int32_t vectors = field.channels / kVec, items = __ldg(lattice.runs + tile) * vectors;
+  const uint16_t *starts = lattice.starts + first + tile, *order = lattice.order + first;
   for (int32_t i = threadIdx.x; i < items; i += kTilePoints) {
-    const int32_t run = i / vectors, k = i % vectors, row = lattice.row[first + run];
+    const int32_t run = i / vectors, k = i % vectors, row = __ldg(lattice.row + first + run);
+    const int32_t end = __ldg(starts + run + 1);
     if (row < 0) continue;
     Value sum{};
-    for (int32_t j = starts[run]; j < starts[run + 1]; ++j) {
-      const int32_t entry = lattice.order[first + j], point = tile * kTilePoints + entry % kTilePoints;
-      const float weight = lattice.weights[corner_at(dims, point, entry / kTilePoints)];
+    for (int32_t j = __ldg(starts + run); j < end; ++j) {
+      const int32_t entry = __ldg(order + j), point = tile * kTilePoints + entry % kTilePoints;
+      const float weight = __ldg(lattice.weights + corner_at(dims, point, entry / kTilePoints));
       Value value;
       if (field.input != nullptr) {
-        value = reinterpret_cast<const Value*>(field.input)[static_cast<int64_t>(point) * vectors + k];
+        value = load(reinterpret_cast<const Value*>(field.input) + static_cast<int64_t>(point) * vectors + k);
       } else {
 #pragma unroll
         for (int c = 0; c < kVec; ++c) value.at[c] = 1;
@@ -737,27 +771,27 @@ __global__ void __launch_bounds__(kTilePoints) splat_kernel(const Lattice* latti
 
 // first(vertex) = sum of its rows, tiles ascending.
 template <int kVec>
-__global__ void __launch_bounds__(kTilePoints) gather_kernel(const Lattice* lattices, const Field* fields) {
+__global__ void __launch_bounds__(kTilePoints) gather_kernel(const Lattice* __restrict__ lattices,
+                                                             const Field* __restrict__ fields) {
   using Value = Pack<float, kVec>;
   const Field& field = fields[blockIdx.y];
   const Lattice& lattice = lattices[field.lattice];
-  const int32_t vectors = field.channels / kVec;
-  const int64_t items = static_cast<int64_t>(lattice.status[kVertices]) * vectors;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < items; i += step) {
-    const int32_t v = 1 + static_cast<int32_t>(i / vectors), k = static_cast<int32_t>(i % vectors);
-    const int32_t end = lattice.rows[v + 1];
+  const int32_t vectors = field.channels / kVec, vertices = __ldg(lattice.status + kVertices);
+  const auto* partial = reinterpret_cast<const Value*>(field.partial);
+  for (Stride at(vectors); at.vertex <= vertices; at.next(vectors)) {
+    const int32_t end = __ldg(lattice.rows + at.vertex + 1);
     Value sum{};
-    for (int32_t row = lattice.rows[v]; row < end; ++row) {
-      add_product(sum, 1.0f, reinterpret_cast<const Value*>(field.partial)[static_cast<int64_t>(row) * vectors + k]);
+    for (int32_t row = __ldg(lattice.rows + at.vertex); row < end; ++row) {
+      add_product(sum, 1.0f, load(partial + static_cast<int64_t>(row) * vectors + at.vector));
     }
-    reinterpret_cast<Value*>(field.first)[static_cast<int64_t>(v) * vectors + k] = sum;
+    reinterpret_cast<Value*>(field.first)[static_cast<int64_t>(at.vertex) * vectors + at.vector] = sum;
   }
 }
 
 // One step of the blur, along axis `step` or, transposed, dims - step: out = in + (before + after) / 2.
 template <int kVec>
-__global__ void __launch_bounds__(kTilePoints) blur_kernel(const Lattice* lattices, const Field* fields, int32_t step,
+__global__ void __launch_bounds__(kTilePoints) blur_kernel(const Lattice* __restrict__ lattices,
+                                                           const Field* __restrict__ fields, int32_t step,
                                                            bool transposed) {
   using Value = Pack<float, kVec>;
   const Field& field = fields[blockIdx.y];
@@ -767,17 +801,16 @@ __global__ void __launch_bounds__(kTilePoints) blur_kernel(const Lattice* lattic
   const auto* in = reinterpret_cast<const Value*>(step % 2 == 0 ? field.first : field.second);
   auto* out = reinterpret_cast<Value*>(step % 2 == 0 ? field.second : field.first);
   const int32_t* pairs = lattice.neighbours + 2 * (axis * (lattice.capacity + int64_t{1}));
-  const int64_t items = static_cast<int64_t>(lattice.status[kVertices]) * vectors;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < items; i += stride) {
-    const int32_t v = 1 + static_cast<int32_t>(i / vectors), k = static_cast<int32_t>(i % vectors);
-    const int2 pair = reinterpret_cast<const int2*>(pairs)[v];
-    Value result = in[static_cast<int64_t>(v) * vectors + k], before{}, after{};
-    if (pair.x != 0) before = in[static_cast<int64_t>(pair.x) * vectors + k];
-    if (pair.y != 0) after = in[static_cast<int64_t>(pair.y) * vectors + k];
+  const int32_t vertices = __ldg(lattice.status + kVertices);
+  for (Stride at(vectors); at.vertex <= vertices; at.next(vectors)) {
+    const int2 pair = __ldg(reinterpret_cast<const int2*>(pairs) + at.vertex);
+    const int64_t place = static_cast<int64_t>(at.vertex) * vectors + at.vector;
+    Value result = load(in + place), before{}, after{};
+    if (pair.x != 0) before = load(in + static_cast<int64_t>(pair.x) * vectors + at.vector);
+    if (pair.y != 0) after = load(in + static_cast<int64_t>(pair.y) * vectors + at.vector);
 #pragma unroll
     for (int c = 0; c < kVec; ++c) result.at[c] += 0.5f * (before.at[c] + after.at[c]);
-    out[static_cast<int64_t>(v) * vectors + k] = result;
+    out[place] = result;
   }
 }
 
@@ -785,7 +818,8 @@ __global__ void __launch_bounds__(kTilePoints) blur_kernel(const Lattice* lattic
 enum Slice : int32_t { kPlain, kRoot, kInverse, kTimesFactor };
 
 template <int kVec>
-__global__ void __launch_bounds__(kTilePoints) slice_kernel(const Lattice* lattices, const Field* fields, Slice how) {
+__global__ void __launch_bounds__(kTilePoints, 4) slice_kernel(const Lattice* __restrict__ lattices,
+                                                               const Field* __restrict__ fields, Slice how) {
   using Value = Pack<float, kVec>;
   const Field& field = fields[blockIdx.y];
   const Lattice& lattice = lattices[field.lattice];
@@ -802,8 +836,9 @@ __global__ void __launch_bounds__(kTilePoints) slice_kernel(const Lattice* latti
     Value sum{};
     for (int32_t r = 0; inside && r <= dims; ++r) {
       const int64_t at = corner_at(dims, point, r);
-      const int32_t v = vertex[lattice.local[at]];
-      if (v != 0) add_product(sum, lattice.weights[at] * alpha, values[static_cast<int64_t>(v) * vectors + k]);
+      const int32_t v = __ldg(vertex + __ldg(lattice.local + at));
+      const float weight = __ldg(lattice.weights + at) * alpha;
+      if (v != 0) add_product(sum, weight, load(values + static_cast<int64_t>(v) * vectors + k));
     }
 #pragma unroll
     for (int c = 0; c < kVec; ++c) {
@@ -829,8 +864,8 @@ void blur(const Run& run, const Lattice* lattices, const Field* fields, unsigned
 
 // output = filter(input); `tiles`, `points` and `dims`: the most that one of the fields' lattices has.
 template <int kVec, typename Run>
-void filter(const Run& run, const Lattice* lattices, const Field* fields, unsigned count, unsigned tiles, int64_t points,
-            int32_t channels, int32_t dims, bool transposed, Slice how) {
+void filter(const Run& run, const Lattice* lattices, const Field* fields, unsigned count, unsigned tiles,
+            int64_t points, int32_t channels, int32_t dims, bool transposed, Slice how) {
   run(splat_kernel<kVec>, dim3(tiles, count), kTilePoints, lattices, fields);
   blur<kVec>(run, lattices, fields, count, points, channels / kVec, dims, transposed);
   run(slice_kernel<kVec>, dim3(tiles, count), kTilePoints, lattices, fields, how);

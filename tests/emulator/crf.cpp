@@ -32,8 +32,9 @@ extern "C" {
 
 // Builds the lattice of features [point][dim] and filters values [point][channel] over it. Returns the number of
 // vertices, or -1 where they exceed the capacity. corners, weights, neighbours: as lattice() returns them.
-int32_t filter(unsigned order, const float* features, int64_t points, int32_t dims, int64_t capacity, const float* values,
-               int32_t channels, bool transposed, int32_t* corners, float* weights, int32_t* neighbours, float* result) {
+int32_t filter(unsigned order, const float* features, int64_t points, int32_t dims, int64_t capacity,
+               const float* values, int32_t channels, bool transposed, int32_t* corners, float* weights,
+               int32_t* neighbours, float* result) {
   const InTurn run{order};
   Lattice lattice{};
   if (!describe(lattice, dims, points, 0, 0, capacity)) return -2;

@@ -168,3 +168,8 @@ inline int atomicAdd(int* at, int value) {
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __expf(float x) { return std::exp(x); }
+
+template <typename T>
+T __ldg(const T* from) {
+  return *from;
+}
