@@ -184,10 +184,10 @@ def test_dense_crf_of_every_size(kernels, size, labels):
     check(kernels, [picture(*size, labels)])
 
 
-@pytest.mark.parametrize("labels", [3, 4, 8, 9, 12, 16, 21, 24, 28, 32, 33, 34, 49, 300])
+@pytest.mark.parametrize("labels", [3, 8, 9, 16, 21, 24, 28, 32, 33, 34, 300])
 def test_dense_crf_of_every_number_of_labels(kernels, labels):
     for exact in (False, True):
-        check(kernels, [picture(18, 20, labels)], exact=exact, iterations=2)
+        check(kernels, [picture(14, 18, labels)], exact=exact, iterations=2)
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
@@ -199,9 +199,9 @@ def test_dense_crf_of_every_normalization(kernels, normalization, labels):
     check(kernels, [picture(19, 33, labels)], **options)
 
 
-@pytest.mark.parametrize("labels", [2, 5, 21, 40])
+@pytest.mark.parametrize("labels", [2, 21, 40])
 def test_dense_crf_in_any_schedule(kernels, labels):
-    check(kernels, [picture(20, 35, labels), picture(33, 18, labels, 1)], orders=ORDERS, iterations=2)
+    check(kernels, [picture(20, 18, labels), picture(17, 9, labels, 1)], orders=ORDERS, iterations=2)
 
 
 def test_dense_crf_of_noise(kernels):
@@ -224,7 +224,7 @@ def test_dense_crf_without_terms_or_iterations(kernels):
 
 
 def test_dense_crf_of_a_batch_of_sizes(kernels):
-    sizes = [(20, 30), (1, 9), (20, 30), (40, 17), (30, 20)]
+    sizes = [(20, 30), (1, 9), (20, 30), (35, 17)]
     pictures = [picture(*size, 6, seed) for seed, size in enumerate(sizes)]
     check(kernels, pictures)
     together, _ = emulated(kernels, *zip(*pictures, strict=True))
@@ -239,22 +239,23 @@ def test_dense_crf_carries_nan(kernels):
     assert result.isnan().any()
 
 
-@pytest.mark.parametrize("n_labels, unsure", [(1, -1), (2, -1), (3, 0), (21, 20), (40, 1)])
+@pytest.mark.parametrize("n_labels, unsure", [(1, -1), (2, -1), (5, 0), (40, 1)])
 def test_labels(kernels, n_labels, unsure):
     """Label maps of one image share its lattices, and their energies are never in memory."""
-    image = picture(20, 35, 1)[0]
-    given = list(torch.randint(n_labels, (3, 20, 35), dtype=torch.uint8))
+    size = (18, 25)
+    image = picture(*size, 1)[0]
+    given = list(torch.randint(n_labels, (2, *size), dtype=torch.uint8))
     confidence = 0.7
     other = math.log((1 - confidence) / max(1, n_labels - 1)) if n_labels > 1 else math.log(confidence)
     gap = math.log(confidence) - other
-    results, _ = emulated(kernels, [image] * 3, None, given, n_labels, gap=gap, unsure=unsure, iterations=4)
+    results, _ = emulated(kernels, [image] * 2, None, given, n_labels, gap=gap, unsure=unsure, iterations=4)
     for got, labels in zip(results, given, strict=True):
-        unary = torch.full((n_labels, 20, 35), -other)
+        unary = torch.full((n_labels, *size), -other)
         unary.scatter_(0, labels.long()[None], -math.log(confidence))
         unary[:, labels == unsure] = 0
         q = reference.dense_crf(image, unary, iterations=4)
         top = q.topk(min(2, n_labels), 0).values
-        clear = torch.ones(20, 35, dtype=torch.bool) if n_labels == 1 else top[0] - top[1] > 2e-4
+        clear = torch.ones(size, dtype=torch.bool) if n_labels == 1 else top[0] - top[1] > 2e-4
         assert clear.float().mean() > 0.9
         assert torch.equal(got[clear].long(), q.argmax(0)[clear])
 
@@ -271,7 +272,7 @@ def test_overflow_is_never_silent(kernels):
 
 
 def test_equals_the_cpu_operator(kernels):
-    image, unary = picture(100, 130, 21)
+    image, unary = picture(60, 90, 21)
     (result,), _ = emulated(kernels, [image], [unary], iterations=5)
     (expected,) = ops.dense_crf([image], [unary], iterations=5)
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)

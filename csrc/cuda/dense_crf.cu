@@ -1,6 +1,7 @@
 // dense_crf and dense_crf_labels on CUDA: kernels in dense_crf.cuh. Fields with one number of labels share launches, as
 // many as fit into a quarter of the device's memory at their worst. Only where a `capacity` was given is the device
-// asked for anything: whether it sufficed.
+// asked for anything: whether it sufficed. Labels that dense_crf_labels does not have count as unsure: to refuse them
+// would be to ask, too.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -15,7 +16,6 @@
 namespace ribfast::cuda {
 namespace {
 
-constexpr const char* kOp = "dense_crf";
 constexpr size_t kMostAtOnce = 16384;  // images: lattices and fields are a grid's second dimension
 
 int64_t workspace_budget() {
@@ -39,23 +39,14 @@ bool capturing(cudaStream_t stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
-void check_term(const char* name, at::ArrayRef<double> term, size_t size) {
-  RIBFAST_CHECK_VALUE(term.empty() || term.size() == size, kOp, c10::str(name, " with ", size, " numbers"),
-                      term.size());
-  for (size_t i = 0; i < term.size(); ++i) {
-    RIBFAST_CHECK_VALUE(std::isfinite(term[i]) && (i + 1 == size || term[i] > 0), kOp,
-                        c10::str(name, " with finite numbers and standard deviations above 0"), term);
-  }
-}
-
-CrfOptions check_options(at::ArrayRef<double> gaussian, at::ArrayRef<double> bilateral, int64_t iterations,
-                         int64_t normalization, bool exact, int64_t capacity) {
-  check_term("gaussian", gaussian, 2);
-  check_term("bilateral", bilateral, 3);
-  RIBFAST_CHECK_VALUE(iterations >= 0 && iterations < (int64_t{1} << 31), kOp, "iterations of at least 0", iterations);
-  RIBFAST_CHECK_VALUE(normalization >= kSymmetric && normalization <= kNone, kOp, "a normalization from 0 to 3",
+CrfOptions check_options(const char* op, at::ArrayRef<double> gaussian, at::ArrayRef<double> bilateral,
+                         int64_t iterations, int64_t normalization, bool exact, int64_t capacity) {
+  check_crf_term(op, "gaussian", gaussian, 2);
+  check_crf_term(op, "bilateral", bilateral, 3);
+  RIBFAST_CHECK_VALUE(iterations >= 0 && iterations < (int64_t{1} << 31), op, "iterations of at least 0", iterations);
+  RIBFAST_CHECK_VALUE(normalization >= kSymmetric && normalization <= kNone, op, "a normalization from 0 to 3",
                       normalization);
-  RIBFAST_CHECK_VALUE(capacity >= 0, kOp, "a capacity of at least 0", capacity);
+  RIBFAST_CHECK_VALUE(capacity >= 0, op, "a capacity of at least 0", capacity);
   CrfOptions options{};
   options.has_gaussian = !gaussian.empty(), options.has_bilateral = !bilateral.empty();
   for (size_t i = 0; i < gaussian.size(); ++i) options.gaussian[i] = static_cast<float>(gaussian[i]);
@@ -66,7 +57,7 @@ CrfOptions check_options(at::ArrayRef<double> gaussian, at::ArrayRef<double> bil
 }
 
 // float32 must tell positions on the lattice apart; colours count as if the image had all of them.
-void check_range(const CrfOptions& options, int64_t height, int64_t width) {
+void check_range(const char* op, const CrfOptions& options, int64_t height, int64_t width) {
   const auto reach = [&](int32_t dims, float space, float colour) {
     Lattice lattice{};
     describe(lattice, dims, 1, 1, 1, 0);
@@ -79,28 +70,19 @@ void check_range(const CrfOptions& options, int64_t height, int64_t width) {
   };
   const double gaussian = options.has_gaussian ? reach(2, options.gaussian[0], 1) : 0;
   const double bilateral = options.has_bilateral ? reach(5, options.bilateral[0], options.bilateral[1]) : 0;
-  RIBFAST_CHECK_VALUE(gaussian < 4e6 && bilateral < 4e6, kOp,
+  RIBFAST_CHECK_VALUE(gaussian < 4e6 && bilateral < 4e6, op,
                       "larger standard deviations: positions on the lattice exceed what float32 tells apart",
                       "gaussian ", at::ArrayRef<float>(options.gaussian), ", bilateral ",
                       at::ArrayRef<float>(options.bilateral));
 }
 
-void check_image(const at::Tensor& image, const at::Tensor& other) {
-  RIBFAST_CHECK_TYPE(image.scalar_type() == at::kByte, kOp, "images in uint8", c10::toString(image.scalar_type()));
-  RIBFAST_CHECK_VALUE(image.dim() == 3 && image.size(2) == 3 && image.numel() > 0, kOp, "images (H, W, 3)",
-                      image.sizes());
-  RIBFAST_CHECK_VALUE(other.dim() == 3 && other.size(1) == image.size(0) && other.size(2) == image.size(1), kOp,
-                      "unary or labels (..., H, W) of the image", other.sizes(), " for an image ", image.sizes());
-  check_same_device(kOp, image, other);
-}
-
 // Fields [begin, end), which have one number of labels.
-void run_some(const std::vector<CrfInput>& inputs, size_t begin, size_t end, const CrfOptions& options,
+void run_some(const char* op, const std::vector<CrfInput>& inputs, size_t begin, size_t end, const CrfOptions& options,
               const at::Tensor& like) {
   Arena arena;
   const CrfInput* first = inputs.data() + begin;
   const CrfPlan sizes = plan(first, end - begin, options, arena);
-  RIBFAST_CHECK_VALUE(sizes.fits, kOp, "smaller images: corners are numbered in 31 bits", "one of ", sizes.points,
+  RIBFAST_CHECK_VALUE(sizes.fits, op, "smaller images: corners are numbered in 31 bits", "one of ", sizes.points,
                       " pixels or more");
   const at::Tensor workspace = at::empty({arena.used}, like.options().dtype(at::kByte));
   arena = {static_cast<char*>(workspace.data_ptr())};
@@ -113,17 +95,17 @@ void run_some(const std::vector<CrfInput>& inputs, size_t begin, size_t end, con
                                  cudaMemcpyDeviceToHost, run.stream));
   C10_CUDA_CHECK(cudaStreamSynchronize(run.stream));
   for (size_t i = 0; i < placed.lattices.size(); ++i) {
-    RIBFAST_CHECK_VALUE(status[2 * i + kOverflow] == 0, kOp,
+    RIBFAST_CHECK_VALUE(status[2 * i + kOverflow] == 0, op,
                         "a capacity of as many vertices as a lattice has; raise it, or pass 0 for room that always "
                         "suffices",
                         options.capacity, ", which a lattice of ", placed.lattices[i].points, " pixels exceeds");
   }
 }
 
-void run_all(const std::vector<CrfInput>& inputs, const CrfOptions& options, const at::Tensor& like) {
+void run_all(const char* op, const std::vector<CrfInput>& inputs, const CrfOptions& options, const at::Tensor& like) {
   std::map<int32_t, std::vector<CrfInput>> by_labels;
   for (const CrfInput& input : inputs) {
-    check_range(options, input.height, input.width);
+    check_range(op, options, input.height, input.width);
     by_labels[input.labels].push_back(input);
   }
   const int64_t budget = workspace_budget();
@@ -134,31 +116,35 @@ void run_all(const std::vector<CrfInput>& inputs, const CrfOptions& options, con
       Arena alone;
       plan(&same[i], 1, options, alone);
       if (i > begin && (used + alone.used > budget || i - begin == kMostAtOnce)) {
-        run_some(same, begin, i, options, like);
+        run_some(op, same, begin, i, options, like);
         begin = i, used = 0;
       }
       used += alone.used;
     }
-    run_some(same, begin, same.size(), options, like);
+    run_some(op, same, begin, same.size(), options, like);
   }
 }
 
 std::vector<at::Tensor> dense_crf(at::TensorList images, at::TensorList unary, at::ArrayRef<double> gaussian,
                                   at::ArrayRef<double> bilateral, int64_t iterations, int64_t normalization, bool exact,
                                   int64_t capacity) {
-  RIBFAST_CHECK_VALUE(images.size() == unary.size(), kOp, "an image for each unary", images.size(), " and ",
+  const char* op = "dense_crf";
+  RIBFAST_CHECK_VALUE(images.size() == unary.size(), op, "an image for each unary", images.size(), " and ",
                       unary.size());
-  const CrfOptions options = check_options(gaussian, bilateral, iterations, normalization, exact, capacity);
+  const CrfOptions options = check_options(op, gaussian, bilateral, iterations, normalization, exact, capacity);
   if (images.empty()) return {};
   const c10::cuda::CUDAGuard guard(images[0].device());
   std::vector<at::Tensor> results, kept;
   std::vector<CrfInput> inputs;
   for (size_t i = 0; i < images.size(); ++i) {
-    check_image(images[i], unary[i]);
-    check_same_device(kOp, images[0], images[i]);
-    check_float(kOp, "unary", unary[i]);
-    RIBFAST_CHECK_VALUE(unary[i].size(0) > 0 && unary[i].size(0) < (1 << 24), kOp, "unary (L, H, W) with L >= 1",
-                        unary[i].sizes());
+    check_crf_image(op, images[i]);
+    RIBFAST_CHECK_VALUE(unary[i].dim() == 3 && unary[i].size(0) > 0 && unary[i].size(0) < (1 << 24) &&
+                            unary[i].size(1) == images[i].size(0) && unary[i].size(2) == images[i].size(1),
+                        op, "unary (L, H, W) of the image, L >= 1", unary[i].sizes(), " for an image ",
+                        images[i].sizes());
+    check_float(op, "unary", unary[i]);
+    check_same_device(op, images[0], images[i]);
+    check_same_device(op, images[i], unary[i]);
     const at::Tensor image = images[i].contiguous(), energies = unary[i].to(at::kFloat).contiguous();
     kept.insert(kept.end(), {image, energies});
     results.push_back(at::empty(energies.sizes(), energies.options()));
@@ -166,7 +152,7 @@ std::vector<at::Tensor> dense_crf(at::TensorList images, at::TensorList unary, a
                       results.back().mutable_data_ptr<float>(), nullptr, image.size(0), image.size(1),
                       static_cast<int32_t>(energies.size(0))});
   }
-  run_all(inputs, options, images[0]);
+  run_all(op, inputs, options, images[0]);
   return results;
 }
 
@@ -174,11 +160,12 @@ std::vector<at::Tensor> dense_crf_labels(at::TensorList images, at::TensorList l
                                          double confidence, int64_t unsure, at::ArrayRef<double> gaussian,
                                          at::ArrayRef<double> bilateral, int64_t iterations, int64_t normalization,
                                          bool exact, int64_t capacity) {
-  RIBFAST_CHECK_VALUE(images.size() == labels.size(), kOp, "an image for each tensor of labels", images.size(), " and ",
+  const char* op = "dense_crf_labels";
+  RIBFAST_CHECK_VALUE(images.size() == labels.size(), op, "an image for each label map", images.size(), " and ",
                       labels.size());
-  RIBFAST_CHECK_VALUE(n_labels >= 1 && n_labels <= 255, kOp, "n_labels from 1 to 255", n_labels);
-  RIBFAST_CHECK_VALUE(confidence > 0 && confidence < 1, kOp, "a confidence between 0 and 1", confidence);
-  CrfOptions options = check_options(gaussian, bilateral, iterations, normalization, exact, capacity);
+  RIBFAST_CHECK_VALUE(n_labels >= 1 && n_labels <= 256, op, "n_labels from 1 to 256", n_labels);
+  RIBFAST_CHECK_VALUE(confidence > 0 && confidence < 1, op, "a confidence above 0 and below 1", confidence);
+  CrfOptions options = check_options(op, gaussian, bilateral, iterations, normalization, exact, capacity);
   options.unsure = unsure >= 0 && unsure <= 255 ? static_cast<int32_t>(unsure) : -1;
   if (n_labels > 1) {
     const double other = (1 - confidence) / static_cast<double>(n_labels - 1);
@@ -189,10 +176,14 @@ std::vector<at::Tensor> dense_crf_labels(at::TensorList images, at::TensorList l
   std::vector<at::Tensor> results, kept;
   std::vector<CrfInput> inputs;
   for (size_t i = 0; i < images.size(); ++i) {
-    check_image(images[i], labels[i]);
-    check_same_device(kOp, images[0], images[i]);
-    RIBFAST_CHECK_TYPE(labels[i].scalar_type() == at::kByte, kOp, "labels in uint8",
+    check_crf_image(op, images[i]);
+    RIBFAST_CHECK_TYPE(labels[i].scalar_type() == at::kByte, op, "labels in uint8",
                        c10::toString(labels[i].scalar_type()));
+    RIBFAST_CHECK_VALUE(labels[i].dim() == 3 && labels[i].size(1) == images[i].size(0) &&
+                            labels[i].size(2) == images[i].size(1),
+                        op, "labels (K, H, W) of the image", labels[i].sizes(), " for an image ", images[i].sizes());
+    check_same_device(op, images[0], images[i]);
+    check_same_device(op, images[i], labels[i]);
     const at::Tensor image = images[i].contiguous(), given = labels[i].contiguous();
     kept.insert(kept.end(), {image, given});
     results.push_back(at::empty(given.sizes(), given.options()));
@@ -203,7 +194,7 @@ std::vector<at::Tensor> dense_crf_labels(at::TensorList images, at::TensorList l
                         static_cast<int32_t>(n_labels)});
     }
   }
-  if (!inputs.empty()) run_all(inputs, options, images[0]);
+  if (!inputs.empty()) run_all(op, inputs, options, images[0]);
   return results;
 }
 

@@ -1,14 +1,14 @@
 // Mean field over permutohedral lattices (Kraehenbuehl & Koltun 2011): Q = softmax(-U + sum of strength * n K(n Q)).
 //
 // Layout: images (H, W, 3) uint8, unary and probabilities (L, H, W), label maps (H, W) uint8, all contiguous; points in
-// tiles of 16 x 16 pixels (lattice.cuh). Between passes nothing but lattice values is kept: an iteration is one pass over
-// the tiles, which slices the blurred values, adds the unary, takes the softmax and sums what each vertex of the tile
-// receives; then these sums are gathered and blurred. A tile's vertices are loaded into shared memory once, as many as
-// fit; the others are read where they stand. Any number of labels: up to kGroupMost channels a thread keeps its pixel's
-// energies in registers, beyond they are in memory and channels are passed through in groups.
+// tiles of 16 x 16 pixels (lattice.cuh). Between passes nothing but lattice values is kept: an iteration is one pass
+// over the tiles, which slices the blurred values, adds the unary, takes the softmax and sums what each vertex of the
+// tile receives; then these sums are gathered and blurred. A tile's vertices are loaded into shared memory once, as
+// many as fit; the others are read where they stand. Any number of labels: up to kGroupMost channels a thread keeps its
+// pixel's energies in registers, beyond they are in memory and channels are passed through in groups.
 //
-// As on the CPU, fast mode leaves out one label where that saves a vector: its energy is 0, its message what is left of
-// the filtered ones.
+// As on the CPU, fast mode leaves out the last label where that saves a vector: energies are differences to its energy,
+// and what is filtered are differences to its probability.
 #pragma once
 
 #include "lattice.cuh"
@@ -38,8 +38,12 @@ struct CrfStep {
   bool first, last, reduced, exact, before, after;
 };
 
+// Blocks that a multiprocessor is to hold: as many as their registers allow without being kept in memory.
 template <int kVec, int kVectors, bool kMany>
-__global__ void __launch_bounds__(kTilePoints, kMany ? 2 : 3)
+constexpr int kBlocks = kMany || kVectors > 6 ? 2 : kVectors > 1 ? 3 : kVec > 1 ? 4 : 5;
+
+template <int kVec, int kVectors, bool kMany>
+__global__ void __launch_bounds__(kTilePoints, kBlocks<kVec, kVectors, kMany>)
     update_kernel(const Lattice* __restrict__ lattices, const Field* __restrict__ fields,
                   const CrfImage* __restrict__ images, const CrfStep step) {
   using Value = Pack<float, kVec>;
@@ -103,7 +107,7 @@ __global__ void __launch_bounds__(kTilePoints, kMany ? 2 : 3)
     }
   };
 
-  float left_out = step.reduced ? 0.0f : -INFINITY, top = -INFINITY;
+  float top = -INFINITY;
   int32_t best = 0;
   for (int32_t group = 0; group < groups; ++group) {
     const int32_t first_vector = group * kVectors;
@@ -137,29 +141,20 @@ __global__ void __launch_bounds__(kTilePoints, kMany ? 2 : 3)
         const int32_t dims = lattice.dims, rows = rows_of(lattice, taken);
         const int32_t* vertices = lattice.vertex + static_cast<int64_t>(tile) * weights_of(lattice);
         const float scale = slice_scale(dims) * field.strength * (step.after ? __ldg(lattice.factor + place) : 1.0f);
-        float total = 0;
-        const auto add = [&](float weight, int v, const Value& value) {
-          add_product(energy[v], weight, value);
-          if (step.reduced) {
-#pragma unroll
-            for (int c = 0; c < kVec; ++c) total += weight * value.at[c];
-          }
-        };
         for (int32_t r = 0; r <= dims; ++r) {
           const int32_t local = __ldg(lattice.local + corner_at(dims, place, r));
           const float weight = weights[begin + corner_at(dims, thread, r)] * scale;
           if (local < rows) {
             const Value* from = space + (taken + local) * kStride;
 #pragma unroll
-            for (int v = 0; v < kVectors; ++v) add(weight, v, from[v]);
+            for (int v = 0; v < kVectors; ++v) add_product(energy[v], weight, from[v]);
           } else if (const int32_t vertex = __ldg(vertices + local)) {
             const auto* from = reinterpret_cast<const Value*>(blurred(field, dims)) +
                                static_cast<int64_t>(vertex) * vectors + first_vector;
 #pragma unroll
-            for (int v = 0; v < kVectors; ++v) add(weight, v, load(from + v));
+            for (int v = 0; v < kVectors; ++v) add_product(energy[v], weight, load(from + v));
           }
         }
-        if (step.reduced) left_out += (group == 0 ? field.strength * __ldg(lattice.ones + place) : 0.0f) - total;
         taken += rows, begin += weights_of(lattice);
       }
     }
@@ -172,7 +167,7 @@ __global__ void __launch_bounds__(kTilePoints, kMany ? 2 : 3)
     }
     keep(group);
   }
-  if (left_out > top) top = left_out, best = used;
+  if (step.reduced && 0.0f > top) top = 0, best = used;
 
   float sum = 0;
   const auto power = [&](float x) { return step.exact ? expf(x - top) : __expf(x - top); };
@@ -185,7 +180,7 @@ __global__ void __launch_bounds__(kTilePoints, kMany ? 2 : 3)
     }
     keep(group);
   }
-  const float rest = step.reduced ? power(left_out) : 0.0f;
+  const float rest = step.reduced ? power(0) : 0.0f;  // of the label that is left out
   sum += rest;
 
   if (step.last) {
@@ -228,7 +223,7 @@ __global__ void __launch_bounds__(kTilePoints, kMany ? 2 : 3)
     for (int v = 0; v < kVectors; ++v) {
       Value q;
 #pragma unroll
-      for (int c = 0; c < kVec; ++c) q.at[c] = step.exact ? energy[v].at[c] / sum : energy[v].at[c] * share;
+      for (int c = 0; c < kVec; ++c) q.at[c] = step.exact ? energy[v].at[c] / sum : (energy[v].at[c] - rest) * share;
       space[thread * kStride + v] = q;
     }
     __syncthreads();
@@ -293,10 +288,10 @@ inline CrfChannels channels_of(int32_t labels, bool exact) {
 // What mean fields are computed with: descriptions, and their place in one buffer.
 struct CrfPlan {
   std::vector<Lattice> lattices;  // spatial ones first, one for each size; bilateral ones, one for each image
-  std::vector<Field> fields, mass, ones;
+  std::vector<Field> fields, mass;  // mass: the filters of ones
   std::vector<CrfImage> images;
   Lattice* lattice_table = nullptr;
-  Field *field_table = nullptr, *mass_table = nullptr, *ones_table = nullptr;
+  Field *field_table = nullptr, *mass_table = nullptr;
   CrfImage* image_table = nullptr;
   int32_t* statuses = nullptr;
   int64_t statuses_at = 0;  // in the buffer
@@ -347,15 +342,11 @@ inline CrfPlan plan(const CrfInput* inputs, size_t count, const CrfOptions& opti
     take_tables(lattice, arena);
     take_scratch(lattice, arena);
     arena.take(lattice.factor, points);
-    arena.take(lattice.ones, points);
     Field mass{};
     mass.lattice = static_cast<int32_t>(&lattice - plan.lattices.data()), mass.channels = 1;
     take_field(mass, lattice, arena);
     mass.output = lattice.factor;
     plan.mass.push_back(mass);
-    mass.input = options.how == kSymmetric || options.how == kBefore ? lattice.factor : nullptr;
-    mass.output = lattice.ones;
-    plan.ones.push_back(mass);
   }
   for (size_t i = 0; i < count; ++i) {
     CrfImage image{inputs[i].unary,
@@ -388,7 +379,6 @@ inline CrfPlan plan(const CrfInput* inputs, size_t count, const CrfOptions& opti
   }
   arena.take(plan.field_table, static_cast<int64_t>(plan.fields.size()));
   arena.take(plan.mass_table, static_cast<int64_t>(plan.mass.size()));
-  arena.take(plan.ones_table, static_cast<int64_t>(plan.ones.size()));
   arena.take(plan.image_table, static_cast<int64_t>(plan.images.size()));
   return plan;
 }
@@ -416,23 +406,15 @@ void mean_field(const Run& run, const CrfPlan& plan, const CrfOptions& options) 
   store(run, plan.lattices, plan.lattice_table);
   store(run, plan.fields, plan.field_table);
   store(run, plan.mass, plan.mass_table);
-  store(run, plan.ones, plan.ones_table);
   store(run, plan.images, plan.image_table);
   const auto count = static_cast<unsigned>(plan.lattices.size());
   if (plan.spatial > 0) build<2>(run, plan.lattice_table, plan.spatial, plan.tiles, plan.points);
   if (plan.spatial < count) {
     build<5>(run, plan.lattice_table + plan.spatial, count - plan.spatial, plan.tiles, plan.points);
   }
-  if (count > 0 && options.iterations > 0) {
-    const int32_t dims = options.has_bilateral ? 5 : 2;
-    if (options.how != kNone) {
-      filter<1>(run, plan.lattice_table, plan.mass_table, count, plan.tiles, plan.points, 1, dims, false,
-                options.how == kSymmetric ? kRoot : kInverse);
-    }
-    if (plan.channels.reduced) {
-      filter<1>(run, plan.lattice_table, plan.ones_table, count, plan.tiles, plan.points, 1, dims, false,
-                options.how == kSymmetric || options.how == kAfter ? kTimesFactor : kPlain);
-    }
+  if (count > 0 && options.iterations > 0 && options.how != kNone) {
+    filter<1>(run, plan.lattice_table, plan.mass_table, count, plan.tiles, plan.points, 1,
+              options.has_bilateral ? 5 : 2, false, options.how == kSymmetric ? kRoot : kInverse);
   }
   const int32_t channels = plan.channels.channels;
   if (channels > kGroupMost) return iterate<4, kGroup / 4, true>(run, plan, options);

@@ -29,20 +29,19 @@ int64_t place_tables(Lattice& lattice, char* tables) {
 }
 
 std::vector<at::Tensor> lattice(const at::Tensor& features) {
-  RIBFAST_CHECK_TYPE(features.scalar_type() == at::kFloat, kLattice, "features in float32",
-                     c10::toString(features.scalar_type()));
+  check_float(kLattice, "features", features);
   RIBFAST_CHECK_VALUE(features.dim() == 2 && features.size(1) >= 1 && features.size(1) <= kMaxDims, kLattice,
                       "features (P, d) with d from 1 to 8", features.sizes());
   const c10::cuda::CUDAGuard guard(features.device());
   const int64_t points = features.size(0), corners = features.size(1) + 1;
   const auto dims = static_cast<int32_t>(features.size(1));
-  const at::Tensor dense = features.contiguous();
+  const at::Tensor dense = features.to(at::kFloat).contiguous();
   Lattice lattice{};
   RIBFAST_CHECK_VALUE(describe(lattice, dims, points, 0, 0, 0), kLattice,
                       "fewer points: corners are numbered in 31 bits", points);
-  const auto integers = features.options().dtype(at::kInt);
+  const auto integers = dense.options().dtype(at::kInt);
   const at::Tensor corner = at::empty({(points + 15) / 16, corners, 16}, integers);
-  const at::Tensor weights = at::empty({(points + 15) / 16, corners, 16}, features.options());
+  const at::Tensor weights = at::empty({(points + 15) / 16, corners, 16}, dense.options());
   if (points == 0) return {corner, weights, at::zeros({corners, 1, 2}, integers), empty_bytes(0, features)};
   const at::Tensor neighbours = at::empty({corners, points * corners + 1, 2}, integers);
   const at::Tensor tables = empty_bytes(place_tables(lattice, nullptr), features);
@@ -66,19 +65,18 @@ std::vector<at::Tensor> lattice(const at::Tensor& features) {
 }
 
 at::Tensor lattice_filter(const at::Tensor& values, at::TensorList given, bool transpose) {
-  RIBFAST_CHECK_TYPE(values.scalar_type() == at::kFloat, kFilter, "values in float32",
-                     c10::toString(values.scalar_type()));
+  check_float(kFilter, "values", values);
   RIBFAST_CHECK_VALUE(values.dim() == 2, kFilter, "values (P, C)", values.sizes());
-  RIBFAST_CHECK_VALUE(given.size() == 4 && given[1].dim() == 3 && given[2].dim() == 3, kFilter,
-                      "what lattice() returned on this device", given.size(), " tensors");
+  RIBFAST_CHECK_VALUE(given.size() == 4 && given[1].dim() == 3 && given[2].dim() == 3 &&
+                          given[2].size(0) == given[1].size(1),
+                      kFilter, "what lattice() returned on this device", given.size(), " tensors");
   for (const at::Tensor& t : given) check_same_device(kFilter, values, t);
   const int64_t points = values.size(0), corners = given[1].size(1), channels = values.size(1);
   RIBFAST_CHECK_VALUE(given[2].size(1) == points * corners + 1, kFilter, "a value for each of the lattice's points",
                       points, " for ", (given[2].size(1) - 1) / std::max<int64_t>(corners, 1));
   const c10::cuda::CUDAGuard guard(values.device());
-  at::Tensor result = at::empty(values.sizes(), values.options());
-  if (values.numel() == 0) return result;
-  const at::Tensor dense = values.contiguous();
+  const at::Tensor dense = values.to(at::kFloat).contiguous(), result = at::empty(dense.sizes(), dense.options());
+  if (values.numel() == 0) return result.to(values.scalar_type());
   Lattice lattice{};
   RIBFAST_CHECK_VALUE(corners >= 2 && corners <= kMaxDims + 1 && channels < (int64_t{1} << 31) &&
                           describe(lattice, static_cast<int32_t>(corners - 1), points, 0, 0, 0) &&
@@ -108,7 +106,7 @@ at::Tensor lattice_filter(const at::Tensor& values, at::TensorList given, bool t
     filter<vec.value>(run, lattice_table, field_table, 1, lattice.tiles, points, field.channels, lattice.dims,
                       transpose, kPlain);
   });
-  return result;
+  return result.to(values.scalar_type());
 }
 
 }  // namespace

@@ -49,7 +49,7 @@ struct Lattice {
   int32_t* rows;          // [vertex + 1]: where a vertex starts in `partial`
   int32_t* neighbours;    // [axis][capacity + 1][before, after]
   int32_t* status;
-  float *factor, *ones;  // [point of every tile]: of the normalisation, and after * filter(before)
+  float* factor;  // [point of every tile]: of the normalisation
 
   // while building
   int32_t* records;    // [point of every tile][dims + 1]: the remainder-0 point, and four bits for each rank
@@ -669,8 +669,8 @@ void build_of_dims(const Run& run, const Lattice* lattices, int32_t dims, unsign
 }
 
 // Values over the vertices of a lattice. partial: [row][channels], what the tiles have summed; first, second:
-// [vertex][channels], between which blurs go back and forth, row 0 unused. Where there is an even number of blurs, second
-// is partial: that has been read by then.
+// [vertex][channels], between which blurs go back and forth, row 0 unused. Where there is an even number of blurs,
+// second is partial: that has been read by then.
 struct Field {
   const float* input;  // [point][channels], or null for ones
   float* output;       // likewise
@@ -814,8 +814,8 @@ __global__ void __launch_bounds__(kTilePoints) blur_kernel(const Lattice* __rest
   }
 }
 
-// What becomes of a sliced value x: x, 1 / sqrt(x + 1e-20), 1 / (x + 1e-20), or x * factor.
-enum Slice : int32_t { kPlain, kRoot, kInverse, kTimesFactor };
+// What becomes of a sliced value x: x, 1 / sqrt(x + 1e-20) or 1 / (x + 1e-20).
+enum Slice : int32_t { kPlain, kRoot, kInverse };
 
 template <int kVec>
 __global__ void __launch_bounds__(kTilePoints, 4) slice_kernel(const Lattice* __restrict__ lattices,
@@ -845,7 +845,6 @@ __global__ void __launch_bounds__(kTilePoints, 4) slice_kernel(const Lattice* __
       float& x = sum.at[c];
       if (how == kRoot) x = 1.0f / sqrtf(x + 1e-20f);
       if (how == kInverse) x = 1.0f / (x + 1e-20f);
-      if (how == kTimesFactor) x *= lattice.factor[point];
     }
     reinterpret_cast<Value*>(field.output)[static_cast<int64_t>(point) * vectors + k] = sum;
   }
