@@ -11,6 +11,9 @@
 // and what is filtered are differences to its probability.
 #pragma once
 
+#include <map>
+#include <utility>
+
 #include "lattice.cuh"
 
 namespace ribfast::cuda {
@@ -317,12 +320,11 @@ inline CrfPlan plan(const CrfInput* inputs, size_t count, const CrfOptions& opti
     plan.points = std::max<int64_t>(plan.points, lattice.points);
     return static_cast<int32_t>(plan.lattices.size() - 1);
   };
+  std::map<std::pair<int64_t, int64_t>, int32_t> of_size;
   for (size_t i = 0; options.has_gaussian && i < count; ++i) {
-    for (size_t other = 0; other < i && spatial_of[i] < 0; ++other) {
-      const bool same = inputs[other].height == inputs[i].height && inputs[other].width == inputs[i].width;
-      if (same) spatial_of[i] = spatial_of[other];
-    }
-    if (spatial_of[i] < 0) spatial_of[i] = add(inputs[i], 2);
+    const auto [found, is_new] = of_size.try_emplace({inputs[i].height, inputs[i].width}, 0);
+    if (is_new) found->second = add(inputs[i], 2);
+    spatial_of[i] = found->second;
   }
   plan.spatial = static_cast<unsigned>(plan.lattices.size());
   for (size_t i = 0; options.has_bilateral && i < count; ++i) {
