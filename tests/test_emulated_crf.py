@@ -261,6 +261,33 @@ def test_labels(kernels, n_labels, unsure):
         assert torch.equal(got[clear].long(), q.argmax(0)[clear])
 
 
+@pytest.mark.parametrize("labels", [1, 2, 7])
+@pytest.mark.parametrize("how", range(4))
+def test_mean_field_of_points(kernels, labels, how):
+    features = [torch.randn(300, 3), torch.randn(300, 6) * 0.5]
+    unary, strengths = torch.rand(labels, 300) * 3, [1.5, 0.7] if how != 3 else [0.02, 0.03]
+
+    def run(order):
+        result = torch.full_like(unary, math.nan)
+        kernels.mean_field(
+            order, 2, pointers(features), (ctypes.c_int32 * 2)(3, 6), ctypes.c_int64(300), at(unary), labels,
+            numbers(strengths), (ctypes.c_int32 * 2)(how, 0), 3, labels == 2, at(result),
+        )  # fmt: skip
+        return (result,)
+
+    (result,) = same_in_orders(run, ORDERS[:2])
+    q = (-unary.T).softmax(1)
+    terms = []
+    for each, strength, which in zip(features, strengths, (how, 0), strict=True):
+        lattice = reference.Lattice(each)
+        mass = lattice.filter(torch.ones(300, 1)) + 1e-20
+        before = {0: mass.rsqrt(), 2: 1 / mass}.get(which, 1)
+        terms.append((lattice, strength, before, {0: mass.rsqrt(), 1: 1 / mass}.get(which, 1)))
+    for _ in range(3):
+        q = (sum(w * after * lattice.filter(before * q) for lattice, w, before, after in terms) - unary.T).softmax(1)
+    torch.testing.assert_close(result, q.T, rtol=0, atol=1e-4)
+
+
 def test_overflow_is_never_silent(kernels):
     image, unary = picture(20, 35, 3)
     (result,), overflow = emulated(kernels, [image], [unary], capacity=50)

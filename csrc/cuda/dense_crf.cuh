@@ -18,8 +18,6 @@
 
 namespace ribfast::cuda {
 
-enum Normalization { kSymmetric, kAfter, kBefore, kNone };
-
 constexpr int kTerms = 2, kCornersOfTerms = 3 + 6;
 constexpr int kGroupMost = 32, kGroup = 16;  // channels that registers hold; channels of a group where there are more
 constexpr int kSpaceBytes = 38400;           // of the vertices' values; with the weights below 48 KiB

@@ -1,20 +1,20 @@
-// lattice and lattice_filter on CUDA: kernels in lattice.cuh. There is room for as many vertices as there can be, so
-// that nothing has to be asked of the device.
+// lattice, lattice_filter and mean_field on CUDA: kernels in lattice.cuh and mean_field.cuh. There is room for as many
+// vertices as there can be, so that nothing has to be asked of the device.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <cmath>
 #include <vector>
 
 #include "../backend.h"
-#include "lattice.cuh"
 #include "launch.h"
+#include "mean_field.cuh"
 
 namespace ribfast::cuda {
 namespace {
 
-constexpr const char* kLattice = "lattice";
-constexpr const char* kFilter = "lattice_filter";
+constexpr size_t kTensors = 4;  // of a lattice: corners, weights, neighbours, tables
 
 at::Tensor empty_bytes(int64_t size, const at::Tensor& like) {
   return at::empty({size}, like.options().dtype(at::kByte));
@@ -28,16 +28,40 @@ int64_t place_tables(Lattice& lattice, char* tables) {
   return arena.used;
 }
 
+// The lattice that the tensors hold, which must be one of `points` points.
+Lattice read_lattice(const char* op, at::TensorList tensors, int64_t points, const at::Tensor& like) {
+  const auto expect = [&](bool cond) {
+    RIBFAST_CHECK_VALUE(cond, op, "the tensors that `lattice` returned on this device", "others");
+  };
+  expect(tensors.size() == kTensors);
+  for (const at::Tensor& t : tensors) expect(t.device() == like.device() && t.is_contiguous());
+  expect(tensors[1].scalar_type() == at::kFloat && tensors[2].scalar_type() == at::kInt &&
+         tensors[3].scalar_type() == at::kByte && tensors[1].dim() == 3 && tensors[2].dim() == 3);
+  const int64_t corners = tensors[1].size(1);
+  expect(corners >= 2 && corners <= kMaxDims + 1 && tensors[2].size(0) == corners && tensors[2].size(2) == 2);
+  RIBFAST_CHECK_VALUE(tensors[2].size(1) == points * corners + 1, op, "as many points as the lattice has",
+                      points, " for ", (tensors[2].size(1) - 1) / corners);
+  Lattice lattice{};
+  expect(tensors[1].numel() == (points + 15) / 16 * corners * 16 &&
+         describe(lattice, static_cast<int32_t>(corners - 1), points, 0, 0, 0) &&
+         (points == 0 || tensors[3].numel() == place_tables(lattice, nullptr)));
+  place_tables(lattice, static_cast<char*>(tensors[3].data_ptr()));
+  lattice.weights = static_cast<float*>(tensors[1].data_ptr());
+  lattice.neighbours = static_cast<int32_t*>(tensors[2].data_ptr());
+  return lattice;
+}
+
 std::vector<at::Tensor> lattice(const at::Tensor& features) {
-  check_float(kLattice, "features", features);
-  RIBFAST_CHECK_VALUE(features.dim() == 2 && features.size(1) >= 1 && features.size(1) <= kMaxDims, kLattice,
+  const char* op = "lattice";
+  check_float(op, "features", features);
+  RIBFAST_CHECK_VALUE(features.dim() == 2 && features.size(1) >= 1 && features.size(1) <= kMaxDims, op,
                       "features (P, d) with d from 1 to 8", features.sizes());
   const c10::cuda::CUDAGuard guard(features.device());
   const int64_t points = features.size(0), corners = features.size(1) + 1;
   const auto dims = static_cast<int32_t>(features.size(1));
   const at::Tensor dense = features.to(at::kFloat).contiguous();
   Lattice lattice{};
-  RIBFAST_CHECK_VALUE(describe(lattice, dims, points, 0, 0, 0), kLattice,
+  RIBFAST_CHECK_VALUE(describe(lattice, dims, points, 0, 0, 0), op,
                       "fewer points: corners are numbered in 31 bits", points);
   const auto integers = dense.options().dtype(at::kInt);
   const at::Tensor corner = at::empty({(points + 15) / 16, corners, 16}, integers);
@@ -65,26 +89,15 @@ std::vector<at::Tensor> lattice(const at::Tensor& features) {
 }
 
 at::Tensor lattice_filter(const at::Tensor& values, at::TensorList given, bool transpose) {
-  check_float(kFilter, "values", values);
-  RIBFAST_CHECK_VALUE(values.dim() == 2, kFilter, "values (P, C)", values.sizes());
-  RIBFAST_CHECK_VALUE(given.size() == 4 && given[1].dim() == 3 && given[2].dim() == 3 &&
-                          given[2].size(0) == given[1].size(1),
-                      kFilter, "what lattice() returned on this device", given.size(), " tensors");
-  for (const at::Tensor& t : given) check_same_device(kFilter, values, t);
-  const int64_t points = values.size(0), corners = given[1].size(1), channels = values.size(1);
-  RIBFAST_CHECK_VALUE(given[2].size(1) == points * corners + 1, kFilter, "a value for each of the lattice's points",
-                      points, " for ", (given[2].size(1) - 1) / std::max<int64_t>(corners, 1));
+  const char* op = "lattice_filter";
+  check_float(op, "values", values);
+  RIBFAST_CHECK_VALUE(values.dim() == 2 && values.size(1) < (1 << 19), op, "values (P, C), C below 2^19",
+                      values.sizes());
   const c10::cuda::CUDAGuard guard(values.device());
+  const int64_t points = values.size(0), channels = values.size(1);
+  const Lattice lattice = read_lattice(op, given, points, values);
   const at::Tensor dense = values.to(at::kFloat).contiguous(), result = at::empty(dense.sizes(), dense.options());
   if (values.numel() == 0) return result.to(values.scalar_type());
-  Lattice lattice{};
-  RIBFAST_CHECK_VALUE(corners >= 2 && corners <= kMaxDims + 1 && channels < (int64_t{1} << 31) &&
-                          describe(lattice, static_cast<int32_t>(corners - 1), points, 0, 0, 0) &&
-                          given[3].numel() == place_tables(lattice, nullptr),
-                      kFilter, "what lattice() returned on this device", "tables of ", given[3].numel(), " bytes");
-  place_tables(lattice, static_cast<char*>(given[3].data_ptr()));
-  lattice.weights = static_cast<float*>(given[1].data_ptr());
-  lattice.neighbours = static_cast<int32_t*>(given[2].data_ptr());
   Field field{};
   field.channels = static_cast<int32_t>(channels);
   Lattice* lattice_table = nullptr;
@@ -109,6 +122,40 @@ at::Tensor lattice_filter(const at::Tensor& values, at::TensorList given, bool t
   return result.to(values.scalar_type());
 }
 
+// lattices: the tensors of each, in a row
+at::Tensor mean_field_of_points(const at::Tensor& unary, at::TensorList lattices, at::ArrayRef<double> strengths,
+                      at::IntArrayRef normalizations, int64_t iterations, bool exact) {
+  const char* op = "mean_field";
+  check_float(op, "unary", unary);
+  RIBFAST_CHECK_VALUE(unary.dim() == 2 && unary.size(0) > 0 && unary.size(0) < (1 << 19), op, "unary (L, P), L >= 1",
+                      unary.sizes());
+  RIBFAST_CHECK_VALUE(lattices.size() == strengths.size() * kTensors && normalizations.size() == strengths.size(), op,
+                      "a strength and a normalization for each lattice", lattices.size() / kTensors, " lattices, ",
+                      strengths.size(), " strengths, ", normalizations.size(), " normalizations");
+  RIBFAST_CHECK_VALUE(iterations >= 0 && iterations < (int64_t{1} << 31), op, "iterations of at least 0", iterations);
+  const c10::cuda::CUDAGuard guard(unary.device());
+  const at::Tensor dense = unary.to(at::kFloat).contiguous(), result = at::empty(dense.sizes(), dense.options());
+  std::vector<PointTerm> terms;
+  for (size_t i = 0; i < strengths.size(); ++i) {
+    RIBFAST_CHECK_VALUE(std::isfinite(strengths[i]), op, "finite strengths", strengths);
+    RIBFAST_CHECK_VALUE(normalizations[i] >= kSymmetric && normalizations[i] <= kNone, op,
+                        "normalizations from 0 to 3", normalizations);
+    terms.push_back({read_lattice(op, lattices.slice(i * kTensors, kTensors), unary.size(1), unary),
+                     static_cast<float>(strengths[i]), static_cast<Normalization>(normalizations[i])});
+  }
+  if (result.numel() == 0) return result;
+  PointEnergies job{};
+  job.unary = dense.const_data_ptr<float>(), job.probabilities = result.mutable_data_ptr<float>();
+  job.points = unary.size(1), job.labels = static_cast<int32_t>(unary.size(0)), job.exact = exact;
+  Arena arena;
+  plan(terms, job, arena);
+  const at::Tensor workspace = empty_bytes(arena.used, unary);
+  arena = {static_cast<char*>(workspace.data_ptr())};
+  mean_field(OnStream{c10::cuda::getCurrentCUDAStream()}, plan(terms, job, arena), terms,
+             static_cast<int32_t>(iterations));
+  return result;
+}
+
 }  // namespace
 }  // namespace ribfast::cuda
 
@@ -116,4 +163,5 @@ TORCH_LIBRARY_IMPL(ribfast, CUDA, m) {
   if (ribfast::triton_takes_over()) return;
   m.impl("lattice", &ribfast::cuda::lattice);
   m.impl("lattice_filter", &ribfast::cuda::lattice_filter);
+  m.impl("mean_field", &ribfast::cuda::mean_field_of_points);
 }

@@ -672,8 +672,9 @@ void build_of_dims(const Run& run, const Lattice* lattices, int32_t dims, unsign
 // [vertex][channels], between which blurs go back and forth, row 0 unused. Where there is an even number of blurs,
 // second is partial: that has been read by then.
 struct Field {
-  const float* input;  // [point][channels], or null for ones
-  float* output;       // likewise
+  const float* input;           // [point][channels], or null for ones
+  float* output;                // likewise
+  const float *before, *after;  // [point]: factors of what is splat and of what is sliced, or null
   float *partial, *first, *second;
   int32_t lattice, channels;
   float strength;  // what the filtered values are multiplied with in the energy
@@ -738,8 +739,8 @@ __device__ __forceinline__ float slice_scale(int32_t dims) {
 
 // partial(run) = sum of weight * input over the run's points.
 template <int kVec>
-__global__ void __launch_bounds__(kTilePoints) splat_kernel(const Lattice* __restrict__ lattices,
-                                                            const Field* __restrict__ fields) {
+__global__ void __launch_bounds__(kTilePoints, 4) splat_kernel(const Lattice* __restrict__ lattices,
+                                                               const Field* __restrict__ fields) {
   using Value = Pack<float, kVec>;
   const Field& field = fields[blockIdx.y];
   const Lattice& lattice = lattices[field.lattice];
@@ -755,7 +756,8 @@ __global__ void __launch_bounds__(kTilePoints) splat_kernel(const Lattice* __res
     Value sum{};
     for (int32_t j = __ldg(starts + run); j < end; ++j) {
       const int32_t entry = __ldg(order + j), point = tile * kTilePoints + entry % kTilePoints;
-      const float weight = __ldg(lattice.weights + corner_at(dims, point, entry / kTilePoints));
+      float weight = __ldg(lattice.weights + corner_at(dims, point, entry / kTilePoints));
+      if (field.before != nullptr) weight *= __ldg(field.before + point);
       Value value;
       if (field.input != nullptr) {
         value = load(reinterpret_cast<const Value*>(field.input) + static_cast<int64_t>(point) * vectors + k);
@@ -814,8 +816,9 @@ __global__ void __launch_bounds__(kTilePoints) blur_kernel(const Lattice* __rest
   }
 }
 
-// What becomes of a sliced value x: x, 1 / sqrt(x + 1e-20) or 1 / (x + 1e-20).
-enum Slice : int32_t { kPlain, kRoot, kInverse };
+// What becomes of a sliced value x: x, 1 / sqrt(x + 1e-20), 1 / (x + 1e-20), or output + strength * x.
+enum Slice : int32_t { kPlain, kRoot, kInverse, kAdd };
+enum Normalization { kSymmetric, kAfter, kBefore, kNone };
 
 template <int kVec>
 __global__ void __launch_bounds__(kTilePoints, 4) slice_kernel(const Lattice* __restrict__ lattices,
@@ -840,13 +843,17 @@ __global__ void __launch_bounds__(kTilePoints, 4) slice_kernel(const Lattice* __
       const float weight = __ldg(lattice.weights + at) * alpha;
       if (v != 0) add_product(sum, weight, load(values + static_cast<int64_t>(v) * vectors + k));
     }
+    Value& result = reinterpret_cast<Value*>(field.output)[static_cast<int64_t>(point) * vectors + k];
+    const float after = field.after != nullptr ? __ldg(field.after + point) : 1.0f;
 #pragma unroll
     for (int c = 0; c < kVec; ++c) {
       float& x = sum.at[c];
+      x *= after;
       if (how == kRoot) x = 1.0f / sqrtf(x + 1e-20f);
       if (how == kInverse) x = 1.0f / (x + 1e-20f);
+      if (how == kAdd) x = result.at[c] + field.strength * x;
     }
-    reinterpret_cast<Value*>(field.output)[static_cast<int64_t>(point) * vectors + k] = sum;
+    result = sum;
   }
 }
 

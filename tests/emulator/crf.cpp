@@ -3,6 +3,7 @@
 #include "cuda_on_cpu.h"
 
 #include "../../csrc/cuda/dense_crf.cuh"
+#include "../../csrc/cuda/mean_field.cuh"
 
 using namespace ribfast::cuda;
 
@@ -88,6 +89,42 @@ bool dense_crf(unsigned order, int32_t count, const uint8_t** images, const floa
   bool overflow = false;
   for (size_t i = 0; i < placed.lattices.size(); ++i) overflow |= placed.statuses[2 * i + kOverflow] != 0;
   return overflow;
+}
+
+// Mean field of points under `count` terms, features [point][dim] of each; unary and probabilities (L, P).
+void mean_field(unsigned order, int32_t count, const float** features, const int32_t* dims, int64_t points,
+                const float* unary, int32_t labels, const float* strengths, const int32_t* how, int32_t iterations,
+                bool exact, float* probabilities) {
+  const InTurn run{order};
+  std::vector<PointTerm> terms(count);
+  const auto place = [&](Arena& arena) {
+    for (int i = 0; i < count; ++i) {
+      Lattice& lattice = terms[i].lattice;
+      arena.take(lattice.status, 2);
+      arena.take(lattice.weights, int64_t{lattice.padded} * (dims[i] + 1));
+      arena.take(lattice.neighbours, 2 * (lattice.capacity + int64_t{1}) * (dims[i] + 1));
+      take_tables(lattice, arena);
+      take_scratch(lattice, arena);
+    }
+  };
+  for (int i = 0; i < count; ++i) {
+    describe(terms[i].lattice, dims[i], points, 0, 0, 0);
+    terms[i].lattice.features = features[i];
+    terms[i].strength = strengths[i], terms[i].how = static_cast<Normalization>(how[i]);
+  }
+  Arena sizes;
+  place(sizes);
+  Memory tables(sizes.used);
+  place(tables.arena);
+  for (const PointTerm& term : terms) {
+    build_of_dims(run, &term.lattice, term.lattice.dims, 1, term.lattice.tiles, points);
+  }
+  PointEnergies job{};
+  job.unary = unary, job.probabilities = probabilities, job.points = points, job.labels = labels, job.exact = exact;
+  Arena needed;
+  plan(terms, job, needed);
+  Memory memory(needed.used);
+  mean_field(run, plan(terms, job, memory.arena), terms, iterations);
 }
 
 }  // extern "C"
