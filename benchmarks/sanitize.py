@@ -16,6 +16,7 @@ def crf():
     for dims in range(1, 9):
         lattice = torch.ops.ribfast.lattice(torch.randn(300, dims, device="cuda"))
         torch.ops.ribfast.lattice_filter(torch.rand(300, 3, device="cuda"), lattice, True)
+        torch.ops.ribfast.mean_field(torch.rand(3, 300, device="cuda"), lattice, [1.0], [dims % 4], 2, False)
 
 
 def main():

@@ -186,3 +186,19 @@ def test_lattice_filter():
     torch.testing.assert_close(results[0], reference.Lattice(features).filter(values), rtol=1e-4, atol=1e-5)
     for result, repeated in zip(results, run(), strict=True):
         assert torch.equal(result, repeated)
+
+
+def test_mean_field_of_points():
+    features, unary = torch.randn(2000, 3, device="cuda"), torch.rand(6, 2000, device="cuda") * 3
+
+    def run():
+        lattice = torch.ops.ribfast.lattice(features)
+        return torch.ops.ribfast.mean_field(unary, lattice, [1.5], [1], 3, False)
+
+    result = replayed(run, [features, unary])
+    lattice, q = reference.Lattice(features), (-unary.T).softmax(1)
+    mass = lattice.filter(torch.ones(2000, 1, device="cuda")) + 1e-20
+    for _ in range(3):
+        q = (1.5 / mass * lattice.filter(q) - unary.T).softmax(1)
+    torch.testing.assert_close(result, q.T, rtol=0, atol=1e-4)
+    assert torch.equal(result, run())
