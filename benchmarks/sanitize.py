@@ -14,9 +14,9 @@ def crf():
         given = torch.randint(3, (2, *size), device="cuda", dtype=torch.uint8)
         torch.ops.ribfast.dense_crf_labels([image], [given], 3, 0.7, 0, [3.0, 3.0], [50.0, 5.0, 10.0], 2, 0, False, 0)
     for dims in range(1, 9):
-        lattice = torch.ops.ribfast.lattice(torch.randn(300, dims, device="cuda"))
-        torch.ops.ribfast.lattice_filter(torch.rand(300, 3, device="cuda"), lattice, True)
-        torch.ops.ribfast.mean_field(torch.rand(3, 300, device="cuda"), lattice, [1.0], [dims % 4], 2, False)
+        lattice = torch.ops.ribfast.lattice(torch.randn(301, dims, device="cuda"), True)
+        torch.ops.ribfast.lattice_filter(torch.rand(301, 3, device="cuda"), lattice, True)
+        torch.ops.ribfast.mean_field(torch.rand(3, 301, device="cuda"), lattice, [1.0], [dims % 4], 2, False)
 
 
 def main():

@@ -179,7 +179,7 @@ def test_lattice_filter():
     features, values = torch.randn(3000, 4, device="cuda") * 2, torch.rand(3000, 6, device="cuda")
 
     def run():
-        lattice = torch.ops.ribfast.lattice(features)
+        lattice = torch.ops.ribfast.lattice(features, False)
         return [torch.ops.ribfast.lattice_filter(values, lattice, transpose) for transpose in (False, True)]
 
     results = replayed(run, [features, values])
@@ -192,7 +192,7 @@ def test_mean_field_of_points():
     features, unary = torch.randn(2000, 3, device="cuda"), torch.rand(6, 2000, device="cuda") * 3
 
     def run():
-        lattice = torch.ops.ribfast.lattice(features)
+        lattice = torch.ops.ribfast.lattice(features, False)
         return torch.ops.ribfast.mean_field(unary, lattice, [1.5], [1], 3, False)
 
     result = replayed(run, [features, unary])

@@ -51,10 +51,10 @@ def same_in_orders(run, orders):
     return first
 
 
-def lattice_and_filter(kernels, features, values, transposed=False, capacity=0, orders=ORDERS[:2]):
+def lattice_and_filter(kernels, features, values, transposed=False, capacity=0, filled=False, orders=ORDERS[:2]):
     """(corners, weights, neighbours, vertices, result) of the emulated kernels"""
     points, d = features.shape
-    tiles, most = -(-points // 16), capacity or points * (d + 1)
+    tiles, most = -(-points // 16), capacity or (points + (filled and points % 4 > 0)) * (d + 1)
 
     def run(order):
         corners = torch.full((tiles, d + 1, 16), -7, dtype=torch.int32)
@@ -62,7 +62,7 @@ def lattice_and_filter(kernels, features, values, transposed=False, capacity=0, 
         neighbours = torch.full((d + 1, most + 1, 2), -7, dtype=torch.int32)
         result = torch.full_like(values, math.nan)
         vertices = kernels.filter(
-            order, at(features), ctypes.c_int64(points), d, ctypes.c_int64(capacity), at(values), values.shape[1],
+            order, at(features), ctypes.c_int64(points), d, filled, ctypes.c_int64(capacity), at(values), values.shape[1],
             transposed, at(corners), at(weights), at(neighbours), at(result),
         )  # fmt: skip
         return corners, weights, neighbours[:, : vertices + 1], torch.tensor(vertices), result
@@ -103,6 +103,15 @@ def test_lattice_and_filter(kernels, points, d, spread):
         assert not neighbours[axis, 0].any()
         for side in (0, 1):
             assert torch.equal(neighbours[axis, number[:-1], side].long(), number[pair[side]])
+    torch.testing.assert_close(result, expected.filter(values), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("points, d", [(1, 5), (15, 2), (303, 5), (254, 3), (304, 5)])
+def test_filled_lattice(kernels, points, d):
+    features, values = torch.randn(points, d) + 1, torch.rand(points, 4)
+    expected = reference.Lattice(features, filled=True)
+    *_, vertices, result = lattice_and_filter(kernels, features, values, filled=True)
+    assert vertices == expected.count
     torch.testing.assert_close(result, expected.filter(values), rtol=1e-5, atol=1e-6)
 
 

@@ -60,7 +60,7 @@ CrfOptions check_options(const char* op, at::ArrayRef<double> gaussian, at::Arra
 void check_range(const char* op, const CrfOptions& options, int64_t height, int64_t width) {
   const auto reach = [&](int32_t dims, float space, float colour) {
     Lattice lattice{};
-    describe(lattice, dims, 1, 1, 1, 0);
+    describe(lattice, dims, 1, 1, 1, 0, true);
     double sum = 0;
     for (int32_t i = 0; i < dims; ++i) {
       const double largest = i == 0 ? (width - 1) / space : i == 1 ? (height - 1) / space : 255 / colour;

@@ -309,7 +309,7 @@ inline CrfPlan plan(const CrfInput* inputs, size_t count, const CrfOptions& opti
   const auto add = [&](const CrfInput& input, int32_t dims) {
     Lattice lattice{};
     plan.fits = plan.fits && describe(lattice, dims, input.height * input.width, input.height, input.width,
-                                      options.capacity);
+                                      options.capacity, true);
     lattice.image = input.image;
     lattice.space_deviation = dims == 2 ? options.gaussian[0] : options.bilateral[0];
     lattice.colour_deviation = options.bilateral[1];

@@ -39,11 +39,13 @@ Lattice read_lattice(const char* op, at::TensorList tensors, int64_t points, con
          tensors[3].scalar_type() == at::kByte && tensors[1].dim() == 3 && tensors[2].dim() == 3);
   const int64_t corners = tensors[1].size(1);
   expect(corners >= 2 && corners <= kMaxDims + 1 && tensors[2].size(0) == corners && tensors[2].size(2) == 2);
-  RIBFAST_CHECK_VALUE(tensors[2].size(1) == points * corners + 1, op, "as many points as the lattice has",
-                      points, " for ", (tensors[2].size(1) - 1) / corners);
+  const int64_t vertices = tensors[2].size(1) - 1;
+  const bool filled = vertices == (points + 1) * corners;
+  RIBFAST_CHECK_VALUE(filled || vertices == points * corners, op, "as many points as the lattice has",
+                      points, " for ", vertices / corners);
   Lattice lattice{};
   expect(tensors[1].numel() == (points + 15) / 16 * corners * 16 &&
-         describe(lattice, static_cast<int32_t>(corners - 1), points, 0, 0, 0) &&
+         describe(lattice, static_cast<int32_t>(corners - 1), points, 0, 0, 0, filled) &&
          (points == 0 || tensors[3].numel() == place_tables(lattice, nullptr)));
   place_tables(lattice, static_cast<char*>(tensors[3].data_ptr()));
   lattice.weights = static_cast<float*>(tensors[1].data_ptr());
@@ -51,7 +53,7 @@ Lattice read_lattice(const char* op, at::TensorList tensors, int64_t points, con
   return lattice;
 }
 
-std::vector<at::Tensor> lattice(const at::Tensor& features) {
+std::vector<at::Tensor> lattice(const at::Tensor& features, bool filled) {
   const char* op = "lattice";
   check_float(op, "features", features);
   RIBFAST_CHECK_VALUE(features.dim() == 2 && features.size(1) >= 1 && features.size(1) <= kMaxDims, op,
@@ -61,13 +63,13 @@ std::vector<at::Tensor> lattice(const at::Tensor& features) {
   const auto dims = static_cast<int32_t>(features.size(1));
   const at::Tensor dense = features.to(at::kFloat).contiguous();
   Lattice lattice{};
-  RIBFAST_CHECK_VALUE(describe(lattice, dims, points, 0, 0, 0), op,
+  RIBFAST_CHECK_VALUE(describe(lattice, dims, points, 0, 0, 0, filled), op,
                       "fewer points: corners are numbered in 31 bits", points);
   const auto integers = dense.options().dtype(at::kInt);
   const at::Tensor corner = at::empty({(points + 15) / 16, corners, 16}, integers);
   const at::Tensor weights = at::empty({(points + 15) / 16, corners, 16}, dense.options());
   if (points == 0) return {corner, weights, at::zeros({corners, 1, 2}, integers), empty_bytes(0, features)};
-  const at::Tensor neighbours = at::empty({corners, points * corners + 1, 2}, integers);
+  const at::Tensor neighbours = at::empty({corners, lattice.capacity + int64_t{1}, 2}, integers);
   const at::Tensor tables = empty_bytes(place_tables(lattice, nullptr), features);
   Arena scratch;
   Lattice* table = nullptr;

@@ -36,6 +36,7 @@ struct Lattice {
   int32_t height, width;  // 0 for features
   int32_t points, padded, tiles, dims, capacity;  // padded: points that corners and weights have room for
   uint32_t mask;  // slots - 1
+  bool filled;    // up to a multiple of four by points at the origin, without weight, as pydensecrf's
   float scale[kMaxDims];
 
   // the lattice
@@ -77,10 +78,12 @@ struct Arena {
 };
 
 // What does not depend on memory; points of an image where features is null. False where there are too many points.
-inline bool describe(Lattice& lattice, int32_t dims, int64_t points, int64_t height, int64_t width, int64_t capacity) {
+inline bool describe(Lattice& lattice, int32_t dims, int64_t points, int64_t height, int64_t width, int64_t capacity,
+                     bool filled) {
   const int64_t tiles = height == 0 ? (points + kTilePoints - 1) / kTilePoints
                                     : ((height + kTileSide - 1) / kTileSide) * ((width + kTileSide - 1) / kTileSide);
-  const int64_t entries = tiles * kTilePoints * (dims + 1), most = points * (dims + 1);
+  lattice.filled = filled && points % 4 != 0;
+  const int64_t entries = tiles * kTilePoints * (dims + 1), most = (points + lattice.filled) * (dims + 1);
   if (entries * 3 >= (int64_t{1} << 31)) return false;
   lattice.dims = dims, lattice.points = static_cast<int32_t>(points), lattice.tiles = static_cast<int32_t>(tiles);
   lattice.height = static_cast<int32_t>(height), lattice.width = static_cast<int32_t>(width);
@@ -310,6 +313,9 @@ __global__ void __launch_bounds__(kTilePoints, 4) embed_kernel(const Lattice* __
   const int32_t place = tile * kTilePoints + thread;  // among the points of every tile
   const int32_t point = lattice.height != 0 ? pixel_of(lattice.height, lattice.width, tile, thread)
                         : place < lattice.points ? place : -1;
+  // the one that fills up is the first beyond the last, or the last tile's last, which is outside of such an image
+  const bool fills = lattice.filled && (lattice.height != 0 ? place == lattice.tiles * kTilePoints - 1
+                                                            : place == lattice.points);
   int32_t own_base[kDims], where[kCorners], total;
   uint32_t own_ranks = 0;
   float weights[kCorners];
@@ -321,6 +327,11 @@ __global__ void __launch_bounds__(kTilePoints, 4) embed_kernel(const Lattice* __
     float features[kDims];
     load_features<kDims>(lattice, point, features);
     embed<kDims>(features, lattice.scale, own_base, &own_ranks, weights);
+  } else if (fills) {
+    const float origin[kDims] = {};
+    embed<kDims>(origin, lattice.scale, own_base, &own_ranks, weights);
+#pragma unroll
+    for (int r = 0; r < kCorners; ++r) weights[r] = 0;
   }
 #pragma unroll
   for (int i = 0; i < kDims; ++i) {
@@ -342,7 +353,7 @@ __global__ void __launch_bounds__(kTilePoints, 4) embed_kernel(const Lattice* __
     }
     return key;
   };
-  if (point >= 0) {
+  if (point >= 0 || fills) {
 #pragma unroll
     for (int r = 0; r < kCorners; ++r) {
       const int32_t entry = thread * kCorners + r;
@@ -365,7 +376,7 @@ __global__ void __launch_bounds__(kTilePoints, 4) embed_kernel(const Lattice* __
   int32_t firsts = 0;
 #pragma unroll
   for (int r = 0; r < kCorners; ++r) {
-    const bool here = point >= 0 && slots[where[r]] == thread * kCorners + r;
+    const bool here = (point >= 0 || fills) && slots[where[r]] == thread * kCorners + r;
     is_first |= static_cast<uint32_t>(here) << r, firsts += here;
   }
   int32_t next = scan_block(firsts, scratch, &total);  // all have read their slots

@@ -33,12 +33,12 @@ extern "C" {
 
 // Builds the lattice of features [point][dim] and filters values [point][channel] over it. Returns the number of
 // vertices, or -1 where they exceed the capacity. corners, weights, neighbours: as lattice() returns them.
-int32_t filter(unsigned order, const float* features, int64_t points, int32_t dims, int64_t capacity,
+int32_t filter(unsigned order, const float* features, int64_t points, int32_t dims, bool filled, int64_t capacity,
                const float* values, int32_t channels, bool transposed, int32_t* corners, float* weights,
                int32_t* neighbours, float* result) {
   const InTurn run{order};
   Lattice lattice{};
-  if (!describe(lattice, dims, points, 0, 0, capacity)) return -2;
+  if (!describe(lattice, dims, points, 0, 0, capacity, filled)) return -2;
   Field field{};
   field.channels = channels;
   const auto place = [&](Arena& arena) {
@@ -108,7 +108,7 @@ void mean_field(unsigned order, int32_t count, const float** features, const int
     }
   };
   for (int i = 0; i < count; ++i) {
-    describe(terms[i].lattice, dims[i], points, 0, 0, 0);
+    describe(terms[i].lattice, dims[i], points, 0, 0, 0, false);
     terms[i].lattice.features = features[i];
     terms[i].strength = strengths[i], terms[i].how = static_cast<Normalization>(how[i]);
   }
