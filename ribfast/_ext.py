@@ -20,12 +20,12 @@ except ImportError as error:
     ) from error
 
 BACKENDS = ("auto", "cpp", "triton", "reference")
-_SCHEMAS = {  # each operator's schemas in csrc/module.cpp
+_SCHEMAS = {  # of each operator that has Triton kernels, in csrc/module.cpp
     "gndrp": ("gndrp", "gndrp_backward"),
     "accumulate_cams": ("accumulate_cams", "accumulate_cams_", "accumulate_cams_backward"),
     "normalize_cams": ("normalize_cams", "normalize_cams_"),
 }
-_WITHOUT_TRITON = ("dense_crf",)  # operators whose kernels are C++ alone
+_WITHOUT_TRITON = ("dense_crf",)  # and what belongs to it (lattices, mean fields over them): C++ alone
 OPS = (*_SCHEMAS, *_WITHOUT_TRITON)
 
 
@@ -84,7 +84,7 @@ def _bind_triton(device: str) -> torch.library.Library:
 def backend(op: str, device: torch.device) -> Backend:
     """What serves `op` on `device`."""
     found = _chosen.get(device.type)
-    if op in _WITHOUT_TRITON and found is not None and found.name == "triton":
+    if op not in _SCHEMAS and found is not None and found.name == "triton":
         if requested != "auto":
             raise ValueError(f"{op}: expected a backend that has it, got RIBFAST_BACKEND={requested} on {device}; "
                              "unset RIBFAST_BACKEND")  # fmt: skip

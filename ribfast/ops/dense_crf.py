@@ -149,7 +149,7 @@ def mean_field(
     _check_finite(op, unary, nan)
     how = [_normalization(op, name) for name in normalizations]
     iterations = _integer(op, "iterations", iterations, 0)
-    fused = all(lattice._reference is None for lattice in lattices) and unary.device.type == "cpu"
+    fused = all(lattice._reference is None for lattice in lattices)
     if differentiable or not fused or _ext.backend(op, unary.device).name == "reference":
         return reference.mean_field(
             unary.float(), lattices, strengths, normalizations=list(normalizations), iterations=iterations
