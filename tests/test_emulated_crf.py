@@ -54,7 +54,8 @@ def same_in_orders(run, orders):
 def lattice_and_filter(kernels, features, values, transposed=False, capacity=0, filled=False, orders=ORDERS[:2]):
     """(corners, weights, neighbours, vertices, result) of the emulated kernels"""
     points, d = features.shape
-    tiles, most = -(-points // 16), capacity or (points + (filled and points % 4 > 0)) * (d + 1)
+    tiles = -(-points // 16)
+    most = capacity or (points + (filled and points % 4 > 0)) * (d + 1)
 
     def run(order):
         corners = torch.full((tiles, d + 1, 16), -7, dtype=torch.int32)
@@ -62,8 +63,8 @@ def lattice_and_filter(kernels, features, values, transposed=False, capacity=0, 
         neighbours = torch.full((d + 1, most + 1, 2), -7, dtype=torch.int32)
         result = torch.full_like(values, math.nan)
         vertices = kernels.filter(
-            order, at(features), ctypes.c_int64(points), d, filled, ctypes.c_int64(capacity), at(values), values.shape[1],
-            transposed, at(corners), at(weights), at(neighbours), at(result),
+            order, at(features), ctypes.c_int64(points), d, filled, ctypes.c_int64(capacity), at(values),
+            values.shape[1], transposed, at(corners), at(weights), at(neighbours), at(result),
         )  # fmt: skip
         return corners, weights, neighbours[:, : vertices + 1], torch.tensor(vertices), result
 
