@@ -22,7 +22,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 # what these test does not need a GPU, and is shown without one
-WITHOUT_GPU = ("cuda_compile", "demo", "emulated_cuda", "info", "layers", "packaging", "triton_compile")
+WITHOUT_GPU = (
+    "cuda_compile", "demo", "emulated_crf", "emulated_cuda", "info", "layers", "packaging", "triton_compile",
+)  # fmt: skip
 
 
 class Run:

@@ -2,7 +2,8 @@
 
 Times are medians over replays of a CUDA graph (what the engine uses), over several input sets whose bytes together
 exceed the second-level cache; `eager` is the median of single calls, launch overhead included. Bytes are the fewest
-that the operator must move: each input read once, each output written once. GB/s = those bytes / time.
+that the operator must move: each input read once, each output written once. GB/s = those bytes / time. The CRF moves
+what its kernels do (docs/performance.md counts it); how long each of them takes is asked of the profiler.
 Called by benchmarks/gpu.py: `python -m benchmarks.gpu_ops RESULT.json` adds to that file after every row.
 """
 
@@ -133,6 +134,88 @@ def normalize_case(shape):
     return 2 * size, calls
 
 
+PHOTO = Path(__file__).parents[1] / "ribfast" / "assets" / "coffee.jpg"
+TERMS = ([3.0, 3.0], [50.0, 5.0, 10.0])
+
+
+def photo():
+    """(375, 500, 3) uint8 and what it shows; smooth noise where nothing here reads photographs."""
+    try:
+        import cv2
+
+        pixels = torch.from_numpy(cv2.cvtColor(cv2.imread(str(PHOTO)), cv2.COLOR_BGR2RGB))
+        return pixels.cuda(), PHOTO.name
+    except ImportError:
+        coarse = torch.rand(1, 3, 24, 32, device="cuda") * 220
+        smooth = torch.nn.functional.interpolate(coarse, (375, 500), mode="bilinear")[0].permute(1, 2, 0)
+        return (smooth + 12 * torch.rand_like(smooth)).to(torch.uint8).contiguous(), "smooth noise"
+
+
+def crf_bytes(image, labels):
+    """Bytes that each kernel of an iteration moves for an image, by the counts of its lattices."""
+    height, width = image.shape[:2]
+    y, x = torch.meshgrid(*(torch.arange(n, device="cuda").float() for n in (height, width)), indexing="ij")
+    places, across = torch.stack([x, y], -1), -(-width // 16)
+    features = (places / TERMS[0][0], torch.cat([places / TERMS[1][0], image.float() / TERMS[1][1]], -1))
+    tile = (y.long() // 16 * across + x.long() // 16).flatten()[:, None]
+    points, channels = -(-height // 16) * across * 256, 1 if labels == 2 else labels // 4 * 4
+    update, gather, blur = 4 * labels * height * width, 0, 0
+    for each in features:
+        lattice = reference.Lattice(each.flatten(0, 1))
+        vertices, corners = lattice.count, lattice.d + 1
+        runs = len(torch.unique(tile * vertices + lattice.corners))
+        update += (8 * corners + 4) * points + (10 + 8 * channels) * runs
+        gather += 4 * channels * (runs + vertices) + 4 * vertices
+        blur += (8 + 8 * channels) * vertices * corners
+    return {"update": update, "gather": gather, "blur": blur}
+
+
+def kernel_seconds(call, channels):
+    """Seconds of each of the CRF's kernels in one call; together: those of building lattices and, where they can be
+    told from the others by their channels, of the filters of ones."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    seconds = dict.fromkeys(("update", "gather", "blur", "building and mass"), 0.0)
+    for event in profiler.key_averages():
+        found = [name for name in ("update", "gather", "blur") if f"{name}_kernel" in event.key]
+        of_ones = channels > 1 and ("gather_kernel<1>" in event.key or "blur_kernel<1>" in event.key)
+        name = found[0] if found and not of_ones else "building and mass"
+        seconds[name] += event.device_time_total / 1e6
+    return seconds
+
+
+def crf_row(images, labels, bandwidth, target):
+    """dense_crf of a batch of VOC images, 10 iterations."""
+    picture, shown = photo()
+    sets = []
+    for first in range(1 if images > 1 else 4):
+        each = [picture.roll(7 * (first + i), 1) for i in range(images)]
+        sets.append((each, [torch.rand(labels, *picture.shape[:2], device="cuda") * 3 for _ in each]))
+    calls = [lambda s=s: torch.ops.ribfast.dense_crf(*s, *TERMS, 10, 0, False, 0) for s in sets]
+    counted = crf_bytes(picture, labels)
+    size = images * 10 * sum(counted.values())
+    row = timed(size, {"cuda": calls}, bandwidth) | {"picture": shown, "target_images_per_s": target}
+    if "us" in row["cuda"]:
+        row["cuda"]["images_per_s"] = round(images * 1e6 / row["cuda"]["us"])
+    if images == 1:
+        plain = eager_seconds([lambda: reference.dense_crf(sets[0][0][0], sets[0][1][0])], 3)
+        row["reference"] = {"eager_us": round(plain * 1e6, 1)}
+    try:
+        row["kernels"] = {}
+        for name, seconds in kernel_seconds(calls[0], 1 if labels == 2 else 4).items():
+            row["kernels"][name] = {"us": round(seconds * 1e6, 1)}
+            if name in counted and seconds > 0:
+                times = 11 if labels == 2 and name != "update" else 10  # with the filters of ones
+                rate = images * times * counted[name] / seconds
+                row["kernels"][name] |= {"GBps": round(rate / 1e9, 1), "share_of_copy": round(rate / bandwidth, 3)}
+    except Exception as error:  # no profiler on this machine
+        row["kernels"] = {"error": f"{type(error).__name__}: {error}"[:500]}
+    return row
+
+
 def timed(size, calls, bandwidth, target=None):
     """One row of the result: seconds and bandwidth of each implementation, or how it failed."""
     row = {"bytes": size, "target_share_of_copy": target}
@@ -163,6 +246,9 @@ def cases():
     yield "normalize_cams (20, 375, 500)", None, lambda: (normalize_case((20, 375, 500)), None)
 
 
+CRF = [(64, 21, 700), (64, 2, 1400), (1, 21, 400), (1, 2, 400)]  # images, labels, images a second that are asked for
+
+
 def main():
     path = Path(sys.argv[1])
     bandwidth = copy_bandwidth()
@@ -179,6 +265,12 @@ def main():
             served = [(k, row[k]) for k in ("cuda", "triton", "reference") if k in row]
             figures = (f"{k} {r['us']:.1f} us {r['share_of_copy']:.2f}" if "us" in r else f"{k} {r}" for k, r in served)
             print(f"{label:<48} {'  '.join(figures)}", flush=True)
+    for images, labels, target in CRF if "cuda" in implementations("dense_crf") else []:
+        torch.cuda.empty_cache()
+        label, row = f"dense_crf {images} x ({labels}, 375, 500)", crf_row(images, labels, bandwidth, target)
+        facts["ops"][label] = row
+        path.write_text(json.dumps(facts, indent=1) + "\n")
+        print(f"{label:<48} {row['cuda']} asked {target}/s {row['kernels']}", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <cmath>
 #include <utility>
 #include <vector>
 
@@ -165,6 +166,21 @@ inline void check_normalize_cams(const char* op, const at::Tensor& cams) {
   check_float(op, "cams", cams);
   RIBFAST_CHECK_VALUE(cams.dim() >= 2 && cams.size(-1) > 0 && cams.size(-2) > 0, op, "cams (..., H, W) with H, W >= 1",
                       cams.sizes());
+}
+
+// A pairwise term of a CRF: empty, or `size` numbers, the last its strength.
+inline void check_crf_term(const char* op, const char* name, at::ArrayRef<double> term, size_t size) {
+  RIBFAST_CHECK_VALUE(term.empty() || term.size() == size, op, c10::str(name, " with ", size, " numbers"), term.size());
+  for (size_t i = 0; i < term.size(); ++i) {
+    RIBFAST_CHECK_VALUE(std::isfinite(term[i]) && (i + 1 == size || static_cast<float>(term[i]) > 0), op,
+                        c10::str(name, " with finite numbers and standard deviations above 0"), term);
+  }
+}
+
+inline void check_crf_image(const char* op, const at::Tensor& image) {
+  RIBFAST_CHECK_TYPE(image.scalar_type() == at::kByte, op, "images in uint8", c10::toString(image.scalar_type()));
+  RIBFAST_CHECK_VALUE(image.dim() == 3 && image.size(2) == 3 && image.numel() > 0 && image.numel() / 3 < (1 << 30), op,
+                      "images (H, W, 3) of 1 to 2^30 pixels", image.sizes());
 }
 
 }  // namespace ribfast

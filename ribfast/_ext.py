@@ -20,13 +20,13 @@ except ImportError as error:
     ) from error
 
 BACKENDS = ("auto", "cpp", "triton", "reference")
-_SCHEMAS = {  # each operator's schemas in csrc/module.cpp
+_SCHEMAS = {  # of each operator that has Triton kernels, in csrc/module.cpp
     "gndrp": ("gndrp", "gndrp_backward"),
     "accumulate_cams": ("accumulate_cams", "accumulate_cams_", "accumulate_cams_backward"),
     "normalize_cams": ("normalize_cams", "normalize_cams_"),
 }
-_CPU_ONLY = ("dense_crf", "lattice")  # operators whose kernels are C++ on the CPU alone so far
-OPS = (*_SCHEMAS, *_CPU_ONLY)
+_WITHOUT_TRITON = ("dense_crf", "lattice")  # operators whose kernels are C++ alone
+OPS = (*_SCHEMAS, *_WITHOUT_TRITON)
 
 
 class Backend(NamedTuple):
@@ -84,15 +84,11 @@ def _bind_triton(device: str) -> torch.library.Library:
 def backend(op: str, device: torch.device) -> Backend:
     """What serves `op` on `device`."""
     found = _chosen.get(device.type)
-    if (
-        op in _CPU_ONLY
-        and found is not None
-        and (found.name, device.type) not in (("cpp", "cpu"), ("reference", device.type))
-    ):
+    if op not in _SCHEMAS and found is not None and found.name == "triton":
         if requested != "auto":
             raise ValueError(f"{op}: expected a backend that has it, got RIBFAST_BACKEND={requested} on {device}; "
                              "unset RIBFAST_BACKEND")  # fmt: skip
-        return Backend("reference", f"no kernels for {device.type} yet")
+        return Backend("reference", f"no Triton kernels, and {found.reason}")
     if found is None and requested != "auto":
         raise ValueError(f"{op}: expected tensors on {' or '.join(_chosen)}, which RIBFAST_BACKEND={requested} serves, "
                          f"got {device}; move them, or unset RIBFAST_BACKEND")  # fmt: skip

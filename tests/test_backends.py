@@ -12,8 +12,8 @@ import torch
 from ribfast import _ext
 
 TESTS = Path(__file__).parent
-CPU_ONLY = ("dense_crf", "lattice")
-OPERATORS = [str(TESTS / f"test_{op}.py") for op in _ext.OPS if op not in CPU_ONLY]
+WITHOUT_TRITON = ("dense_crf", "lattice")
+OPERATORS = [str(TESTS / f"test_{op}.py") for op in _ext.OPS if op not in WITHOUT_TRITON]
 WITHOUT_COMPILER = "not compiles and not opcheck"
 NO_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -42,7 +42,7 @@ def test_tier(tier):
         pytest.skip(f"this processor has no {tier}: torch falls to {running.stdout.strip()}")
     if tier == _ext.cpu_tier():
         pytest.skip(f"tier {tier} is what the suite itself runs on")
-    files = [str(TESTS / f"test_{op}.py") for op in CPU_ONLY]
+    files = [str(TESTS / f"test_{op}.py") for op in WITHOUT_TRITON]
     operators_pass("-k", WITHOUT_COMPILER, *files, ATEN_CPU_CAPABILITY=tier, RIBFAST_TEST_DEVICE="cpu")
 
 

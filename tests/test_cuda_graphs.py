@@ -114,3 +114,91 @@ def test_normalize_cams_in_place():
 
     result = replayed(run, [cams])
     torch.testing.assert_close(result, reference.normalize_cams(cams))
+
+
+def crf_picture(height, width, labels):
+    coarse = torch.rand(1, 3, 4, 5, device="cuda") * 220
+    smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")[0].permute(1, 2, 0)
+    image = (smooth + torch.rand(height, width, 3, device="cuda") * 30).to(torch.uint8).contiguous()
+    return image, torch.rand(labels, height, width, device="cuda") * 3
+
+
+@pytest.mark.parametrize("labels", [1, 2, 5, 21, 40])
+@pytest.mark.parametrize("capacity", [0, 40000])
+def test_dense_crf(labels, capacity):
+    pictures = [crf_picture(50, 71, labels), crf_picture(50, 71, labels), crf_picture(33, 90, labels)]
+    images, unary = map(list, zip(*pictures, strict=True))
+
+    def run():
+        return torch.ops.ribfast.dense_crf(images, unary, [3.0, 3.0], [50.0, 5.0, 10.0], 5, 0, False, capacity)
+
+    results = replayed(run, unary)
+    for result, image, energies in zip(results, images, unary, strict=True):
+        torch.testing.assert_close(result, reference.dense_crf(image, energies, iterations=5), rtol=0, atol=1e-4)
+    again = run()
+    for result, repeated in zip(results, again, strict=True):
+        assert torch.equal(result, repeated)
+
+
+def test_dense_crf_follows_new_images():
+    image, unary = crf_picture(50, 71, 3)
+
+    def run():
+        return ops.dense_crf([image], [unary], iterations=5)
+
+    other = crf_picture(50, 71, 3)[0]
+    graph_input = image.clone()
+    image.copy_(other)
+    (expected,) = run()
+    image.copy_(graph_input)
+    graph = torch.cuda.CUDAGraph()
+    run()
+    with torch.cuda.graph(graph):
+        (result,) = run()
+    image.copy_(other)
+    graph.replay()
+    assert torch.equal(result, expected)
+
+
+def test_overflow_is_an_error_or_nan():
+    image, unary = crf_picture(50, 71, 3)
+
+    def run(capacity):
+        return torch.ops.ribfast.dense_crf([image], [unary], [3.0, 3.0], [50.0, 5.0, 10.0], 2, 0, False, capacity)
+
+    with pytest.raises(ValueError, match="dense_crf: expected a capacity of as many vertices as a lattice has"):
+        run(100)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        (result,) = run(100)
+    graph.replay()
+    assert result.isnan().all()
+
+
+def test_lattice_filter():
+    features, values = torch.randn(3000, 4, device="cuda") * 2, torch.rand(3000, 6, device="cuda")
+
+    def run():
+        lattice = torch.ops.ribfast.lattice(features, False)
+        return [torch.ops.ribfast.lattice_filter(values, lattice, transpose) for transpose in (False, True)]
+
+    results = replayed(run, [features, values])
+    torch.testing.assert_close(results[0], reference.Lattice(features).filter(values), rtol=1e-4, atol=1e-5)
+    for result, repeated in zip(results, run(), strict=True):
+        assert torch.equal(result, repeated)
+
+
+def test_mean_field_of_points():
+    features, unary = torch.randn(2000, 3, device="cuda"), torch.rand(6, 2000, device="cuda") * 3
+
+    def run():
+        lattice = torch.ops.ribfast.lattice(features, False)
+        return torch.ops.ribfast.mean_field(unary, lattice, [1.5], [1], 3, False)
+
+    result = replayed(run, [features, unary])
+    lattice, q = reference.Lattice(features), (-unary.T).softmax(1)
+    mass = lattice.filter(torch.ones(2000, 1, device="cuda")) + 1e-20
+    for _ in range(3):
+        q = (1.5 / mass * lattice.filter(q) - unary.T).softmax(1)
+    torch.testing.assert_close(result, q.T, rtol=0, atol=1e-4)
+    assert torch.equal(result, run())

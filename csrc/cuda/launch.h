@@ -33,6 +33,17 @@ void with_vector(int width, F&& f) {
   }
 }
 
+// Launches kernels one after another: what the sequences in *.cuh are run with.
+struct OnStream {
+  cudaStream_t stream;
+
+  template <typename... Parameters, typename... Arguments>
+  void operator()(void (*kernel)(Parameters...), dim3 grid, unsigned threads, const Arguments&... arguments) const {
+    kernel<<<grid, threads, 0, stream>>>(arguments...);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+};
+
 inline unsigned checked_grid(const char* op, int64_t blocks) {
   RIBFAST_CHECK_VALUE(blocks < (int64_t{1} << 31), op, "less work in one call (2^31 blocks)", blocks);
   return static_cast<unsigned>(blocks);

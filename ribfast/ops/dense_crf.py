@@ -34,7 +34,8 @@ def dense_crf(
     gaussian: (standard deviation in pixels, strength), bilateral: (in pixels, in colour, strength) of the Potts terms;
     None leaves a term out. normalization: "symmetric" (pydensecrf's default), "after", "before" or "none".
     exact: pydensecrf's order of operations, for results equal to 1e-5; otherwise they are within 5e-4 of it.
-    nan: "error" refuses energies that are not finite; "propagate" computes with them.
+    nan: "error" refuses energies that are not finite (but not while a CUDA graph is captured); "propagate" computes
+    with them.
     differentiable: with respect to the unary, for a CRF as a layer: iterations by autograd over `Lattice.filter`, which
     keeps iterations * L * H * W floats an image; without it, asking for a gradient is an error.
     capacity: on CUDA devices, vertices for which a lattice has room (default: as many as there can be); fewer save
@@ -148,7 +149,7 @@ def mean_field(
     _check_finite(op, unary, nan)
     how = [_normalization(op, name) for name in normalizations]
     iterations = _integer(op, "iterations", iterations, 0)
-    fused = all(lattice._reference is None for lattice in lattices) and unary.device.type == "cpu"
+    fused = all(lattice._reference is None for lattice in lattices)
     if differentiable or not fused or _ext.backend(_OP, unary.device).name == "reference":
         return reference.mean_field(
             unary.float(), lattices, strengths, normalizations=list(normalizations), iterations=iterations
@@ -200,8 +201,10 @@ def _check_unary(image, energies, nan: str) -> None:
 def _check_finite(op: str, energies: Tensor, nan: str) -> None:
     if nan not in ("error", "propagate"):
         raise ValueError(f"{op}: expected nan to be 'error' or 'propagate', got {nan!r}")
+    if nan == "propagate" or (energies.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return  # a graph that is being captured has no values yet
     # a finite sum is the quick proof
-    if nan == "error" and not torch.isfinite(energies.sum()) and not torch.isfinite(energies).all():
+    if not torch.isfinite(energies.sum()) and not torch.isfinite(energies).all():
         raise ValueError(f"{op}: expected finite energies, got NaN or infinity; clip probabilities before taking "
                          "their logarithm, or pass nan='propagate'")  # fmt: skip
 

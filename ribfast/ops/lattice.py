@@ -57,11 +57,13 @@ class Lattice:
 @torch.library.register_fake("ribfast::lattice")
 def _(features, filled):
     size = torch.library.get_ctx().new_dynamic_size
-    tiles, corners = (features.shape[0] + 15) // 16, features.shape[1] + 1
-    places = features.new_empty((tiles, corners, 16), dtype=torch.int32)
-    links = features.new_empty((size(),), dtype=torch.int32)
-    segments = features.new_empty((corners * 8 + 3,), dtype=torch.int64)
-    return [places, features.new_empty(places.shape, dtype=torch.float32), links, segments]
+    points, corners = features.shape[0], features.shape[1] + 1
+    places = features.new_empty(((points + 15) // 16, corners, 16), dtype=torch.int32)
+    weights = places.new_empty(places.shape, dtype=torch.float32)
+    if features.device.type == "cuda":
+        neighbours = places.new_empty((corners, (points + filled) * corners + 1, 2))
+        return [places, weights, neighbours, places.new_empty((size(),), dtype=torch.uint8)]
+    return [places, weights, places.new_empty((size(),)), places.new_empty((corners * 8 + 3,), dtype=torch.int64)]
 
 
 @torch.library.register_fake("ribfast::lattice_filter")

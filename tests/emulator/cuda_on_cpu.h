@@ -78,17 +78,17 @@ inline void run_fibre() {
 }
 
 // order 0: threads take turns in ascending order, 1: descending, else shuffled by that seed.
-inline void launch(unsigned blocks, unsigned threads, unsigned order, const std::function<void()>& kernel) {
+inline void launch(dim3 grid, unsigned threads, unsigned order, const std::function<void()>& kernel) {
   std::vector<int> turns(threads);
   std::iota(turns.begin(), turns.end(), 0);
   if (order == 1) std::reverse(turns.begin(), turns.end());
   if (order > 1) std::shuffle(turns.begin(), turns.end(), std::mt19937(order));
   body = &kernel;
-  blockDim = dim3(threads), gridDim = dim3(blocks);
+  blockDim = dim3(threads), gridDim = grid;
   fibres.resize(std::max<size_t>(fibres.size(), threads));
   exchange.assign(threads * 8, 0);
-  for (unsigned block = 0; block < blocks; ++block) {
-    blockIdx = {block, 0, 0};
+  for (unsigned block = 0; block < grid.x * grid.y; ++block) {
+    blockIdx = {block % grid.x, block / grid.x, 0};
     warp_barriers.assign((threads + 31) / 32, {});
     block_barrier = {};
     alive = static_cast<int>(threads);
@@ -131,4 +131,45 @@ T __shfl_xor_sync(unsigned mask, T value, int distance) {
   std::memcpy(&value, &emulator::exchange[(self ^ distance) * 8], sizeof value);
   emulator::wait(emulator::warp_barriers[warp], 32);
   return value;
+}
+
+template <typename T>
+T __shfl_up_sync(unsigned mask, T value, int distance) {
+  static_assert(sizeof(T) <= 8);
+  if (mask != 0xffffffffu) std::abort();
+  const int self = emulator::current, warp = self / 32;
+  std::memcpy(&emulator::exchange[self * 8], &value, sizeof value);
+  emulator::wait(emulator::warp_barriers[warp], 32);
+  if (self % 32 >= distance) std::memcpy(&value, &emulator::exchange[(self - distance) * 8], sizeof value);
+  emulator::wait(emulator::warp_barriers[warp], 32);
+  return value;
+}
+
+// Threads only change at barriers: these are atomic as they stand.
+inline int atomicCAS(int* at, int expected, int value) {
+  const int old = *at;
+  if (old == expected) *at = value;
+  return old;
+}
+
+inline int atomicMin(int* at, int value) {
+  const int old = *at;
+  *at = std::min(old, value);
+  return old;
+}
+
+inline int atomicAdd(int* at, int value) {
+  const int old = *at;
+  *at += value;
+  return old;
+}
+
+// On the device these are never contracted into a fused multiply-add; here nothing is.
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __expf(float x) { return std::exp(x); }
+
+template <typename T>
+T __ldg(const T* from) {
+  return *from;
 }
