@@ -243,6 +243,13 @@ def test_dense_crf_of_a_batch_of_sizes(kernels):
         assert torch.equal(got, emulated(kernels, [image], [unary])[0][0])
 
 
+@pytest.mark.parametrize("labels", [2, 5, 21])
+def test_dense_crf_of_large_energies(kernels, labels):
+    image, unary = picture(10, 12, labels)
+    unary[-1, :5] += 1e10
+    check(kernels, [(image, unary)], iterations=2)
+
+
 def test_dense_crf_carries_nan(kernels):
     image, unary = picture(20, 30, 3)
     unary[1, 3, 4] = math.nan

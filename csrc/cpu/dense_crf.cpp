@@ -134,29 +134,15 @@ struct Options {
   bool exact;
 };
 
-void check_term(const char* op, const char* name, at::ArrayRef<double> term, size_t size) {
-  RIBFAST_CHECK_VALUE(term.empty() || term.size() == size, op, c10::str(name, " with ", size, " numbers"), term.size());
-  for (size_t i = 0; i < term.size(); ++i) {
-    RIBFAST_CHECK_VALUE(std::isfinite(term[i]) && (i + 1 == size || static_cast<float>(term[i]) > 0), op,
-                        c10::str(name, " with finite numbers and standard deviations above 0"), term);
-  }
-}
-
 Options check_options(const char* op, at::ArrayRef<double> gaussian, at::ArrayRef<double> bilateral, int64_t iterations,
                       int64_t normalization, bool exact, int64_t capacity) {
-  check_term(op, "gaussian", gaussian, 2);
-  check_term(op, "bilateral", bilateral, 3);
+  check_crf_term(op, "gaussian", gaussian, 2);
+  check_crf_term(op, "bilateral", bilateral, 3);
   RIBFAST_CHECK_VALUE(iterations >= 0, op, "iterations of at least 0", iterations);
   RIBFAST_CHECK_VALUE(normalization >= kSymmetric && normalization <= kNone, op, "a normalization from 0 to 3",
                       normalization);
   RIBFAST_CHECK_VALUE(capacity >= 0, op, "a capacity of at least 0", capacity);
   return {op, gaussian, bilateral, iterations, static_cast<Normalization>(normalization), exact};
-}
-
-void check_image(const char* op, const at::Tensor& image) {
-  RIBFAST_CHECK_TYPE(image.scalar_type() == at::kByte, op, "images in uint8", c10::toString(image.scalar_type()));
-  RIBFAST_CHECK_VALUE(image.dim() == 3 && image.size(2) == 3 && image.numel() > 0 && image.numel() / 3 < (1 << 30), op,
-                      "images (H, W, 3) of 1 to 2^30 pixels", image.sizes());
 }
 
 // Runs `crfs[i]`, but for its terms, on images[i].
@@ -209,7 +195,7 @@ std::vector<at::Tensor> dense_crf(at::TensorList images, at::TensorList unary, a
   std::vector<at::Tensor> results, dense_images, dense_unary;
   std::vector<MeanField> crfs(images.size());
   for (size_t i = 0; i < images.size(); ++i) {
-    check_image(op, images[i]);
+    check_crf_image(op, images[i]);
     RIBFAST_CHECK_VALUE(unary[i].dim() == 3 && unary[i].size(0) > 0 && unary[i].size(1) == images[i].size(0) &&
                             unary[i].size(2) == images[i].size(1),
                         op, "unary (L, H, W) of the image, L >= 1", unary[i].sizes(), " for an image ", images[i].sizes());
@@ -238,7 +224,7 @@ std::vector<at::Tensor> dense_crf_labels(at::TensorList images, at::TensorList l
   std::vector<at::Tensor> results, dense_images, dense_labels;
   std::vector<MeanField> crfs(images.size());
   for (size_t i = 0; i < images.size(); ++i) {
-    check_image(op, images[i]);
+    check_crf_image(op, images[i]);
     RIBFAST_CHECK_TYPE(labels[i].scalar_type() == at::kByte, op, "labels in uint8", c10::toString(labels[i].scalar_type()));
     RIBFAST_CHECK_VALUE(labels[i].dim() == 3 && labels[i].size(1) == images[i].size(0) &&
                             labels[i].size(2) == images[i].size(1),

@@ -7,8 +7,8 @@
 // many as fit; the others are read where they stand. Any number of labels: up to kGroupMost channels a thread keeps its
 // pixel's energies in registers, beyond they are in memory and channels are passed through in groups.
 //
-// As on the CPU, fast mode leaves out the last label where that saves a vector: energies are differences to its energy,
-// and what is filtered are differences to its probability.
+// As on the CPU, fast mode leaves out the last label where that saves a vector: what is filtered, and so the messages
+// too, are differences to it.
 #pragma once
 
 #include <map>
@@ -78,10 +78,11 @@ __global__ void __launch_bounds__(kTilePoints, kBlocks<kVec, kVectors, kMany>)
   }
 
   int32_t own = -1;  // the label that is given
-  float base = 0;    // the left-out label's energy of the unary
+  float left_out = 0, base = 0;  // the left-out label's energy, negated; what is added to all the others'
   if (pixel >= 0) {
     if (image.unary != nullptr) {
-      if (step.reduced) base = __ldg(image.unary + used * area + pixel);
+      if (step.reduced) (step.channels == 1 ? base : left_out) = __ldg(image.unary + used * area + pixel);
+      left_out = -left_out;
     } else {
       own = __ldg(image.given + pixel);
       own = own == step.unsure ? -1 : own;
@@ -168,7 +169,7 @@ __global__ void __launch_bounds__(kTilePoints, kBlocks<kVec, kVectors, kMany>)
     }
     keep(group);
   }
-  if (step.reduced && 0.0f > top) top = 0, best = used;
+  if (step.reduced && left_out > top) top = left_out, best = used;
 
   float sum = 0;
   const auto power = [&](float x) { return step.exact ? expf(x - top) : __expf(x - top); };
@@ -181,7 +182,7 @@ __global__ void __launch_bounds__(kTilePoints, kBlocks<kVec, kVectors, kMany>)
     }
     keep(group);
   }
-  const float rest = step.reduced ? power(0) : 0.0f;  // of the label that is left out
+  const float rest = step.reduced ? power(left_out) : 0.0f;  // of the label that is left out
   sum += rest;
 
   if (step.last) {

@@ -218,6 +218,11 @@ def _check_labels(op: str, image, labels, n_labels: int, unsure: int | None) -> 
     if labels.ndim not in (2, 3) or labels.shape[-2:] != image.shape[:2]:
         raise ValueError(f"{op}: expected labels (H, W) or (K, H, W) of the image's size {tuple(image.shape[:2])}, "
                          f"got shape {tuple(labels.shape)}")  # fmt: skip
+    if labels.is_cuda and not torch.cuda.is_current_stream_capturing():  # elsewhere the operator looks
+        wrong = labels >= n_labels if unsure is None else (labels >= n_labels) & (labels != unsure)
+        if wrong.any():
+            raise ValueError(f"{op}: expected labels below n_labels ({n_labels}) or `unsure` ({unsure}), "
+                             f"got {labels[wrong][0].item()}")  # fmt: skip
     return labels if labels.ndim == 3 else labels[None]
 
 

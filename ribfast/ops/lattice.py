@@ -28,6 +28,8 @@ class Lattice:
                              f"{(points, dims)}")  # fmt: skip
         self.points, self.dims, self.device = points, dims, features.device
         features = features.detach()
+        if features.is_cuda and not torch.cuda.is_current_stream_capturing() and not torch.isfinite(features).all():
+            raise ValueError(f"{_OP}: expected finite features, got NaN or infinity")
         if _ext.backend(_OP, features.device).name == "reference":
             self._tensors, self._reference = None, reference.Lattice(features, filled=filled)
         else:
