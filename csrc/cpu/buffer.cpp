@@ -1,5 +1,8 @@
 #include "buffer.h"
 
+#include <unistd.h>
+
+#include <algorithm>
 #include <cstdlib>
 #include <mutex>
 #include <new>
@@ -19,6 +22,7 @@ struct Pool {
   std::mutex mutex;
   std::vector<Block> blocks;  // the oldest first
   int64_t bytes = 0;
+  const int64_t most = std::min(kKeptBytes, int64_t{sysconf(_SC_PHYS_PAGES)} * sysconf(_SC_PAGESIZE) / 32);
 };
 
 Pool& pool() {
@@ -56,13 +60,13 @@ void give_memory(void* memory, int64_t size) {
   {
     Pool& shared = pool();
     const std::lock_guard<std::mutex> lock(shared.mutex);
-    if (size > kKeptBytes) {
+    if (size > shared.most) {
       dropped.push_back(memory);
     } else {
       shared.blocks.push_back({memory, size});
       shared.bytes += size;
     }
-    while (shared.bytes > kKeptBytes) {
+    while (shared.bytes > shared.most) {
       dropped.push_back(shared.blocks.front().memory);
       shared.bytes -= shared.blocks.front().size;
       shared.blocks.erase(shared.blocks.begin());

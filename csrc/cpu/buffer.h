@@ -1,5 +1,5 @@
 // Scratch memory. Fresh pages cost a page fault each, a tenth of a small CRF's time: what one call gives back the next
-// takes, up to kKeptBytes in all.
+// takes, up to kKeptBytes in all, or a 32nd of the machine's memory where that is less.
 #pragma once
 
 #include <cstddef>
@@ -8,7 +8,7 @@
 
 namespace ribfast::cpu {
 
-constexpr int64_t kKeptBytes = int64_t{128} << 20;
+constexpr int64_t kKeptBytes = int64_t{512} << 20;
 
 // Memory on a cache line's boundary; throws std::bad_alloc. `size` is set to what was given, `bytes` at least.
 void* take_memory(int64_t bytes, int64_t& size);

@@ -66,7 +66,7 @@ struct Kernels {
   // Rows of tiles [begin, end); channels: 1 or a multiple of 4. splat adds; rows null, with one channel: ones.
   void (*slice)(const LatticeView& lattice, int64_t begin, int64_t end, int32_t channels, float* rows);
   void (*splat)(const LatticeView& lattice, int64_t begin, int64_t end, int32_t channels, const float* rows);
-  // scratch: room for kTile * job.channels * job.parts floats.
+  // scratch: room for the rows of kTogether tiles; unused where job.probabilities is not null.
   void (*update)(const PixelJob& job, float* scratch);
 };
 

@@ -101,7 +101,7 @@ LatticeArrays check_lattice(const char* op, at::TensorList tensors) {
   expect(all_within(corners, tensors[0].numel(), static_cast<int32_t>(vertices) * kCornerScale, kCornerScale));
   expect(all_within(links, tensors[2].numel(), static_cast<int32_t>(vertices), 1));
   return {points, static_cast<int32_t>(dims), static_cast<int32_t>(vertices), corners,
-          tensors[1].const_data_ptr<float>(), links, segments, nullptr};
+          tensors[1].const_data_ptr<float>(), links, segments, nullptr, nullptr};
 }
 
 at::Tensor lattice_filter(const at::Tensor& values, at::TensorList lattice, bool transpose) {

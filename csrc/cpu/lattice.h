@@ -16,6 +16,7 @@ namespace ribfast::cpu {
 
 constexpr int kMaxDims = 8;
 constexpr int kTile = 16;     // lanes of the widest vector
+constexpr int kTogether = 4;    // tiles of few channels that one step of a pass over the points takes
 constexpr int kCornerScale = 4;  // corners are stored as vertex * kCornerScale: addresses then need one shift less
 constexpr int32_t kMostVertices = (INT32_MAX - kTile) / kCornerScale;
 constexpr int kLongestLine = 8;   // of vertices in a row, among those that are sorted by their length
@@ -71,6 +72,9 @@ struct LatticeView {
   const float* after;   // factor of its sliced value, or null
   const float* values;  // blurred: what is sliced; null before the first iteration
   float* splat;         // what this pass adds to; null in the last
+  // vertices that a tile touches first are [touched[tile], touched[tile + 1]); where this is not null, the pass sets them
+  // to 0 in `splat` before it adds to them, and whoever calls it does so with all the others
+  const int32_t* touched;
 };
 
 // One mean-field update of the points of tiles [begin, end): energies, softmax, and the splat of the result.

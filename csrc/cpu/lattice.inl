@@ -79,18 +79,6 @@ RIBFAST_INLINE VKey widened_half(VInt32 numbers, int half) {
   return bits<VKey>(__builtin_convertvector(load_raw<Half>(lanes + half * kKeyLanes), VInt64));
 }
 
-RIBFAST_INLINE VKey gather(const uint64_t* from, VKey index) {
-#if RIBFAST_VECTOR_BYTES == 64
-  return bits<VKey>(_mm512_i64gather_epi64(bits<__m512i>(index), from, 8));
-#elif RIBFAST_VECTOR_BYTES == 32
-  return bits<VKey>(_mm256_i64gather_epi64(reinterpret_cast<const long long*>(from), bits<__m256i>(index), 8));
-#else
-  VKey v;
-  for (int k = 0; k < kKeyLanes; ++k) v[k] = from[index[k]];
-  return v;
-#endif
-}
-
 // Bit k: lane k is not 0.
 RIBFAST_INLINE uint32_t lanes_set(VKey v) {
 #if RIBFAST_VECTOR_BYTES == 64
@@ -99,6 +87,20 @@ RIBFAST_INLINE uint32_t lanes_set(VKey v) {
   uint32_t set = 0;
   for (int k = 0; k < kKeyLanes; ++k) set |= static_cast<uint32_t>(v[k] != 0) << k;
   return set;
+#endif
+}
+
+// Of the lanes that `wanted` sets; the others are 0 or whatever stands at their index.
+RIBFAST_INLINE VKey gather(const uint64_t* from, VKey index, VKey wanted) {
+#if RIBFAST_VECTOR_BYTES == 64
+  const auto mask = static_cast<__mmask8>(lanes_set(wanted));
+  return bits<VKey>(_mm512_mask_i64gather_epi64(_mm512_setzero_si512(), mask, bits<__m512i>(index), from, 8));
+#elif RIBFAST_VECTOR_BYTES == 32
+  return bits<VKey>(_mm256_i64gather_epi64(reinterpret_cast<const long long*>(from), bits<__m256i>(index), 8));
+#else
+  VKey v;
+  for (int k = 0; k < kKeyLanes; ++k) v[k] = from[index[k]];
+  return v;
 #endif
 }
 
@@ -122,11 +124,12 @@ void find(const VertexSlots& table, const uint64_t* keys, uint64_t move, int64_t
     VKey hash = key * kHashFactor;
     hash ^= hash >> kHashFold;
     const VKey at = hash >> table.shift, low = VKey{} + 0xffffffffull, tag = hash & low;
-    const VKey one = gather(table.slots, at), two = gather(table.slots, (at + 1) & table.mask);
+    const VKey one = gather(table.slots, at, ~VKey{});
     const VKey at_one = bits<VKey>((one & low) == tag) | bits<VKey>((one >> 32) == 0);
+    const VKey two = gather(table.slots, (at + 1) & table.mask, ~at_one);
     const VKey at_two = bits<VKey>((two & low) == tag) | bits<VKey>((two >> 32) == 0);
     const VKey vertex = ((at_one & one) | (~at_one & two)) >> 32;
-    const VKey wrong = bits<VKey>(vertex != 0) & (gather(table.keys, vertex) ^ key);
+    const VKey there = bits<VKey>(vertex != 0), wrong = there & (gather(table.keys, vertex, there) ^ key);
     typedef int32_t Half __attribute__((vector_size(RIBFAST_VECTOR_BYTES / 2)));
     store_raw(found + i, __builtin_convertvector(bits<VInt64>(vertex), Half));
     for (uint32_t open = lanes_set(~(at_one | at_two) | wrong); open != 0; open &= open - 1) {
@@ -375,6 +378,49 @@ RIBFAST_INLINE Row<kWidth> sliced(const int32_t* corners, const float* weights, 
   return sum;
 }
 
+// Lane k of the result is numbers[k / kWidth].
+template <int kWidth>
+RIBFAST_INLINE VFloat spread(const float* numbers) {
+#if RIBFAST_VECTOR_BYTES == 64
+  if constexpr (kWidth == 8) {
+    const VInt32 halves = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1};
+    const __m128 two = bits<__m128>(_mm_load_sd(reinterpret_cast<const double*>(numbers)));
+    return bits<VFloat>(_mm512_permutexvar_ps(bits<__m512i>(halves), _mm512_castps128_ps512(two)));
+  } else if constexpr (kWidth == 4) {
+    const VInt32 quarters = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};
+    return bits<VFloat>(_mm512_permutexvar_ps(bits<__m512i>(quarters), _mm512_castps128_ps512(_mm_loadu_ps(numbers))));
+  }
+#elif RIBFAST_VECTOR_BYTES == 32
+  if constexpr (kWidth == 4) {
+    const VInt32 halves = {0, 0, 0, 0, 1, 1, 1, 1};
+    const __m128 two = bits<__m128>(_mm_load_sd(reinterpret_cast<const double*>(numbers)));
+    return bits<VFloat>(_mm256_permutevar8x32_ps(_mm256_castps128_ps256(two), bits<__m256i>(halves)));
+  }
+#endif
+  return VFloat{} + numbers[0];
+}
+
+// Narrow rows side by side in one vector: a vector that is written in parts would wait for them when it is read.
+template <int kWidth>
+RIBFAST_INLINE VFloat joined(const Row<kWidth>* rows) {
+#if RIBFAST_VECTOR_BYTES == 64
+  if constexpr (kWidth == 8) {
+    const __m512 low = _mm512_castps256_ps512(bits<__m256>(rows[0].part[0]));
+    return bits<VFloat>(_mm512_insertf32x8(low, bits<__m256>(rows[1].part[0]), 1));
+  } else {
+    __m512 all = _mm512_castps128_ps512(bits<__m128>(rows[0].part[0]));
+    all = _mm512_insertf32x4(all, bits<__m128>(rows[1].part[0]), 1);
+    all = _mm512_insertf32x4(all, bits<__m128>(rows[2].part[0]), 2);
+    return bits<VFloat>(_mm512_insertf32x4(all, bits<__m128>(rows[3].part[0]), 3));
+  }
+#elif RIBFAST_VECTOR_BYTES == 32
+  const __m256 low = _mm256_castps128_ps256(bits<__m128>(rows[0].part[0]));
+  return bits<VFloat>(_mm256_insertf128_ps(low, bits<__m128>(rows[1].part[0]), 1));
+#else
+  return rows[0].part[0];
+#endif
+}
+
 // rows = base + strength * after * slice, of one tile and part; base null: 0.
 template <bool kExact>
 RIBFAST_INLINE void slice_rows(const LatticeView& lattice, const float* values, int64_t tile, int32_t channels,
@@ -391,6 +437,19 @@ RIBFAST_INLINE void slice_rows(const LatticeView& lattice, const float* values, 
     over_blocks(channels, [&](auto width, int32_t first) {
       constexpr int kWidth = decltype(width)::value;
       const float* block = values + first * lattice.stride;
+      if constexpr (kWidth > 1 && kWidth < kLanes) {
+        for (int k = 0; k < kTile; k += kLanes / kWidth) {
+          const int64_t at = first * kTile + k * kWidth;
+          Row<kWidth> points[kLanes / kWidth];
+          for (int i = 0; i < kLanes / kWidth; ++i) {
+            points[i] = sliced<kWidth, kCorners, kExact>(corners + k + i, weights + k + i, block);
+          }
+          const VFloat message = joined<kWidth>(points) * spread<kWidth>(factor + k);
+          const VFloat sum = base == nullptr ? VFloat{} : load_raw<VFloat>(base + at);
+          store_raw(rows + at, sum + (kExact ? strength : 1.0f) * message);
+        }
+        return;
+      }
       for (int k = 0; k < kTile; ++k) {
         const int64_t at = first * kTile + k * kWidth;
         Row<kWidth> sum = base == nullptr ? Row<kWidth>::zero() : Row<kWidth>::load(base + at);
@@ -457,20 +516,6 @@ RIBFAST_INLINE VFloat over_group(VFloat v, F&& f) {
   return v;
 }
 
-// Lane k of the result is numbers[k / kWidth].
-template <int kWidth>
-RIBFAST_INLINE VFloat spread(const float* numbers) {
-  if constexpr (kWidth >= kLanes) {
-    return VFloat{} + numbers[0];
-  } else {
-    static constexpr int32_t kQuarters[16] = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};
-    static constexpr int32_t kHalves[16] = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1};
-    VFloat v = VFloat{};
-    __builtin_memcpy(&v, numbers, sizeof(float) * (kLanes / kWidth));
-    return __builtin_shuffle(v, load_raw<VInt32>(kWidth == 4 ? kQuarters : kHalves));
-  }
-}
-
 struct Larger {
   template <class V>
   RIBFAST_INLINE V operator()(V a, V b) const {
@@ -483,6 +528,16 @@ struct Sum {
     return a + b;
   }
 };
+
+// 1 / v for v >= 1, to a float's accuracy.
+RIBFAST_INLINE VFloat reciprocal(VFloat v) {
+#if RIBFAST_VECTOR_BYTES == 64
+  const VFloat guess = bits<VFloat>(_mm512_rcp14_ps(bits<__m512>(v)));
+  return guess + guess * (1.0f - v * guess);
+#else
+  return 1.0f / v;
+#endif
+}
 
 // Softmax of labellings of kGroup channels in a row, in place over `size` floats of rows. differences: of the
 // probabilities from the left-out label's, for the splat in reduced form.
@@ -498,7 +553,7 @@ RIBFAST_INLINE void softmax_of_groups(float* rows, int64_t size, bool reduced, b
     VFloat e = exp_of_negative<VFloat, VInt32>(energy - top);
     const VFloat sum = over_group<kGroup>(e, Sum()) + left_out;
     if (differences) e -= left_out;
-    store_raw(rows + i, e / sum);
+    store_raw(rows + i, e * reciprocal(sum));
   }
 }
 
@@ -597,65 +652,98 @@ void energies_of_labels(const PixelJob& job, int64_t tile, float* rows) {
   }
 }
 
-// A tile at a time, vectors over channels. rows: room for a tile's.
-void update_points(const PixelJob& job, float* scratch) {
+// Sets the vertices that a tile touches first to 0, and asks for those that a later one reads first.
+void prepare_vertices(const LatticeView& lattice, int64_t tile, int64_t end, int32_t part, int32_t channels) {
+  constexpr int64_t kAhead = 3;
+  const int32_t first = lattice.touched[tile], last = lattice.touched[tile + 1];
+  const bool read = lattice.values != nullptr && tile + kAhead < end;
+  const int32_t* ahead = lattice.touched + (read ? tile + kAhead : tile);
+  const int32_t soon = ahead[0], later = ahead[read];
+  over_blocks(channels, [&](auto width, int32_t channel) {
+    constexpr int kWidth = decltype(width)::value;
+    const int64_t block = (int64_t{part} * channels + channel) * lattice.stride;
+    for (int64_t v = first; v < last; ++v) Row<kWidth>::zero().store(lattice.splat + block + v * kWidth);
+    for (int64_t v = soon; v < later; ++v) __builtin_prefetch(lattice.values + block + v * kWidth);
+  });
+}
+
+// rows = negative energies of a tile: the unary's and the messages.
+RIBFAST_INLINE void energies_of_tile(const PixelJob& job, int64_t tile, float* rows) {
   const int64_t part_size = int64_t{kTile} * job.channels, size = part_size * job.parts;
-  for (int64_t tile = job.begin; tile < job.end; ++tile) {
-    float* rows = job.probabilities != nullptr ? job.probabilities + (tile - job.begin) * size : scratch;
-    const float* base = job.negative_unary == nullptr ? rows : job.negative_unary + tile * size;
-    if (job.negative_unary == nullptr) energies_of_labels(job, tile, rows);
+  const float* base = job.negative_unary == nullptr ? rows : job.negative_unary + tile * size;
+  if (job.negative_unary == nullptr) energies_of_labels(job, tile, rows);
+  for (int32_t l = 0; l < job.count; ++l) {
+    const LatticeView& lattice = job.lattices[l];
+    for (int32_t part = 0; part < job.parts && lattice.touched != nullptr; ++part) {
+      prepare_vertices(lattice, tile, job.end, part, job.channels);
+    }
+    if (lattice.values == nullptr) continue;
+    for (int32_t part = 0; part < job.parts; ++part) {
+      const float* values = lattice.values + part * job.channels * lattice.stride;
+      const float* from = base + part * part_size;
+      float* to = rows + part * part_size;
+      if (job.exact) {
+        slice_rows<true>(lattice, values, tile, job.channels, lattice.strength, lattice.after, from, to);
+      } else {
+        slice_rows<false>(lattice, values, tile, job.channels, lattice.strength, lattice.after, from, to);
+      }
+    }
+    base = rows;
+  }
+  if (base != rows) __builtin_memcpy(rows, base, size * sizeof(float));
+}
+
+// Takes the softmax of a tile's rows where that is still to be taken, and splats them.
+RIBFAST_INLINE void splat_of_tile(const PixelJob& job, int64_t tile, float* rows) {
+  const float zeros[kTile] = {};
+  float ones[kTile];
+  for (float& one : ones) one = 1;
+  for (int32_t part = 0; part < job.parts; ++part) {
+    float* own = rows + int64_t{part} * kTile * job.channels;
+    float share[kTile], left_out[kTile];
+    const bool shared = !job.exact && job.group == 0;  // rows are then to be multiplied with `share`
+    if (job.exact) exact_softmax_of_rows(own, job.channels);
+    if (shared) {
+      const float* last = job.left_out == nullptr ? nullptr : job.left_out + tile * kTile;
+      softmax_of_rows(own, job.channels, job.reduced, last, share, left_out);
+    }
     for (int32_t l = 0; l < job.count; ++l) {
       const LatticeView& lattice = job.lattices[l];
-      if (lattice.values == nullptr) continue;
-      for (int32_t part = 0; part < job.parts; ++part) {
-        const float* values = lattice.values + part * job.channels * lattice.stride;
-        float* own = rows + part * part_size;
-        if (job.exact) {
-          slice_rows<true>(lattice, values, tile, job.channels, lattice.strength, lattice.after, base + part * part_size, own);
-        } else {
-          slice_rows<false>(lattice, values, tile, job.channels, lattice.strength, lattice.after, base + part * part_size, own);
-        }
+      if (lattice.splat == nullptr) continue;
+      const float *factor = lattice.before == nullptr ? ones : lattice.before + tile * kTile, *shift = zeros;
+      float factors[kTile], shifts[kTile];
+      if (shared) {
+        for (int k = 0; k < kTile; ++k) factors[k] = share[k] * factor[k], shifts[k] = -left_out[k] * factors[k];
+        factor = factors, shift = shifts;
       }
-      base = rows;
+      splat_rows(lattice, lattice.splat + part * job.channels * lattice.stride, tile, job.channels, factor, shift, own);
     }
-    if (base != rows) __builtin_memcpy(rows, base, size * sizeof(float));
-    const bool last = job.probabilities != nullptr;
-    for (int32_t part = 0; part < job.parts; ++part) {
-      float* own = rows + part * part_size;
-      float share[kTile], left_out[kTile];
-      for (int k = 0; k < kTile; ++k) share[k] = 1, left_out[k] = 0;
-      if (job.exact) {
-        exact_softmax_of_rows(own, job.channels);
-      } else if (job.group == 1) {
-        softmax_of_groups<1>(own, part_size, job.reduced, !last && job.reduced);
-      } else if (job.group == 2) {
-        softmax_of_groups<2>(own, part_size, job.reduced, !last && job.reduced);
-      } else if (job.group == 4) {
-        softmax_of_groups<4>(own, part_size, job.reduced, !last && job.reduced);
-      } else {
-        softmax_of_rows(own, job.channels, job.reduced,
-                        job.left_out == nullptr ? nullptr : job.left_out + tile * kTile, share, left_out);
-      }
-      for (int32_t l = 0; l < job.count; ++l) {
-        const LatticeView& lattice = job.lattices[l];
-        if (lattice.splat == nullptr) continue;
-        float factor[kTile], shift[kTile];
-        for (int k = 0; k < kTile; ++k) {
-          factor[k] = lattice.before == nullptr ? share[k] : share[k] * lattice.before[tile * kTile + k];
-          shift[k] = -left_out[k] * factor[k];
-        }
-        splat_rows(lattice, lattice.splat + part * job.channels * lattice.stride, tile, job.channels, factor, shift, own);
-      }
-      if (!last) continue;
-      if (job.reduced && job.group == 0) {
-        float* to = job.left_out_probabilities + ((tile - job.begin) * job.parts + part) * kTile;
-        for (int k = 0; k < kTile; ++k) to[k] = left_out[k] * share[k];
-      }
-      over_blocks(job.channels, [&](auto width, int32_t first) {
-        constexpr int kWidth = decltype(width)::value;
-        for (int k = 0; k < kTile * kWidth; ++k) own[first * kTile + k] *= share[k / kWidth];
-      });
+    if (job.probabilities == nullptr || !shared) continue;
+    if (job.reduced) {
+      float* to = job.left_out_probabilities + ((tile - job.begin) * job.parts + part) * kTile;
+      for (int k = 0; k < kTile; ++k) to[k] = left_out[k] * share[k];
     }
+    over_blocks(job.channels, [&](auto width, int32_t first) {
+      constexpr int kWidth = decltype(width)::value;
+      for (int k = 0; k < kTile * kWidth; ++k) own[first * kTile + k] *= share[k / kWidth];
+    });
+  }
+}
+
+// Vectors over channels. Few channels go kTogether tiles at a time: one tile's exponentials alone would not fill the
+// time that each takes.
+void update_points(const PixelJob& job, float* scratch) {
+  const int64_t size = int64_t{kTile} * job.channels * job.parts;
+  const int64_t together = job.group != 0 && job.channels <= 8 ? kTogether : 1;
+  for (int64_t begin = job.begin; begin < job.end; begin += together) {
+    const int64_t count = begin + together < job.end ? together : job.end - begin;
+    float* rows = job.probabilities != nullptr ? job.probabilities + (begin - job.begin) * size : scratch;
+    for (int64_t i = 0; i < count; ++i) energies_of_tile(job, begin + i, rows + i * size);
+    const bool differences = job.reduced && job.probabilities == nullptr;
+    if (job.group == 1) softmax_of_groups<1>(rows, count * size, job.reduced, differences);
+    if (job.group == 2) softmax_of_groups<2>(rows, count * size, job.reduced, differences);
+    if (job.group == 4) softmax_of_groups<4>(rows, count * size, job.reduced, differences);
+    for (int64_t i = 0; i < count; ++i) splat_of_tile(job, begin + i, rows + i * size);
   }
 }
 
@@ -690,13 +778,15 @@ RIBFAST_INLINE void splat_one(const LatticeView& lattice, int64_t tile, const fl
 // One channel (two labels, the second left out): vectors over points. What is splat is q_1 - q_2 = 2 q_1 - 1,
 // q_1 = 1 / (1 + exp(-energy)).
 void update_points_of_one_channel(const PixelJob& job) {
-  for (int64_t tile = job.begin; tile < job.end; ++tile) {
-    float energies[kTile], difference[kTile];
+  float energies[kTogether * kTile], difference[kTogether * kTile];
+  for (int64_t begin = job.begin; begin < job.end; begin += kTogether) {
+    const int64_t end = begin + kTogether < job.end ? begin + kTogether : job.end, first = begin * kTile;
+    const auto count = static_cast<int>((end - begin) * kTile);
     if (job.negative_unary != nullptr) {
-      __builtin_memcpy(energies, job.negative_unary + tile * kTile, sizeof energies);
+      __builtin_memcpy(energies, job.negative_unary + first, count * sizeof(float));
     } else {
-      for (int k = 0; k < kTile; ++k) {
-        const int32_t label = job.given[tile * kTile + k];
+      for (int k = 0; k < count; ++k) {
+        const int32_t label = job.given[first + k];
         const float gap = job.gain - job.otherwise;
         energies[k] = label == 0 ? gap : label == 1 ? -gap : 0.0f;
       }
@@ -704,21 +794,21 @@ void update_points_of_one_channel(const PixelJob& job) {
     for (int32_t l = 0; l < job.count; ++l) {
       const LatticeView& lattice = job.lattices[l];
       if (lattice.values == nullptr) continue;
-      with_corners(lattice.dims, [&](auto count) {
-        for (int lane = 0; lane < kTile; lane += kLanes) {
-          VFloat message = sliced_one<decltype(count)::value>(lattice, tile, lane);
-          if (lattice.after != nullptr) message *= load_raw<VFloat>(lattice.after + tile * kTile + lane);
-          store_raw(energies + lane, load_raw<VFloat>(energies + lane) + lattice.strength * message);
+      with_corners(lattice.dims, [&](auto corners) {
+        for (int k = 0; k < count; k += kLanes) {
+          VFloat message = sliced_one<decltype(corners)::value>(lattice, begin + k / kTile, k % kTile);
+          if (lattice.after != nullptr) message *= load_raw<VFloat>(lattice.after + first + k);
+          store_raw(energies + k, load_raw<VFloat>(energies + k) + lattice.strength * message);
         }
       });
     }
-    for (int lane = 0; lane < kTile; lane += kLanes) {
-      const VFloat energy = load_raw<VFloat>(energies + lane);
+    for (int k = 0; k < count; k += kLanes) {
+      const VFloat energy = load_raw<VFloat>(energies + k);
       const VFloat e = exp_of_negative<VFloat, VInt32>(energy < 0 ? energy : -energy);
-      const VFloat small = e / (e + 1.0f), gap = (1.0f - e) / (e + 1.0f);
-      store_raw(difference + lane, energy < 0 ? -gap : gap);
+      const VFloat share = reciprocal(e + 1.0f), small = e * share, gap = (1.0f - e) * share;
+      store_raw(difference + k, energy < 0 ? -gap : gap);
       if (job.probabilities != nullptr) {
-        const int64_t at = (tile - job.begin) * kTile + lane;
+        const int64_t at = first - job.begin * kTile + k;
         store_raw(job.probabilities + at, energy < 0 ? small : 1.0f - small);
         store_raw(job.left_out_probabilities + at, energy < 0 ? 1.0f - small : small);
       }
@@ -726,11 +816,12 @@ void update_points_of_one_channel(const PixelJob& job) {
     for (int32_t l = 0; l < job.count; ++l) {
       const LatticeView& lattice = job.lattices[l];
       if (lattice.splat == nullptr) continue;
-      float value[kTile];
-      for (int k = 0; k < kTile; ++k) {
-        value[k] = lattice.before == nullptr ? difference[k] : difference[k] * lattice.before[tile * kTile + k];
+      for (int64_t tile = begin; tile < end; ++tile) {
+        float value[kTile];
+        __builtin_memcpy(value, difference + (tile - begin) * kTile, sizeof value);
+        for (int k = 0; k < kTile && lattice.before != nullptr; ++k) value[k] *= lattice.before[tile * kTile + k];
+        splat_one(lattice, tile, value);
       }
-      splat_one(lattice, tile, value);
     }
   }
 }

@@ -90,6 +90,18 @@ struct Layout {
   }
 };
 
+// Sets vertex 0, and what lies behind the last vertex that a point touches, to 0.
+void clear_untouched(const LatticeArrays& lattice, int32_t channels, int32_t parts, float* values) {
+  for (int32_t first = 0; first < channels * parts;) {
+    const int32_t part = first / channels * channels, width = block_of(first - part, channels).width;
+    float* block = values + first * lattice.stride();
+    const int64_t end = lattice.touched[lattice.tiles()];
+    std::memset(block, 0, sizeof(float) * width);
+    std::memset(block + end * width, 0, sizeof(float) * width * (lattice.stride() - end));
+    first += width;
+  }
+}
+
 struct Values {
   Buffer<float> first, second;
   float *sliced = nullptr, *splat = nullptr;
@@ -168,6 +180,15 @@ void MeanField::run(const Kernels& kernels) const {
     values[i].sliced = values[i].first.get(size), values[i].splat = values[i].second.get(size);
   }
   const auto pixel = [&](int64_t point) { return order == nullptr ? point : int64_t{order[point]}; };
+  // f(k, pixel) for the points of a tile; nearly always their pixels are in a row, which compilers make vectors of
+  const auto over_pixels = [&](int64_t tile, auto&& f) {
+    const int64_t begin = tile * kTile, count = std::min<int64_t>(kTile, points - begin), from = pixel(begin);
+    if (count == kTile && pixel(begin + kTile - 1) == from + kTile - 1) {
+      for (int64_t k = 0; k < kTile; ++k) f(k, from + k);
+    } else {
+      for (int64_t k = 0; k < count; ++k) f(k, pixel(begin + k));
+    }
+  };
   PixelJob job{};
   job.count = static_cast<int32_t>(terms.size());
   job.channels = channels, job.parts = parts, job.group = layout.group;
@@ -184,13 +205,15 @@ void MeanField::run(const Kernels& kernels) const {
       for (int64_t tile = begin; tile < end; ++tile) {
         float* own = rows + tile * row_size;
         const int64_t count = std::min<int64_t>(kTile, points - tile * kTile);
-        for (int64_t i = 0; i < row_size; ++i) own[i] = -INFINITY;
+        if (used < channels) std::fill(own, own + row_size, -INFINITY);
         for (int32_t c = 0; c < used; ++c) {
           int32_t width;
           float* to = own + layout.row_of(0, c, width);
-          for (int64_t k = 0; k < count; ++k) {
-            const int64_t p = pixel(tile * kTile + k);
-            to[k * width] = differences ? unary[points + p] - unary[p] : -unary[c * points + p];
+          if (differences) {
+            over_pixels(tile, [&](int64_t k, int64_t p) { to[k] = unary[points + p] - unary[p]; });
+          } else {
+            const float* from = unary + c * points;
+            over_pixels(tile, [&](int64_t k, int64_t p) { to[k * width] = -from[p]; });
           }
           for (int64_t k = count; k < kTile; ++k) to[k * width] = 0;
         }
@@ -229,13 +252,19 @@ void MeanField::run(const Kernels& kernels) const {
   for (auto& own : others) own.resize(terms.size());
   for (int64_t iteration = 0; iteration < iterations; ++iteration) {
     at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-      std::vector<float> scratch(row_size);
+      std::vector<float> scratch(kTogether * row_size);
       for (int64_t thread = begin; thread < end; ++thread) {
         auto own = views(iteration > 0, true);
         for (size_t i = 0; i < terms.size(); ++i) {
-          const int64_t size = terms[i].lattice.stride() * channels * parts;
+          const LatticeArrays& lattice = terms[i].lattice;
+          const int64_t size = lattice.stride() * channels * parts;
           if (thread > 0) own[i].splat = others[thread - 1][i].get(size);
-          std::memset(own[i].splat, 0, sizeof(float) * size);
+          if (threads == 1 && channels >= 16 && lattice.touched != nullptr) {
+            own[i].touched = lattice.touched;
+            clear_untouched(lattice, channels, parts, own[i].splat);
+          } else {
+            std::memset(own[i].splat, 0, sizeof(float) * size);
+          }
         }
         PixelJob part = job;
         part.lattices = own.data(), part.begin = tiles * thread / threads, part.end = tiles * (thread + 1) / threads;
@@ -269,7 +298,6 @@ void MeanField::run(const Kernels& kernels) const {
       kernels.update(part, nullptr);
       for (int64_t tile = begin; tile < part.end; ++tile) {
         const float* tile_rows = rows.data() + (tile - begin) * row_size;
-        const int64_t count = std::min<int64_t>(kTile, points - tile * kTile);
         for (int64_t n = 0; n < labellings; ++n) {
           float rest[kTile], top[kTile];
           int32_t label[kTile] = {};
@@ -282,18 +310,19 @@ void MeanField::run(const Kernels& kernels) const {
             } else if (layout.group == 0 || channels == 1) {
               row = rest_rows.data() + ((tile - begin) * parts + (channels == 1 ? 0 : n)) * kTile;
             }
-            for (int64_t k = 0; k < count; ++k) {
+            if (probabilities != nullptr) {
+              float* to = probabilities + c * points;
+              over_pixels(tile, [&](int64_t k, int64_t p) { to[p] = row[k * width]; });
+              continue;
+            }
+            for (int64_t k = 0; k < kTile; ++k) {
               const float q = row[k * width];
-              if (probabilities != nullptr) {
-                probabilities[c * points + pixel(tile * kTile + k)] = q;
-              } else if (q > top[k]) {
-                top[k] = q, label[k] = c;
-              }
+              label[k] = q > top[k] ? c : label[k], top[k] = q > top[k] ? q : top[k];
               rest[k] -= q;
             }
           }
           if (best == nullptr) continue;
-          for (int64_t k = 0; k < count; ++k) best[n * points + pixel(tile * kTile + k)] = static_cast<uint8_t>(label[k]);
+          over_pixels(tile, [&](int64_t k, int64_t p) { best[n * points + p] = static_cast<uint8_t>(label[k]); });
         }
       }
     }

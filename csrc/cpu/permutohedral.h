@@ -24,6 +24,7 @@ struct LatticeArrays {
   const int32_t* links;     // lines of neighbours, those of axis a and segment s at [segments[i], segments[i + 1]) with
   const int64_t* segments;  // i = a * kSegments + s; or both null, and
   const int32_t* pairs;     // for one channel alone: [axis][before, after][stride]
+  const int32_t* touched;   // LatticeView's, or null
 
   int64_t tiles() const { return tiles_of(points); }
   int32_t spare() const { return vertices; }  // the vertex that closing zeros are written to
@@ -137,6 +138,7 @@ class Permutohedral {
     EmbedJob job{};
     job.points = points, job.dims = dims_, job.weights = weights_.get(total);
     corners_.get(total);
+    touched_.get(tiles_of(points) + 1)[0] = 1;
     const auto spread = static_cast<float>(std::sqrt(2.0 / 3.0) * (dims_ + 1));  // rounded, as pydensecrf's is
     for (int32_t i = 0; i < dims_; ++i) {
       job.scale[i] = static_cast<float>(1.0 / std::sqrt((i + 2.0) * (i + 1.0)) * spread);
@@ -151,7 +153,8 @@ class Permutohedral {
 
   LatticeArrays arrays() const {
     return {points_,       dims_,        vertices_,        corners_.data(),
-            weights_.data(), links_.data(), segments_.data(), pairs_.data()};
+            weights_.data(), links_.data(), segments_.data(), pairs_.data(),
+            touched_.data()};
   }
   Buffer<int32_t>& corners() { return corners_; }
   Buffer<float>& weights() { return weights_; }
@@ -168,7 +171,7 @@ class Permutohedral {
   Buffer<float> weights_;
   Buffer<int32_t> links_;
   std::vector<int64_t> segments_;
-  Buffer<int32_t> pairs_;
+  Buffer<int32_t> pairs_, touched_;
 
   // The bit field of each of the first dims coordinates, wide enough for every vertex and its neighbours. Coordinate j is
   // the sum of the scaled features from j on, less j times the one before those.
@@ -225,22 +228,28 @@ class Permutohedral {
         kernels.embed(part);
       });
       for (int64_t tile = 0; tile < held; ++tile) {
-        Key own[(kMaxDims + 1) * kTile];
         const uint64_t* words = job.keys + tile * kWords * count * kTile;
-        for (int32_t i = 0; i < count * kTile; ++i) {
-          for (int w = 0; w < kWords; ++w) own[i].word[w] = words[w * count * kTile + i];
+        Key gathered[kWords == 1 ? 1 : (kMaxDims + 1) * kTile];
+        const Key* own = gathered;
+        if constexpr (kWords == 1) {
+          own = reinterpret_cast<const Key*>(words);
+        } else {
+          for (int32_t i = 0; i < count * kTile; ++i) {
+            for (int w = 0; w < kWords; ++w) gathered[i].word[w] = words[w * count * kTile + i];
+          }
         }
         int32_t* corner = corners_.data() + (first + tile) * count * kTile;
         table.find(own, Key{}, count * kTile, kernels, corner);
-        const int64_t used = points_ - (first + tile) * kTile;
+        const int64_t used = std::min<int64_t>(kTile, points_ - (first + tile) * kTile);
         for (int32_t i = 0; i < count * kTile; ++i) {
-          if (i % kTile < used) {
-            corner[i] = kCornerScale * (corner[i] == 0 ? table.insert(own[i]) : corner[i]);
-          } else {
-            if (filled_) table.insert(own[i]);  // what lies beyond the last point is embedded at the origin
-            corner[i] = 0;
-          }
+          // what lies beyond the last point is embedded at the origin
+          if (corner[i] == 0 && (i % kTile < used || filled_)) corner[i] = table.insert(own[i]);
         }
+        for (int32_t i = 0; i < count * kTile; ++i) corner[i] *= kCornerScale;
+        for (int64_t lane = used; lane < kTile; ++lane) {
+          for (int32_t r = 0; r < count; ++r) corner[r * kTile + lane] = 0;
+        }
+        touched_.data()[first + tile + 1] = static_cast<int32_t>(table.keys().size());
       }
     }
     link(table, job, kernels);
