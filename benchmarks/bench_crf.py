@@ -1,5 +1,7 @@
 """The dense CRF on the CPU against pydensecrf (its maintained build, pydensecrf2), one thread against one thread."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -21,12 +23,19 @@ SETS = {
 PHOTO = Path(__file__).parents[1] / "ribfast" / "assets" / "coffee.jpg"
 
 
+def photograph():
+    return cv2.cvtColor(cv2.imread(str(PHOTO)), cv2.COLOR_BGR2RGB)
+
+
+def coarse_labels(labels, shape, seed=0):
+    coarse = np.random.default_rng(seed).integers(0, labels, (6, 8)).astype(np.uint8)
+    return cv2.resize(coarse, shape[1::-1], interpolation=cv2.INTER_NEAREST)
+
+
 def inputs(labels):
     """A 375x500 photograph and energies of coarse random labels held with a confidence of 0.7."""
-    image = cv2.cvtColor(cv2.imread(str(PHOTO)), cv2.COLOR_BGR2RGB)
-    draw = np.random.default_rng(0)
-    coarse = draw.integers(0, labels, (6, 8)).astype(np.uint8)
-    at = cv2.resize(coarse, image.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+    image = photograph()
+    at = coarse_labels(labels, image.shape)
     unary = np.full((labels, *at.shape), -np.log(0.3 / (labels - 1)), np.float32)
     np.put_along_axis(unary, at[None].astype(np.int64), np.float32(-np.log(0.7)), 0)
     return image, unary
@@ -59,12 +68,90 @@ def bench_dense_crf(compare, gaussian, bilateral, labels):
             ours,
             lambda: peer(image, unary, gaussian, bilateral),
             target=SETS[gaussian, bilateral, labels],
-            rounds=3 if labels == 81 else 6,
+            rounds=4 if labels == 81 else 10,
+            of_minima=True,
             against="pydensecrf2",
             largest_difference=difference,
         )
     finally:
         torch.set_num_threads(before)
+
+
+def bench_two_label_crfs_of_one_image(compare):
+    """IRN's: confident foreground and confident background, 3 labels each, from label maps to label maps."""
+    utils = pytest.importorskip("pydensecrf.utils", reason="pydensecrf2 is not installed")
+    image = photograph()
+    maps = np.stack([coarse_labels(3, image.shape, seed) for seed in (0, 1)])
+    pixels, given = torch.from_numpy(image), torch.from_numpy(maps)
+    gaussian, bilateral = (3.0, 3.0), (50.0, 5.0, 10.0)
+
+    def ours():
+        return ops.dense_crf_labels([pixels], [given], 3, gaussian=gaussian, bilateral=bilateral)[0]
+
+    def theirs():
+        results = []
+        for labels in maps:
+            unary = utils.unary_from_labels(labels, 3, gt_prob=0.7, zero_unsure=False)
+            probabilities = peer(image, unary.reshape(3, *labels.shape), gaussian, bilateral)
+            results.append(probabilities.argmax(0))
+        return results
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        flips = int((ours().numpy() != np.stack(theirs())).sum())
+        compare(
+            ours, theirs, target=8.0, rounds=8, of_minima=True, against="pydensecrf2, twice", labels_that_differ=flips
+        )
+    finally:
+        torch.set_num_threads(before)
+
+
+MEASURED = """
+import resource, sys
+import cv2, numpy as np, torch
+sys.path[:0] = [{benchmarks!r}]
+from bench_crf import inputs, peer, coarse_labels, photograph
+from ribfast import ops
+torch.set_num_threads(1)
+if {side} == 375:
+    image, unary = inputs({labels})
+else:
+    image = cv2.resize(photograph(), ({side}, {side}), interpolation=cv2.INTER_CUBIC)
+    unary = np.full(({labels}, {side}, {side}), 1.0, np.float32)
+    np.put_along_axis(unary, coarse_labels({labels}, image.shape)[None].astype(np.int64), np.float32(0), 0)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+if {ours}:
+    ops.dense_crf([torch.from_numpy(image)], [torch.from_numpy(unary)], iterations=1)
+else:
+    peer(image, unary, (3.0, 3.0), (50.0, 5.0, 10.0))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
+"""
+
+
+def peak(side, labels, ours):
+    """MiB that a call adds to its process's peak, its result included."""
+    code = MEASURED.format(benchmarks=str(Path(__file__).parent), side=side, labels=labels, ours=ours)
+    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.parametrize("labels", [2, 21, 81])
+def bench_peak_memory(benchmark, labels):
+    """pydensecrf's peak memory over ours, on the photograph."""
+    pytest.importorskip("pydensecrf.densecrf", reason="pydensecrf2 is not installed")
+    ours, theirs = peak(375, labels, True), peak(375, labels, False)
+    benchmark.extra_info.update(
+        target=1.0, ratio=theirs / ours, against="pydensecrf2", ours_mib=ours, baseline_mib=theirs, threads=1
+    )
+    benchmark.pedantic(lambda: None)
+
+
+def bench_memory_of_16_megapixels(benchmark):
+    """4096x4096 with 21 labels: peak memory in units of its unary, which is as large as its result."""
+    mib = peak(4096, 21, True)
+    unary = 21 * 4096**2 * 4 / 2**20
+    benchmark.extra_info.update(target=None, ratio=mib / unary, ours_mib=mib, unary_mib=unary, threads=1)
+    benchmark.pedantic(lambda: None)
 
 
 @pytest.mark.parametrize("images", [1, 4], ids=["one image", "4 images"])
