@@ -46,6 +46,15 @@ def table() -> str:
         row = rows[name]
         lines.append(f"| {label} | {row['ratio']:.1f} | {row['target']} | {row['largest_difference']:.0e} |")
     one, four = (rows[f"dense_crf_on_two_threads[{images}]"]["ratio"] for images in ("one image", "4 images"))
+    both = rows["two_label_crfs_of_one_image"]
+    lines.append(f"| two label CRFs of one image, 3 labels each | {both['ratio']:.1f} | {both['target']} | "
+                 f"{both['labels_that_differ']} labels differ |")  # fmt: skip
+    memory = {labels: rows[f"peak_memory[{labels}]"] for labels in (2, 21, 81)}
+    small = ", ".join(f"{row['ours_mib']:.0f} MiB at {labels} labels ({row['baseline_mib']:.0f})"
+                      for labels, row in memory.items())  # fmt: skip
+    large = rows["memory_of_16_megapixels"]
+    lines.append(f"\nMemory that a call adds, its result included (pydensecrf2's): {small}; a 4096x4096 image with 21 "
+                 f"labels {large['ours_mib'] / 1024:.1f} GiB, beside its unary of {large['unary_mib'] / 1024:.1f}.")  # fmt: skip
     lines.append(f"\nOn two threads: {one:.1f} times as fast for one image, {four:.1f} for a batch of four.")
     return "\n".join(lines) + "\n"
 

@@ -37,6 +37,8 @@ def test_readme_examples_run():
     names |= {"maps": torch.randn(2, 3, 24, 32), "present": torch.ones(2, 3, dtype=torch.bool)}
     names |= {"maps_a": [names["maps_1x"]], "maps_b": [names["maps_2x"]]}
     names |= {"images": torch.zeros(1, 12, 14, 3, dtype=torch.uint8), "p": torch.rand(1, 3, 12, 14).softmax(1)}
+    names |= {"labels": torch.randint(3, (1, 12, 14), dtype=torch.uint8)}
+    names |= {"features": torch.randn(30, 4), "values": torch.randn(30, 6), "unary": torch.rand(3, 30)}
     exec(code, names)
     assert names["probabilities"].shape == (1, 3, 12, 14)
     assert names["pooled"].shape == (2, 3) and names["cams"].shape == (3, 375, 500) and len(names["many"]) == 2
