@@ -169,6 +169,13 @@ def bench_dense_crf_on_two_threads(compare, images):
         ops.dense_crf(pixels, energies)
 
     try:
-        compare(lambda: on(2), lambda: on(1), target=1.5 if images == 1 else 1.8, rounds=6, against="one thread")
+        compare(
+            lambda: on(2),
+            lambda: on(1),
+            target=1.5 if images == 1 else 1.8,
+            rounds=10,
+            of_minima=True,
+            against="one thread",
+        )
     finally:
         torch.set_num_threads(before)

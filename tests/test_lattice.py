@@ -86,6 +86,21 @@ def test_filled_as_pydensecrf():
     assert torch.equal(ops.Lattice(near[:40]).filter(values[:40]), whole)
 
 
+def test_threads_number_vertices_as_one_does():
+    draw = torch.Generator().manual_seed(3)
+    path = torch.randn(40_000, 3, generator=draw).cumsum(0) * 0.05  # neighbours share vertices, and so do far points
+    before = torch.get_num_threads()
+    try:
+        built = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            built.append(torch.ops.ribfast.lattice(path, True))
+    finally:
+        torch.set_num_threads(before)
+    for tensors in built[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(built[0], tensors, strict=True))
+
+
 def test_transpose_is_the_adjoint():
     features, draw = points(200, 5)
     lattice = ops.Lattice(features)

@@ -14,7 +14,7 @@ namespace {
 float* blur_one(const LatticeArrays& lattice, const Kernels& kernels, float* values, float* other) {
   for (int32_t axis = 0; axis <= lattice.dims; ++axis) {
     const int32_t* before = lattice.pairs + 2 * axis * lattice.stride();
-    at::parallel_for(0, lattice.stride() / kTile, 1 + 65536 / kTile, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, lattice.stride() / kTile, 1 + 16384 / kTile, [&](int64_t begin, int64_t end) {
       kernels.blur_one(values, before, before + lattice.stride(), begin * kTile, end * kTile, other);
     });
     std::swap(values, other);
@@ -33,21 +33,23 @@ float* blur(const LatticeArrays& lattice, int32_t channels, int32_t parts, bool 
     float* block = values + first * lattice.stride();
     for (int32_t step = 0; step <= lattice.dims; ++step) {
       const int32_t axis = backwards ? lattice.dims - step : step;
-      for (int32_t segment = 0; segment < kSegments; ++segment) {
-        const int64_t* from = lattice.segments + axis * kSegments + segment;
-        const int32_t* links = lattice.links + from[0];
-        const int64_t size = from[1] - from[0];
-        const int32_t length = segment + 2;
-        const auto line_at = [&](int64_t at) {  // the first line that begins at or behind `at`
-          if (length <= kLongestLine) return (at + length - 1) / length * length;
-          while (at > 0 && at < size && links[at - 1] != 0) ++at;
-          return at;
-        };
-        at::parallel_for(0, size, 1 + 131072 / width, [&](int64_t begin, int64_t end) {
-          begin = line_at(begin), end = line_at(end);
+      const int64_t* segments = lattice.segments + axis * kSegments;
+      const int64_t all = segments[kSegments] - segments[0];
+      const int64_t threads = std::min<int64_t>(at::get_num_threads(), 1 + all * width / 65536);
+      at::parallel_for(0, threads, 1, [&](int64_t first_thread, int64_t last_thread) {
+        for (int32_t segment = 0; segment < kSegments; ++segment) {
+          const int32_t* links = lattice.links + segments[segment];
+          const int64_t size = segments[segment + 1] - segments[segment];
+          const int32_t length = segment + 2;
+          const auto line_at = [&](int64_t at) {  // the first line that begins at or behind `at`
+            if (length <= kLongestLine) return (at + length - 1) / length * length;
+            while (at > 0 && at < size && links[at - 1] != 0) ++at;
+            return at;
+          };
+          const int64_t begin = line_at(size * first_thread / threads), end = line_at(size * last_thread / threads);
           if (begin < end) kernels.blur(block, links, begin, end, length, lattice.spare(), width);
-        });
-      }
+        }
+      });
     }
     first += width;
   }

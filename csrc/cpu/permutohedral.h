@@ -46,6 +46,7 @@ class VertexTable {
   };
 
   explicit VertexTable(int64_t expected) { resize(expected); }
+  VertexTable(VertexTable&&) = default;
 
   int32_t insert(const Key& key) {
     const uint64_t h = hash(key);
@@ -206,29 +207,61 @@ class Permutohedral {
     job.words = word + 1;
   }
 
+  // Numbers the vertices in the order in which points touch them. Threads number those of a part of the points each, and
+  // the parts' numbers are made one after another: the order, and so every number, is that of one thread.
   template <int kWords, typename Fill>
-  void connect(EmbedJob& job, const Kernels& kernels, Fill&& fill) {
+  void connect(const EmbedJob& job, const Kernels& kernels, Fill&& fill) {
+    const int64_t tiles = tiles_of(points_);
+    const int64_t parts = at::in_parallel_region() ? 1 : std::min<int64_t>(at::get_num_threads(), 1 + tiles / (2 * kChunk));
+    std::vector<VertexTable<kWords>> tables;
+    for (int64_t part = 0; part < parts; ++part) tables.emplace_back(std::min<int64_t>(points_ / parts, int64_t{1} << 17));
+    at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) {
+        number(job, kernels, fill, tiles * part / parts, tiles * (part + 1) / parts, tables[part]);
+      }
+    });
+    for (int64_t part = 1; part < parts; ++part) {
+      const auto& keys = tables[part].keys();
+      std::vector<int32_t> renumbered(keys.size());
+      tables[0].find(keys.data(), {}, static_cast<int64_t>(keys.size()), kernels, renumbered.data());
+      renumbered[0] = 0;
+      for (size_t id = 1; id < keys.size(); ++id) {
+        if (renumbered[id] == 0) renumbered[id] = tables[0].insert(keys[id]);
+      }
+      const int64_t first = tiles * part / parts, last = tiles * (part + 1) / parts, size = (dims_ + 1) * kTile;
+      at::parallel_for(first, last, 256, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin * size; i < end * size; ++i) {
+          corners_.data()[i] = kCornerScale * renumbered[corners_.data()[i] / kCornerScale];
+        }
+      });
+      int32_t touched = touched_.data()[first];
+      for (int64_t tile = first; tile < last; ++tile) {
+        for (int64_t i = tile * size; i < (tile + 1) * size; ++i) {
+          touched = std::max(touched, corners_.data()[i] / kCornerScale + 1);
+        }
+        touched_.data()[tile + 1] = touched;
+      }
+    }
+    link(tables[0], job, kernels);
+  }
+
+  // Embeds the points of tiles [begin, end) and looks their corners up in `table`.
+  template <int kWords, typename Fill>
+  void number(EmbedJob job, const Kernels& kernels, Fill&& fill, int64_t begin, int64_t end, VertexTable<kWords>& table) {
     using Key = typename VertexTable<kWords>::Key;
     const int32_t count = dims_ + 1;
-    const int64_t tiles = tiles_of(points_), chunk = std::min(kChunk, tiles);
-    VertexTable<kWords> table(std::min<int64_t>(points_, int64_t{1} << 17));
+    const int64_t chunk = std::min(kChunk, end - begin);
     Buffer<float> features;
     Buffer<uint64_t> keys;
     job.keys = keys.get(chunk * kWords * count * kTile);
     job.feature_stride = chunk * kTile, job.features = features.get(job.feature_stride * dims_);
-    for (int64_t first = 0; first < tiles; first += chunk) {
-      const int64_t held = std::min(chunk, tiles - first);
-      at::parallel_for(0, held, 64, [&](int64_t begin, int64_t end) {
-        EmbedJob part = job;
-        part.begin = first + begin, part.end = first + end;
-        const int64_t from = part.begin * kTile;
-        float* own = features.data() + begin * kTile;
-        fill(from, std::min(part.end * kTile, points_), own, job.feature_stride);
-        part.features = own, part.keys += begin * kWords * count * kTile;
-        kernels.embed(part);
-      });
-      for (int64_t tile = 0; tile < held; ++tile) {
-        const uint64_t* words = job.keys + tile * kWords * count * kTile;
+    for (job.begin = begin; job.begin < end; job.begin += chunk) {
+      job.end = std::min(job.begin + chunk, end);
+      const int64_t from = job.begin * kTile;
+      fill(from, std::min(job.end * kTile, points_), features.data(), job.feature_stride);
+      kernels.embed(job);
+      for (int64_t tile = job.begin; tile < job.end; ++tile) {
+        const uint64_t* words = job.keys + (tile - job.begin) * kWords * count * kTile;
         Key gathered[kWords == 1 ? 1 : (kMaxDims + 1) * kTile];
         const Key* own = gathered;
         if constexpr (kWords == 1) {
@@ -238,9 +271,9 @@ class Permutohedral {
             for (int w = 0; w < kWords; ++w) gathered[i].word[w] = words[w * count * kTile + i];
           }
         }
-        int32_t* corner = corners_.data() + (first + tile) * count * kTile;
+        int32_t* corner = corners_.data() + tile * count * kTile;
         table.find(own, Key{}, count * kTile, kernels, corner);
-        const int64_t used = std::min<int64_t>(kTile, points_ - (first + tile) * kTile);
+        const int64_t used = std::min<int64_t>(kTile, points_ - tile * kTile);
         for (int32_t i = 0; i < count * kTile; ++i) {
           // what lies beyond the last point is embedded at the origin
           if (corner[i] == 0 && (i % kTile < used || filled_)) corner[i] = table.insert(own[i]);
@@ -249,10 +282,9 @@ class Permutohedral {
         for (int64_t lane = used; lane < kTile; ++lane) {
           for (int32_t r = 0; r < count; ++r) corner[r * kTile + lane] = 0;
         }
-        touched_.data()[first + tile + 1] = static_cast<int32_t>(table.keys().size());
+        touched_.data()[tile + 1] = static_cast<int32_t>(table.keys().size());
       }
     }
-    link(table, job, kernels);
   }
 
   // The neighbours along each axis: as pairs; or as lines of vertices, sorted by their length, long ones closed by a 0,
