@@ -57,7 +57,7 @@ struct Kernels {
   void (*embed)(const EmbedJob& job);
   // found[i]: the vertex of keys[i] + move, or 0
   void (*find)(const VertexSlots& table, const uint64_t* keys, uint64_t move, int64_t count, int32_t* found);
-  // One block of `width` channels (16, 8, 4 or 1), in place, along the lines of one axis that have `length` vertices, or
+  // One block of `width` channels (16 n, 8, 4 or 1), in place, along the lines of one axis that have `length` vertices, or
   // more than kLongestLine. links [begin, end) begin and end between lines, and are followed by kLinksAhead more.
   void (*blur)(float* values, const int32_t* links, int64_t begin, int64_t end, int32_t length, int32_t spare,
                int32_t width);

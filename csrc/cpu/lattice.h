@@ -6,8 +6,8 @@
 // one and its values are 0.
 //
 // Channels stand in blocks of 16, then 8, then 4 (over_blocks in lattice.inl), so that no block straddles a cache line:
-// values of vertices are [block][vertex][width], values of points ("rows") [tile][block][kTile][width]. A single channel
-// is a block of 1.
+// values of points ("rows") are [tile][block][kTile][width], values of vertices [block][vertex][width], where all blocks of
+// 16 stand together as one wide block (neighbours in memory, and so on a page). A single channel is a block of 1.
 #pragma once
 
 #include <cstdint>

@@ -278,72 +278,78 @@ RIBFAST_INLINE VFloat gather(const float* from, VInt32 index) {
 #endif
 }
 
-// Blur along one axis, in place: v' = v + (before + after) / 2, over lines of neighbours. Lines of kLength vertices, one
-// after the other:
+// Blur along one axis, in place: v' = v + (before + after) / 2, over lines of neighbours. `width`: floats from one vertex
+// to the next, in blocks of kWidth. Lines of kLength vertices, one after the other:
 template <int kWidth, int kLength>
-RIBFAST_INLINE void blur_lines(float* values, const int32_t* links, int64_t begin, int64_t end) {
+RIBFAST_INLINE void blur_lines(float* values, const int32_t* links, int64_t begin, int64_t end, int32_t width) {
   constexpr int64_t kAhead = kLinksAhead / 2;
   using R = Row<kWidth>;
   for (int64_t i = begin; i < end; i += kLength) {
     float* at[kLength];
-    R line[kLength];
-    for (int k = 0; k < kLength; ++k) {
-      __builtin_prefetch(values + int64_t{links[i + kAhead + k]} * kWidth, 1);
-      at[k] = values + int64_t{links[i + k]} * kWidth;
-      line[k] = R::load(at[k]);
-    }
-    for (int k = 0; k < kLength; ++k) {
-      R result;
-      for (int j = 0; j < R::parts; ++j) {
-        const auto before = k > 0 ? line[k - 1].part[j] : typename R::V{};
-        const auto after = k + 1 < kLength ? line[k + 1].part[j] : typename R::V{};
-        result.part[j] = line[k].part[j] + 0.5f * (before + after);
+    for (int k = 0; k < kLength; ++k) at[k] = values + int64_t{links[i + k]} * width;
+    for (int32_t first = 0; first < width; first += kWidth) {
+      R line[kLength];
+      for (int k = 0; k < kLength; ++k) {
+        __builtin_prefetch(values + int64_t{links[i + kAhead + k]} * width + first, 1);
+        line[k] = R::load(at[k] + first);
       }
-      result.store(at[k]);
+      for (int k = 0; k < kLength; ++k) {
+        R result;
+        for (int j = 0; j < R::parts; ++j) {
+          const auto before = k > 0 ? line[k - 1].part[j] : typename R::V{};
+          const auto after = k + 1 < kLength ? line[k + 1].part[j] : typename R::V{};
+          result.part[j] = line[k].part[j] + 0.5f * (before + after);
+        }
+        result.store(at[k] + first);
+      }
     }
   }
 }
 
 // Lines of any length, each closed by a 0; a closing 0 is written to `spare`, a vertex that nobody reads.
 template <int kWidth>
-RIBFAST_INLINE void blur_long_lines(float* values, const int32_t* links, int64_t begin, int64_t end, int32_t spare) {
+RIBFAST_INLINE void blur_long_lines(float* values, const int32_t* links, int64_t begin, int64_t end, int32_t width,
+                                    int32_t spare) {
   constexpr int64_t kAhead = kLinksAhead / 2;
   using R = Row<kWidth>;
-  R before = R::zero(), self = R::load(values + int64_t{links[begin]} * kWidth);
-  for (int64_t i = begin; i < end; ++i) {
-    const int32_t id = links[i];
-    __builtin_prefetch(values + int64_t{links[i + kAhead]} * kWidth, 1);
-    const R after = R::load(values + int64_t{links[i + 1]} * kWidth);
-    R result;
-    for (int k = 0; k < R::parts; ++k) result.part[k] = self.part[k] + 0.5f * (before.part[k] + after.part[k]);
-    result.store(values + int64_t{id != 0 ? id : spare} * kWidth);
-    before = self, self = after;
+  for (float* block = values; block < values + width; block += kWidth) {
+    R before = R::zero(), self = R::load(block + int64_t{links[begin]} * width);
+    for (int64_t i = begin; i < end; ++i) {
+      const int32_t id = links[i];
+      __builtin_prefetch(block + int64_t{links[i + kAhead]} * width, 1);
+      const R after = R::load(block + int64_t{links[i + 1]} * width);
+      R result;
+      for (int k = 0; k < R::parts; ++k) result.part[k] = self.part[k] + 0.5f * (before.part[k] + after.part[k]);
+      result.store(block + int64_t{id != 0 ? id : spare} * width);
+      before = self, self = after;
+    }
   }
 }
 
 template <int kWidth>
-RIBFAST_INLINE void blur_block(float* values, const int32_t* links, int64_t begin, int64_t end, int32_t length,
-                               int32_t spare) {
+RIBFAST_INLINE void blur_blocks(float* values, const int32_t* links, int64_t begin, int64_t end, int32_t length,
+                                int32_t width, int32_t spare) {
   static_assert(kLongestLine == 8);
   switch (length) {
-    case 2: return blur_lines<kWidth, 2>(values, links, begin, end);
-    case 3: return blur_lines<kWidth, 3>(values, links, begin, end);
-    case 4: return blur_lines<kWidth, 4>(values, links, begin, end);
-    case 5: return blur_lines<kWidth, 5>(values, links, begin, end);
-    case 6: return blur_lines<kWidth, 6>(values, links, begin, end);
-    case 7: return blur_lines<kWidth, 7>(values, links, begin, end);
-    case 8: return blur_lines<kWidth, 8>(values, links, begin, end);
-    default: return blur_long_lines<kWidth>(values, links, begin, end, spare);
+    case 2: return blur_lines<kWidth, 2>(values, links, begin, end, width);
+    case 3: return blur_lines<kWidth, 3>(values, links, begin, end, width);
+    case 4: return blur_lines<kWidth, 4>(values, links, begin, end, width);
+    case 5: return blur_lines<kWidth, 5>(values, links, begin, end, width);
+    case 6: return blur_lines<kWidth, 6>(values, links, begin, end, width);
+    case 7: return blur_lines<kWidth, 7>(values, links, begin, end, width);
+    case 8: return blur_lines<kWidth, 8>(values, links, begin, end, width);
+    default: return blur_long_lines<kWidth>(values, links, begin, end, width, spare);
   }
 }
 
 void blur(float* values, const int32_t* links, int64_t begin, int64_t end, int32_t length, int32_t spare,
           int32_t width) {
   switch (width) {
-    case 16: return blur_block<16>(values, links, begin, end, length, spare);
-    case 8: return blur_block<8>(values, links, begin, end, length, spare);
-    case 4: return blur_block<4>(values, links, begin, end, length, spare);
-    default: return blur_block<1>(values, links, begin, end, length, spare);
+    case 1: return blur_blocks<1>(values, links, begin, end, length, 1, spare);
+    case 4: return blur_blocks<4>(values, links, begin, end, length, 4, spare);
+    case 8: return blur_blocks<8>(values, links, begin, end, length, 8, spare);
+    case 16: return blur_blocks<16>(values, links, begin, end, length, 16, spare);
+    default: return blur_blocks<16>(values, links, begin, end, length, width, spare);
   }
 }
 
@@ -356,24 +362,33 @@ void blur_one(const float* in, const int32_t* before, const int32_t* after, int6
   }
 }
 
-// The values of a corner in a block.
+// Where the values of a block of channels begin, and how many floats there are from one vertex to the next.
 template <int kWidth, typename T>
-RIBFAST_INLINE T* vertex_at(T* block, int32_t corner) {
-  constexpr int64_t kStep = kWidth * 4 / kCornerScale;  // bytes
-  return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(block) + int64_t{corner} * kStep);
-}
+struct VertexBlock {
+  T* values;
+  int32_t width;
+
+  RIBFAST_INLINE VertexBlock(T* all, int64_t stride, int32_t first, int32_t channels)
+      : values(all + (kWidth == 16 ? first : first * stride)), width(kWidth == 16 ? channels / 16 * 16 : kWidth) {}
+  RIBFAST_INLINE T* at(int32_t corner) const {
+    static_assert(kCornerScale == 4);  // a vertex's number times it and the width are bytes
+    const int64_t bytes = int64_t{corner} * (kWidth == 16 ? width : kWidth);
+    return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(values) + bytes);
+  }
+};
 
 constexpr float slice_scale(int dims) { return 1.0f / (1.0f + 1.0f / static_cast<float>(1 << dims)); }
 
 // Each point's weighted sum over its corners. Everything is a copy in registers: the compiler cannot know that what is
 // stored is none of what is read.
 template <int kWidth, int kCorners, bool kExact>
-RIBFAST_INLINE Row<kWidth> sliced(const int32_t* corners, const float* weights, const float* values) {
+RIBFAST_INLINE Row<kWidth> sliced(const int32_t* corners, const float* weights,
+                                  const VertexBlock<kWidth, const float>& block) {
   constexpr float alpha = slice_scale(kCorners - 1);
   Row<kWidth> sum = Row<kWidth>::zero();
   for (int r = 0; r < kCorners; ++r) {
     const float weight = kExact ? weights[r * kTile] * alpha : weights[r * kTile];
-    sum.add(weight, Row<kWidth>::load(vertex_at<kWidth>(values, corners[r * kTile])));
+    sum.add(weight, Row<kWidth>::load(block.at(corners[r * kTile])));
   }
   return sum;
 }
@@ -436,7 +451,7 @@ RIBFAST_INLINE void slice_rows(const LatticeView& lattice, const float* values, 
     }
     over_blocks(channels, [&](auto width, int32_t first) {
       constexpr int kWidth = decltype(width)::value;
-      const float* block = values + first * lattice.stride;
+      const VertexBlock<kWidth, const float> block(values, lattice.stride, first, channels);
       if constexpr (kWidth > 1 && kWidth < kLanes) {
         for (int k = 0; k < kTile; k += kLanes / kWidth) {
           const int64_t at = first * kTile + k * kWidth;
@@ -475,12 +490,12 @@ RIBFAST_INLINE void splat_rows(const LatticeView& lattice, float* splat, int64_t
     const float* weights = lattice.weights + tile * kCorners * kTile;
     over_blocks(channels, [&](auto width, int32_t first) {
       constexpr int kWidth = decltype(width)::value;
-      float* block = splat + first * lattice.stride;
+      const VertexBlock<kWidth, float> block(splat, lattice.stride, first, channels);
       for (int k = 0; k < kTile; ++k) {
         Row<kWidth> value = Row<kWidth>::load(rows + first * kTile + k * kWidth);
         for (auto& part : value.part) part = part * factor[k] + shift[k];
         for (int r = 0; r < kCorners; ++r) {
-          float* vertex = vertex_at<kWidth>(block, corners[r * kTile + k]);
+          float* vertex = block.at(corners[r * kTile + k]);
           Row<kWidth> sum = Row<kWidth>::load(vertex);
           sum.add(weights[r * kTile + k], value);
           sum.store(vertex);
@@ -659,12 +674,16 @@ void prepare_vertices(const LatticeView& lattice, int64_t tile, int64_t end, int
   const bool read = lattice.values != nullptr && tile + kAhead < end;
   const int32_t* ahead = lattice.touched + (read ? tile + kAhead : tile);
   const int32_t soon = ahead[0], later = ahead[read];
-  over_blocks(channels, [&](auto width, int32_t channel) {
-    constexpr int kWidth = decltype(width)::value;
-    const int64_t block = (int64_t{part} * channels + channel) * lattice.stride;
-    for (int64_t v = first; v < last; ++v) Row<kWidth>::zero().store(lattice.splat + block + v * kWidth);
-    for (int64_t v = soon; v < later; ++v) __builtin_prefetch(lattice.values + block + v * kWidth);
-  });
+  const int64_t own = int64_t{part} * channels * lattice.stride;
+  const auto prepare = [&](int64_t block, int32_t width) {
+    float* splat = lattice.splat + own + block;
+    for (int64_t i = first * width; i < last * width; i += 4) store_raw(splat + i, Row<4>::zero());
+    for (int64_t i = soon * width; i < later * width; i += 16) __builtin_prefetch(lattice.values + own + block + i, 0, 2);
+  };
+  const int32_t whole = channels / 16 * 16;
+  if (whole > 0) prepare(0, whole);
+  if (channels & 8) prepare(whole * lattice.stride, 8);
+  if (channels & 4) prepare((whole + (channels & 8)) * lattice.stride, 4);
 }
 
 // rows = negative energies of a tile: the unary's and the messages.
@@ -760,7 +779,7 @@ RIBFAST_INLINE VFloat sliced_one(const LatticeView& lattice, int64_t tile, int l
 }
 
 RIBFAST_INLINE void splat_one(const LatticeView& lattice, int64_t tile, const float* value) {
-  float* splat = lattice.splat;
+  const VertexBlock<1, float> block(lattice.splat, lattice.stride, 0, 1);
   with_corners(lattice.dims, [&](auto count) {
     constexpr int kCorners = decltype(count)::value;
     const int32_t* corners = lattice.corners + tile * kCorners * kTile;
@@ -770,7 +789,7 @@ RIBFAST_INLINE void splat_one(const LatticeView& lattice, int64_t tile, const fl
       for (int k = 0; k < kTile; ++k) weighted[r][k] = weights[r * kTile + k] * value[k];
     }
     for (int k = 0; k < kTile; ++k) {
-      for (int r = 0; r < kCorners; ++r) *vertex_at<1>(splat, corners[r * kTile + k]) += weighted[r][k];
+      for (int r = 0; r < kCorners; ++r) *block.at(corners[r * kTile + k]) += weighted[r][k];
     }
   });
 }

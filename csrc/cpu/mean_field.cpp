@@ -10,6 +10,11 @@
 namespace ribfast::cpu {
 namespace {
 
+// Floats from one vertex to the next where the values of `channel`, the first of such, stand: blocks of 16 stand together.
+int32_t vertex_width(int32_t channel, int32_t channels) {
+  return channel == 0 && channels >= 16 ? channels / 16 * 16 : block_of(channel, channels).width;
+}
+
 // Blurs one channel along every axis, from one buffer to the other and back; returns the one that holds the result.
 float* blur_one(const LatticeArrays& lattice, const Kernels& kernels, float* values, float* other) {
   for (int32_t axis = 0; axis <= lattice.dims; ++axis) {
@@ -29,7 +34,7 @@ float* blur(const LatticeArrays& lattice, int32_t channels, int32_t parts, bool 
             float* values, float* other) {
   if (lattice.pairs != nullptr) return blur_one(lattice, kernels, values, other);
   for (int32_t first = 0; first < channels * parts;) {
-    const int32_t part = first / channels * channels, width = block_of(first - part, channels).width;
+    const int32_t width = vertex_width(first % channels, channels);
     float* block = values + first * lattice.stride();
     for (int32_t step = 0; step <= lattice.dims; ++step) {
       const int32_t axis = backwards ? lattice.dims - step : step;
@@ -95,7 +100,7 @@ struct Layout {
 // Sets vertex 0, and what lies behind the last vertex that a point touches, to 0.
 void clear_untouched(const LatticeArrays& lattice, int32_t channels, int32_t parts, float* values) {
   for (int32_t first = 0; first < channels * parts;) {
-    const int32_t part = first / channels * channels, width = block_of(first - part, channels).width;
+    const int32_t width = vertex_width(first % channels, channels);
     float* block = values + first * lattice.stride();
     const int64_t end = lattice.touched[lattice.tiles()];
     std::memset(block, 0, sizeof(float) * width);
