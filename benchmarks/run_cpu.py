@@ -51,7 +51,7 @@ def main() -> int:
         "versions": {name: facts[name] for name in ("ribfast", "python", "torch")},
         "tier": facts["cpu"]["tier"],
         "compiler": facts["built"]["compiler"],
-        "note": "ratio: median over interleaved pairs of baseline time / ours; seconds: minima in the same run",
+        "note": "ratio: of minima for the CRF, median over interleaved pairs for the others; seconds: minima",
         "benchmarks": [
             {"name": b["name"].removeprefix("bench_"), **dict(sorted(b["extra_info"].items()))}
             for b in report["benchmarks"]

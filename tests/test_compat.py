@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+import threading
 import types
 
 import numpy as np
@@ -248,6 +249,28 @@ def test_settings_reach_the_kernels(scene, monkeypatch):
     made.inference(1)
     monkeypatch.setattr(dcrf, "exact", False)
     assert seen == [False, True]
+
+
+def test_other_threads_run_during_inference():
+    """With the interpreter lock held, the main thread would not run before the other one is done."""
+    image, unary = picture(150, 200, 9)
+    made = dcrf.DenseCRF2D(200, 150, 9)
+    made.setUnaryEnergy(unary.flatten(1).numpy())
+    made.addPairwiseBilateral(sxy=50, srgb=5, rgbim=image.numpy(), compat=10)
+    started, finished, ticks = threading.Event(), threading.Event(), 0
+
+    def infer():
+        started.set()
+        made.inference(40)
+        finished.set()
+
+    thread = threading.Thread(target=infer)
+    thread.start()
+    started.wait()
+    while not finished.wait(0.002):
+        ticks += 1
+    thread.join()
+    assert ticks >= 5
 
 
 def test_environment_asks_for_exact():

@@ -1,4 +1,5 @@
-// The dense CRFs of images on the CPU. Threads over images, and within an image where there are fewer images than threads.
+// The dense CRFs of images on the CPU. Threads over images, and within an image where there are fewer images than
+// threads.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -81,7 +82,8 @@ std::shared_ptr<const ImageTerm> spatial_term(const Image& image, const std::vec
 }
 
 // The terms of the last sizes: a data set has few, and these depend on nothing else.
-std::shared_ptr<const ImageTerm> cached_spatial_term(const Image& image, const std::vector<int32_t>& order, double sigma,
+std::shared_ptr<const ImageTerm> cached_spatial_term(const Image& image, const std::vector<int32_t>& order,
+                                                     double sigma,
                                                      bool one_channel, Normalization how,
                                                      const Kernels& kernels) {
   constexpr size_t kKept = 8;
@@ -160,7 +162,8 @@ void run_all(const Options& options, at::TensorList images, std::vector<MeanFiel
       terms.push_back(std::move(term));
     };
     if (!options.gaussian.empty()) {
-      add(cached_spatial_term(image, order, options.gaussian[0], one_channel, options.how, chosen), options.gaussian[1]);
+      add(cached_spatial_term(image, order, options.gaussian[0], one_channel, options.how, chosen),
+          options.gaussian[1]);
     }
     if (!options.bilateral.empty()) {
       add(bilateral_term(image, order, options.bilateral[0], options.bilateral[1], one_channel, options.how, chosen),
@@ -180,7 +183,8 @@ void run_all(const Options& options, at::TensorList images, std::vector<MeanFiel
       });
     }
   } catch (const std::range_error& error) {
-    RIBFAST_CHECK_VALUE(false, options.op, error.what(), "gaussian ", options.gaussian, ", bilateral ", options.bilateral);
+    RIBFAST_CHECK_VALUE(false, options.op, error.what(), "gaussian ", options.gaussian, ", bilateral ",
+                        options.bilateral);
   } catch (const std::length_error& error) {
     RIBFAST_CHECK_VALUE(false, options.op, error.what(), "an image of too many pixels");
   }
@@ -190,7 +194,8 @@ std::vector<at::Tensor> dense_crf(at::TensorList images, at::TensorList unary, a
                                   at::ArrayRef<double> bilateral, int64_t iterations, int64_t normalization, bool exact,
                                   int64_t capacity) {
   const char* op = "dense_crf";
-  RIBFAST_CHECK_VALUE(images.size() == unary.size(), op, "an image for each unary", images.size(), " and ", unary.size());
+  RIBFAST_CHECK_VALUE(images.size() == unary.size(), op, "an image for each unary", images.size(), " and ",
+                      unary.size());
   const Options options = check_options(op, gaussian, bilateral, iterations, normalization, exact, capacity);
   std::vector<at::Tensor> results, dense_images, dense_unary;
   std::vector<MeanField> crfs(images.size());
@@ -198,7 +203,8 @@ std::vector<at::Tensor> dense_crf(at::TensorList images, at::TensorList unary, a
     check_crf_image(op, images[i]);
     RIBFAST_CHECK_VALUE(unary[i].dim() == 3 && unary[i].size(0) > 0 && unary[i].size(1) == images[i].size(0) &&
                             unary[i].size(2) == images[i].size(1),
-                        op, "unary (L, H, W) of the image, L >= 1", unary[i].sizes(), " for an image ", images[i].sizes());
+                        op, "unary (L, H, W) of the image, L >= 1", unary[i].sizes(), " for an image ",
+                        images[i].sizes());
     check_float(op, "unary", unary[i]);
     check_same_device(op, images[i], unary[i]);
     dense_images.push_back(images[i].contiguous());
@@ -225,7 +231,8 @@ std::vector<at::Tensor> dense_crf_labels(at::TensorList images, at::TensorList l
   std::vector<MeanField> crfs(images.size());
   for (size_t i = 0; i < images.size(); ++i) {
     check_crf_image(op, images[i]);
-    RIBFAST_CHECK_TYPE(labels[i].scalar_type() == at::kByte, op, "labels in uint8", c10::toString(labels[i].scalar_type()));
+    RIBFAST_CHECK_TYPE(labels[i].scalar_type() == at::kByte, op, "labels in uint8",
+                       c10::toString(labels[i].scalar_type()));
     RIBFAST_CHECK_VALUE(labels[i].dim() == 3 && labels[i].size(1) == images[i].size(0) &&
                             labels[i].size(2) == images[i].size(1),
                         op, "labels (K, H, W) of the image", labels[i].sizes(), " for an image ", images[i].sizes());

@@ -57,12 +57,13 @@ struct Kernels {
   void (*embed)(const EmbedJob& job);
   // found[i]: the vertex of keys[i] + move, or 0
   void (*find)(const VertexSlots& table, const uint64_t* keys, uint64_t move, int64_t count, int32_t* found);
-  // One block of `width` channels (16 n, 8, 4 or 1), in place, along the lines of one axis that have `length` vertices, or
-  // more than kLongestLine. links [begin, end) begin and end between lines, and are followed by kLinksAhead more.
+  // One block of `width` channels (16 n, 8, 4 or 1), in place, along the lines of one axis that have `length` vertices,
+  // or more than kLongestLine. links [begin, end) begin and end between lines, and are followed by kLinksAhead more.
   void (*blur)(float* values, const int32_t* links, int64_t begin, int64_t end, int32_t length, int32_t spare,
                int32_t width);
   // One axis of one channel, from one buffer to another; everything has room up to the multiple of kTile behind `end`.
-  void (*blur_one)(const float* in, const int32_t* before, const int32_t* after, int64_t begin, int64_t end, float* out);
+  void (*blur_one)(const float* in, const int32_t* before, const int32_t* after, int64_t begin, int64_t end,
+                   float* out);
   // Rows of tiles [begin, end); channels: 1 or a multiple of 4. splat adds; rows null, with one channel: ones.
   void (*slice)(const LatticeView& lattice, int64_t begin, int64_t end, int32_t channels, float* rows);
   void (*splat)(const LatticeView& lattice, int64_t begin, int64_t end, int32_t channels, const float* rows);

@@ -1,9 +1,7 @@
 // Lattices of any points on the CPU, as tensors: corners (tiles, d + 1, 16), weights alike, links, and where their
 // segments begin, then the numbers of vertices and of points (lattice.h, permutohedral.h).
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "../check.h"
@@ -46,9 +44,10 @@ std::vector<at::Tensor> lattice(const at::Tensor& features, bool filled) {
     }
   }
   try {
-    Permutohedral built(points, ranges, false, filled, kernels(), [&](int64_t begin, int64_t end, float* out, int64_t stride) {
-      for (int64_t d = 0; d < dims; ++d) std::copy(from + d * points + begin, from + d * points + end, out + d * stride);
-    });
+    const auto fill = [&](int64_t begin, int64_t end, float* out, int64_t stride) {
+      for (int64_t d = 0; d < dims; ++d) std::copy_n(from + d * points + begin, end - begin, out + d * stride);
+    };
+    Permutohedral built(points, ranges, false, filled, kernels(), fill);
     const LatticeArrays arrays = built.arrays();
     std::vector<int64_t> segments = built.segments();
     const int64_t links = segments.back() + kLinksAhead;
@@ -74,7 +73,9 @@ bool all_within(const int32_t* numbers, int64_t count, int32_t end, int32_t step
 
 // The arrays of a lattice's tensors, once they are known to lead nowhere else in memory.
 LatticeArrays check_lattice(const char* op, at::TensorList tensors) {
-  const auto expect = [&](bool cond) { RIBFAST_CHECK_VALUE(cond, op, "the tensors that `lattice` returned", "others"); };
+  const auto expect = [&](bool cond) {
+    RIBFAST_CHECK_VALUE(cond, op, "the tensors that `lattice` returned", "others");
+  };
   expect(tensors.size() == kTensors);
   for (const at::Tensor& t : tensors) expect(t.is_cpu() && t.is_contiguous());
   expect(tensors[0].scalar_type() == at::kInt && tensors[1].scalar_type() == at::kFloat &&
@@ -108,12 +109,15 @@ at::Tensor lattice_filter(const at::Tensor& values, at::TensorList lattice, bool
   const char* op = "lattice_filter";
   const LatticeArrays arrays = check_lattice(op, lattice);
   check_float(op, "values", values);
-  RIBFAST_CHECK_VALUE(values.is_cpu() && values.dim() == 2 && values.size(0) == arrays.points && values.size(1) < (1 << 24), op,
-                      c10::str("values (", arrays.points, ", C) on the CPU, as the lattice's points are"), values.sizes());
+  RIBFAST_CHECK_VALUE(values.is_cpu() && values.dim() == 2 && values.size(0) == arrays.points &&
+                          values.size(1) < (1 << 24),
+                      op, c10::str("values (", arrays.points, ", C) on the CPU, as the lattice's points are"),
+                      values.sizes());
   const at::Tensor dense = values.to(at::kFloat).contiguous();
   const at::Tensor result = at::empty(dense.sizes(), dense.options());
   if (result.numel() > 0) {
-    filter(arrays, dense.const_data_ptr<float>(), values.size(1), transpose, kernels(), result.mutable_data_ptr<float>());
+    filter(arrays, dense.const_data_ptr<float>(), values.size(1), transpose, kernels(),
+           result.mutable_data_ptr<float>());
   }
   return result.to(values.scalar_type());
 }

@@ -1,13 +1,14 @@
 // The permutohedral lattice of one set of points, and the CRF's kernels over it. Free of torch.
 //
-// Layout: points stand in tiles of kTile; what lies beyond the last point belongs to no vertex and has no weight. Arrays
-// over corners are [tile][corner][kTile], so that one stream of memory feeds both a vector over points and one point
-// after another. Vertices are numbered from 1 in the order in which points first touch them; 0 stands for every absent
-// one and its values are 0.
+// Layout: points stand in tiles of kTile; what lies beyond the last point belongs to no vertex and has no weight.
+// Arrays over corners are [tile][corner][kTile], so that one stream of memory feeds both a vector over points and one
+// point after another. Vertices are numbered from 1 in the order in which points first touch them; 0 stands for every
+// absent one and its values are 0.
 //
 // Channels stand in blocks of 16, then 8, then 4 (over_blocks in lattice.inl), so that no block straddles a cache line:
-// values of points ("rows") are [tile][block][kTile][width], values of vertices [block][vertex][width], where all blocks of
-// 16 stand together as one wide block (neighbours in memory, and so on a page). A single channel is a block of 1.
+// values of points ("rows") are [tile][block][kTile][width], values of vertices [block][vertex][width], where all
+// blocks of 16 stand together as one wide block (neighbours in memory, and so on a page). A single channel is a block
+// of 1.
 #pragma once
 
 #include <cstdint>
@@ -50,8 +51,9 @@ struct EmbedJob {
   uint64_t* keys;               // [tile][word][corner][kTile], of tile `begin` on
 };
 
-// Vertices by keys of one word, open addressing. A key's hash is key * kHashFactor, its bits from kHashFold on folded onto
-// the lowest; its slot the hash >> shift, or the next ones; a slot the low half of the hash and, above it, the vertex.
+// Vertices by keys of one word, open addressing. A key's hash is key * kHashFactor, its bits from kHashFold on folded
+// onto the lowest; its slot the hash >> shift, or the next ones; a slot the low half of the hash and, above it, the
+// vertex.
 struct VertexSlots {
   const uint64_t* slots;
   const uint64_t* keys;  // of each vertex
@@ -72,8 +74,8 @@ struct LatticeView {
   const float* after;   // factor of its sliced value, or null
   const float* values;  // blurred: what is sliced; null before the first iteration
   float* splat;         // what this pass adds to; null in the last
-  // vertices that a tile touches first are [touched[tile], touched[tile + 1]); where this is not null, the pass sets them
-  // to 0 in `splat` before it adds to them, and whoever calls it does so with all the others
+  // vertices that a tile touches first are [touched[tile], touched[tile + 1]); where this is not null, the pass sets
+  // them to 0 in `splat` before it adds to them, and whoever calls it does so with all the others
   const int32_t* touched;
 };
 

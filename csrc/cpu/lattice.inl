@@ -59,8 +59,9 @@ RIBFAST_INLINE V exp_of_negative(V x) {
   return zero ? V{} : p * bits<V>(power);
 }
 
-// A product that is rounded before it is added to anything. Positions on the lattice reach hundreds of cells: contracted,
-// they would move by 1e-5 of a cell, and mean field makes a hundred times that of it where labels are in balance.
+// A product that is rounded before it is added to anything. Positions on the lattice reach hundreds of cells:
+// contracted, they would move by 1e-5 of a cell, and mean field makes a hundred times that of it where labels are in
+// balance.
 RIBFAST_INLINE VFloat rounded(VFloat product) {
 #if defined(__x86_64__)
   asm("" : "+v"(product));  // opaque to the compiler, free at run time
@@ -194,7 +195,8 @@ void embed_points(const EmbedJob& job) {
       for (int64_t k = 0; k < kLanes; ++k) weight[k] = begin + k < job.points ? weight[k] : 0.0f;
       store_raw(job.weights + (tile * kCorners + m) * kTile + lane, weight);
     }
-    // Corner r lies one further in every coordinate than corner r - 1, and dims + 1 back where the rank is dims + 1 - r.
+    // Corner r lies one further in every coordinate than corner r - 1, and dims + 1 back where the rank is dims + 1 -
+    // r.
     for (int half = 0; half < 2; ++half) {
       VKey rank_of[kDims], place[kDims];
       for (int i = 0; i < kDims; ++i) {
@@ -205,7 +207,8 @@ void embed_points(const EmbedJob& job) {
         VKey key = VKey{};
         uint64_t ones = 0;
         for (int i = 0; i < kDims; ++i) key += place[i] * job.unit[i][word], ones += job.unit[i][word];
-        uint64_t* out = job.keys + (tile - job.begin) * keys_of_tile + word * kCorners * kTile + lane + half * kKeyLanes;
+        uint64_t* out = job.keys + (tile - job.begin) * keys_of_tile + word * kCorners * kTile + lane;
+        out += half * kKeyLanes;
         store_raw(out, key);
         for (int r = 1; r < kCorners; ++r) {
           key += ones;
@@ -278,8 +281,8 @@ RIBFAST_INLINE VFloat gather(const float* from, VInt32 index) {
 #endif
 }
 
-// Blur along one axis, in place: v' = v + (before + after) / 2, over lines of neighbours. `width`: floats from one vertex
-// to the next, in blocks of kWidth. Lines of kLength vertices, one after the other:
+// Blur along one axis, in place: v' = v + (before + after) / 2, over lines of neighbours. `width`: floats from one
+// vertex to the next, in blocks of kWidth. Lines of kLength vertices, one after the other:
 template <int kWidth, int kLength>
 RIBFAST_INLINE void blur_lines(float* values, const int32_t* links, int64_t begin, int64_t end, int32_t width) {
   constexpr int64_t kAhead = kLinksAhead / 2;
@@ -677,8 +680,9 @@ void prepare_vertices(const LatticeView& lattice, int64_t tile, int64_t end, int
   const int64_t own = int64_t{part} * channels * lattice.stride;
   const auto prepare = [&](int64_t block, int32_t width) {
     float* splat = lattice.splat + own + block;
+    const float* values = (read ? lattice.values : lattice.splat) + own + block;
     for (int64_t i = first * width; i < last * width; i += 4) store_raw(splat + i, Row<4>::zero());
-    for (int64_t i = soon * width; i < later * width; i += 16) __builtin_prefetch(lattice.values + own + block + i, 0, 2);
+    for (int64_t i = soon * width; i < later * width; i += 16) __builtin_prefetch(values + i, 0, 2);
   };
   const int32_t whole = channels / 16 * 16;
   if (whole > 0) prepare(0, whole);

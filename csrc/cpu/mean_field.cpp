@@ -1,5 +1,5 @@
-// An iteration is one pass over the points, which slices the blurred values of every lattice, updates the energies, takes
-// the softmax and splats the result (so a point's corners and weights are read once), and the blurs.
+// An iteration is one pass over the points, which slices the blurred values of every lattice, updates the energies,
+// takes the softmax and splats the result (so a point's corners and weights are read once), and the blurs.
 #include "mean_field.h"
 
 #include <ATen/Parallel.h>
@@ -10,7 +10,8 @@
 namespace ribfast::cpu {
 namespace {
 
-// Floats from one vertex to the next where the values of `channel`, the first of such, stand: blocks of 16 stand together.
+// Floats from one vertex to the next where the values of `channel`, the first of such, stand: blocks of 16 stand
+// together.
 int32_t vertex_width(int32_t channel, int32_t channels) {
   return channel == 0 && channels >= 16 ? channels / 16 * 16 : block_of(channel, channels).width;
 }
@@ -28,8 +29,8 @@ float* blur_one(const LatticeArrays& lattice, const Kernels& kernels, float* val
   return values;
 }
 
-// Blurs every block of channels along every axis: in place, split among threads at lines' ends; one channel of a lattice
-// made for that with the help of `other`. Returns the buffer that holds the result.
+// Blurs every block of channels along every axis: in place, split among threads at lines' ends; one channel of a
+// lattice made for that with the help of `other`. Returns the buffer that holds the result.
 float* blur(const LatticeArrays& lattice, int32_t channels, int32_t parts, bool backwards, const Kernels& kernels,
             float* values, float* other) {
   if (lattice.pairs != nullptr) return blur_one(lattice, kernels, values, other);

@@ -1,5 +1,5 @@
-// Building a permutohedral lattice: vertices in a hash table, corners as indices, lines of neighbours for the blur. Free
-// of torch but for its threads.
+// Building a permutohedral lattice: vertices in a hash table, corners as indices, lines of neighbours for the blur.
+// Free of torch but for its threads.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -125,8 +125,8 @@ class Permutohedral {
 
   // one_channel: for filters of one channel alone, which have a quicker blur. filled: as pydensecrf has it, which fills
   // the last four points up with points at the origin: their vertices have no weight, but pass blurred values on.
-  // fill(begin, end, out, stride): features of points [begin, end) to out[dim * stride + point - begin]; ranges: of each
-  // dimension, over all points, and 0.
+  // fill(begin, end, out, stride): features of points [begin, end) to out[dim * stride + point - begin]; ranges: of
+  // each dimension, over all points, and 0.
   template <typename Fill>
   Permutohedral(int64_t points, const std::vector<Range>& ranges, bool one_channel, bool filled, const Kernels& kernels,
                 Fill&& fill)
@@ -174,8 +174,8 @@ class Permutohedral {
   std::vector<int64_t> segments_;
   Buffer<int32_t> pairs_, touched_;
 
-  // The bit field of each of the first dims coordinates, wide enough for every vertex and its neighbours. Coordinate j is
-  // the sum of the scaled features from j on, less j times the one before those.
+  // The bit field of each of the first dims coordinates, wide enough for every vertex and its neighbours. Coordinate j
+  // is the sum of the scaled features from j on, less j times the one before those.
   void lay_out_keys(const std::vector<Range>& ranges, EmbedJob& job) const {
     std::vector<double> low(dims_ + 1), high(dims_ + 1);
     double least = 0, most = 0;
@@ -207,14 +207,16 @@ class Permutohedral {
     job.words = word + 1;
   }
 
-  // Numbers the vertices in the order in which points touch them. Threads number those of a part of the points each, and
-  // the parts' numbers are made one after another: the order, and so every number, is that of one thread.
+  // Numbers the vertices in the order in which points touch them. Threads number those of a part of the points each,
+  // and the parts' numbers are made one after another: the order, and so every number, is that of one thread.
   template <int kWords, typename Fill>
   void connect(const EmbedJob& job, const Kernels& kernels, Fill&& fill) {
     const int64_t tiles = tiles_of(points_);
-    const int64_t parts = at::in_parallel_region() ? 1 : std::min<int64_t>(at::get_num_threads(), 1 + tiles / (2 * kChunk));
+    const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+    const int64_t parts = std::min(threads, 1 + tiles / (2 * kChunk));
+    const int64_t expected = std::min<int64_t>(points_ / parts, 1 << 17);
     std::vector<VertexTable<kWords>> tables;
-    for (int64_t part = 0; part < parts; ++part) tables.emplace_back(std::min<int64_t>(points_ / parts, int64_t{1} << 17));
+    for (int64_t part = 0; part < parts; ++part) tables.emplace_back(expected);
     at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
         number(job, kernels, fill, tiles * part / parts, tiles * (part + 1) / parts, tables[part]);
@@ -247,7 +249,8 @@ class Permutohedral {
 
   // Embeds the points of tiles [begin, end) and looks their corners up in `table`.
   template <int kWords, typename Fill>
-  void number(EmbedJob job, const Kernels& kernels, Fill&& fill, int64_t begin, int64_t end, VertexTable<kWords>& table) {
+  void number(EmbedJob job, const Kernels& kernels, Fill&& fill, int64_t begin, int64_t end,
+              VertexTable<kWords>& table) {
     using Key = typename VertexTable<kWords>::Key;
     const int32_t count = dims_ + 1;
     const int64_t chunk = std::min(kChunk, end - begin);
