@@ -172,7 +172,7 @@ inline void check_normalize_cams(const char* op, const at::Tensor& cams) {
 inline void check_crf_term(const char* op, const char* name, at::ArrayRef<double> term, size_t size) {
   RIBFAST_CHECK_VALUE(term.empty() || term.size() == size, op, c10::str(name, " with ", size, " numbers"), term.size());
   for (size_t i = 0; i < term.size(); ++i) {
-    RIBFAST_CHECK_VALUE(std::isfinite(term[i]) && (i + 1 == size || static_cast<float>(term[i]) > 0), op,
+    RIBFAST_CHECK_VALUE(std::isfinite(static_cast<float>(term[i])) && (i + 1 == size || static_cast<float>(term[i]) > 0), op,
                         c10::str(name, " with finite numbers and standard deviations above 0"), term);
   }
 }

@@ -180,5 +180,7 @@ def unary_of_labels(labels, n_labels, confidence, unsure=None):
 
 def dense_crf_labels(image, labels, n_labels, *, confidence=0.7, unsure=None, **options):
     """labels (K, H, W) of one image -> the most probable labels under the CRF of each label map."""
-    maps = [unary_of_labels(each, n_labels, confidence, unsure) for each in labels]
-    return torch.stack([dense_crf(image, unary, **options).argmax(0) for unary in maps]).to(labels.dtype)
+    result = torch.empty_like(labels)
+    for given, out in zip(labels, result, strict=True):
+        out.copy_(dense_crf(image, unary_of_labels(given, n_labels, confidence, unsure), **options).argmax(0))
+    return result

@@ -173,6 +173,9 @@ def test_refuses_bad_input():
     refused(TypeError, "iterations to be an integer, got float", [image], [unary], iterations=2.5)
     refused(ValueError, "normalization to be one of symmetric, after", [image], [unary], normalization="both")
     refused(ValueError, "nan to be 'error' or 'propagate'", [image], [unary], nan="ignore")
+    refused(ValueError, "finite numbers", [image], [unary], gaussian=(3.0, 1e39))
+    refused(ValueError, "exact or differentiable, got both", [image], [unary], exact=True, differentiable=True)
+    refused(TypeError, "images to be a tensor or a list of tensors, got NoneType", None, None)
 
 
 @pytest.mark.parametrize("labels", [5, 9, 21])
@@ -231,13 +234,25 @@ def test_label_maps_equal_their_energies():
         assert torch.equal(ops.dense_crf_labels(image[None], given[None], 3, confidence=0.6)[0], got)
 
 
-@pytest.mark.parametrize("n_labels", [2, 3, 5, 21])
-def test_unsure_labels(n_labels):
+@pytest.mark.parametrize("n_labels", [2, 3, 4, 5, 21, 256])
+@pytest.mark.parametrize("unsure", [0, 1, 255])
+def test_unsure_labels(n_labels, unsure):
     image, labels = labelled(18, 25, n_labels)
-    labels[3:9] = 255
-    (result,) = ops.dense_crf_labels([image], [labels], n_labels, unsure=255, iterations=3)
-    expected = reference.dense_crf_labels(image, labels[None], n_labels, unsure=255, iterations=3)[0]
-    assert result.max() < n_labels and torch.equal(result, expected)
+    labels[3:9] = unsure
+    (result,) = ops.dense_crf_labels([image], [labels], n_labels, unsure=unsure, iterations=3)
+    energies = reference.unary_of_labels(labels, n_labels, 0.7, unsure)
+    probabilities = reference.dense_crf(image, energies, iterations=3)
+    chosen = probabilities.gather(0, result[None].long())[0]  # of many labels alike, rounding decides between some
+    torch.testing.assert_close(chosen, probabilities.amax(0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("confidence", [1e-50, 1e-9, 0.99999999])
+@pytest.mark.parametrize("n_labels", [2, 3, 5, 9])
+def test_extreme_confidence(n_labels, confidence):
+    image, labels = labelled(18, 25, n_labels)
+    options = dict(confidence=confidence, iterations=2)
+    (result,) = ops.dense_crf_labels([image], [labels], n_labels, **options)
+    assert torch.equal(result, reference.dense_crf_labels(image, labels[None], n_labels, **options)[0])
 
 
 def test_label_shapes():

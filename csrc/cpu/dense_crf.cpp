@@ -81,27 +81,32 @@ std::shared_ptr<const ImageTerm> spatial_term(const Image& image, const std::vec
   return std::make_shared<const ImageTerm>(std::move(lattice), how, kernels);
 }
 
-// The terms of the last sizes: a data set has few, and these depend on nothing else.
+// The terms of the last sizes: a data set has few, and these depend on nothing else. Large ones are not kept.
 std::shared_ptr<const ImageTerm> cached_spatial_term(const Image& image, const std::vector<int32_t>& order,
-                                                     double sigma,
-                                                     bool one_channel, Normalization how,
+                                                     double sigma, bool one_channel, Normalization how,
                                                      const Kernels& kernels) {
   constexpr size_t kKept = 8;
+  constexpr int64_t kMostPixels = int64_t{1} << 21;  // about 30 bytes each
   using Key = std::tuple<int64_t, int64_t, double, bool, Normalization, const Kernels*, bool>;
   static std::mutex mutex;
   static std::vector<std::pair<Key, std::shared_ptr<const ImageTerm>>> kept;
   const Key key{image.height, image.width, sigma, one_channel, how, &kernels, order.empty()};
+  const auto find = [&]() -> std::shared_ptr<const ImageTerm> {
+    for (auto it = kept.begin(); it != kept.end(); ++it) {
+      if (it->first != key) continue;
+      std::rotate(kept.begin(), it, it + 1);
+      return kept.front().second;
+    }
+    return nullptr;
+  };
   {
     const std::lock_guard<std::mutex> lock(mutex);
-    for (auto it = kept.begin(); it != kept.end(); ++it) {
-      if (it->first == key) {
-        std::rotate(kept.begin(), it, it + 1);
-        return kept.front().second;
-      }
-    }
+    if (auto term = find()) return term;
   }
   auto term = spatial_term(image, order, sigma, one_channel, how, kernels);
+  if (image.height * image.width > kMostPixels) return term;
   const std::lock_guard<std::mutex> lock(mutex);
+  if (auto other = find()) return other;  // another thread's of this very batch
   kept.insert(kept.begin(), {key, term});
   if (kept.size() > kKept) kept.pop_back();
   return term;
@@ -247,7 +252,8 @@ std::vector<at::Tensor> dense_crf_labels(at::TensorList images, at::TensorList l
     }
     results.push_back(at::empty(labels[i].sizes(), dense_labels[i].options()));
     crfs[i].labels = n_labels, crfs[i].labellings = labels[i].size(0), crfs[i].given = given;
-    crfs[i].confidence = static_cast<float>(confidence), crfs[i].best = results[i].mutable_data_ptr<uint8_t>();
+    crfs[i].confidence = confidence, crfs[i].unsure = static_cast<int32_t>(unsure);
+    crfs[i].best = results[i].mutable_data_ptr<uint8_t>();
   }
   run_all(options, dense_images, crfs);
   return results;

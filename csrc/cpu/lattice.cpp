@@ -144,7 +144,7 @@ at::Tensor mean_field(const at::Tensor& unary, at::TensorList lattices, at::Arra
     const LatticeArrays arrays = check_lattice(op, lattices.slice(i * kTensors, kTensors));
     RIBFAST_CHECK_VALUE(arrays.points == crf.points, op, c10::str("lattices of ", crf.points, " points, as unary has"),
                         arrays.points);
-    RIBFAST_CHECK_VALUE(std::isfinite(strengths[i]), op, "finite strengths", strengths);
+    RIBFAST_CHECK_VALUE(std::isfinite(static_cast<float>(strengths[i])), op, "finite strengths", strengths);
     RIBFAST_CHECK_VALUE(normalizations[i] >= kSymmetric && normalizations[i] <= kNone, op,
                         "normalizations from 0 to 3", normalizations);
     const auto how = static_cast<Normalization>(normalizations[i]);

@@ -95,8 +95,9 @@ struct PixelJob {
   // energies, negated: rows with -inf in channels that pad; or, where null, from labels
   const float* negative_unary;
   const float* left_out;  // in reduced form: of each point, the left-out label's; null: 0
-  const uint8_t* given;  // [labelling][given_stride]: gain for that label, 0 for the others; none of them: 0 for all
+  const uint8_t* given;  // [labelling][given_stride]
   int64_t given_stride;
+  int32_t unsure;  // the given label that is none: all labels alike; or -1
   int32_t labellings;
   float gain, otherwise;  // negative energies of the given label and of the others
   float* probabilities;   // rows from tile `begin` on, or null where they are not wanted

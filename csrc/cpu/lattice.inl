@@ -320,7 +320,7 @@ RIBFAST_INLINE void blur_long_lines(float* values, const int32_t* links, int64_t
     for (int64_t i = begin; i < end; ++i) {
       const int32_t id = links[i];
       __builtin_prefetch(block + int64_t{links[i + kAhead]} * width, 1);
-      const R after = R::load(block + int64_t{links[i + 1]} * width);
+      const R after = R::load(block + int64_t{i + 1 < end ? links[i + 1] : 0} * width);  // the next is another's
       R result;
       for (int k = 0; k < R::parts; ++k) result.part[k] = self.part[k] + 0.5f * (before.part[k] + after.part[k]);
       result.store(block + int64_t{id != 0 ? id : spare} * width);
@@ -402,7 +402,7 @@ RIBFAST_INLINE VFloat spread(const float* numbers) {
 #if RIBFAST_VECTOR_BYTES == 64
   if constexpr (kWidth == 8) {
     const VInt32 halves = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1};
-    const __m128 two = bits<__m128>(_mm_load_sd(reinterpret_cast<const double*>(numbers)));
+    const __m128 two = bits<__m128>(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(numbers)));
     return bits<VFloat>(_mm512_permutexvar_ps(bits<__m512i>(halves), _mm512_castps128_ps512(two)));
   } else if constexpr (kWidth == 4) {
     const VInt32 quarters = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};
@@ -411,7 +411,7 @@ RIBFAST_INLINE VFloat spread(const float* numbers) {
 #elif RIBFAST_VECTOR_BYTES == 32
   if constexpr (kWidth == 4) {
     const VInt32 halves = {0, 0, 0, 0, 1, 1, 1, 1};
-    const __m128 two = bits<__m128>(_mm_load_sd(reinterpret_cast<const double*>(numbers)));
+    const __m128 two = bits<__m128>(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(numbers)));
     return bits<VFloat>(_mm256_permutevar8x32_ps(_mm256_castps128_ps256(two), bits<__m256i>(halves)));
   }
 #endif
@@ -651,6 +651,21 @@ void exact_softmax_of_rows(float* rows, int32_t channels) {
   }
 }
 
+// Where the first point's value of a channel stands in the rows of a tile and part; the next point's is `width`
+// further.
+struct RowPlace {
+  int64_t at;
+  int32_t width;
+};
+RIBFAST_INLINE RowPlace row_place(int32_t channel, int32_t channels) {
+  RowPlace place = {0, 1};
+  over_blocks(channels, [&](auto width, int32_t first) {
+    constexpr int kWidth = decltype(width)::value;
+    if (channel >= first && channel < first + kWidth) place = {int64_t{first} * kTile + channel - first, kWidth};
+  });
+  return place;
+}
+
 // Negative energies of a tile from its given labels.
 void energies_of_labels(const PixelJob& job, int64_t tile, float* rows) {
   const int32_t used = job.labels - job.reduced, all = job.channels * job.parts;
@@ -658,14 +673,17 @@ void energies_of_labels(const PixelJob& job, int64_t tile, float* rows) {
   const int32_t each = job.group == 0 ? job.channels : job.group;  // channels of a labelling
   for (int32_t n = 0; n < job.labellings; ++n) {
     const uint8_t* labels = job.given + n * job.given_stride + tile * kTile;
-    const int32_t part = n * each / job.channels, from = n * each % job.channels;
-    float* own = rows + int64_t{part} * job.channels * kTile;
+    float gain[kTile], other[kTile];
     for (int k = 0; k < kTile; ++k) {
-      const int32_t label = labels[k];
-      const float last = !job.reduced ? 0.0f : label == used ? job.gain : job.otherwise;
-      over_channels(job.channels, k, [&](int32_t c, int64_t at) {
-        if (c >= from && c < from + used) own[at] = (label == c - from ? job.gain : job.otherwise) - last;
-      });
+      const float given = labels[k] == job.unsure ? job.otherwise : job.gain;
+      const float last = !job.reduced ? 0.0f : labels[k] == used ? given : job.otherwise;
+      gain[k] = given - last, other[k] = job.otherwise - last;
+    }
+    const int32_t part = n * each / job.channels, from = n * each % job.channels;
+    for (int32_t c = 0; c < used; ++c) {
+      const RowPlace place = row_place(from + c, job.channels);
+      float* to = rows + int64_t{part} * job.channels * kTile + place.at;
+      for (int k = 0; k < kTile; ++k) to[k * place.width] = labels[k] == c ? gain[k] : other[k];
     }
   }
 }
@@ -673,10 +691,10 @@ void energies_of_labels(const PixelJob& job, int64_t tile, float* rows) {
 // Sets the vertices that a tile touches first to 0, and asks for those that a later one reads first.
 void prepare_vertices(const LatticeView& lattice, int64_t tile, int64_t end, int32_t part, int32_t channels) {
   constexpr int64_t kAhead = 3;
-  const int32_t first = lattice.touched[tile], last = lattice.touched[tile + 1];
+  const int64_t first = lattice.touched[tile], last = lattice.touched[tile + 1];
   const bool read = lattice.values != nullptr && tile + kAhead < end;
   const int32_t* ahead = lattice.touched + (read ? tile + kAhead : tile);
-  const int32_t soon = ahead[0], later = ahead[read];
+  const int64_t soon = ahead[0], later = ahead[read];
   const int64_t own = int64_t{part} * channels * lattice.stride;
   const auto prepare = [&](int64_t block, int32_t width) {
     float* splat = lattice.splat + own + block;
@@ -811,7 +829,7 @@ void update_points_of_one_channel(const PixelJob& job) {
       for (int k = 0; k < count; ++k) {
         const int32_t label = job.given[first + k];
         const float gap = job.gain - job.otherwise;
-        energies[k] = label == 0 ? gap : label == 1 ? -gap : 0.0f;
+        energies[k] = label == job.unsure || label > 1 ? 0.0f : label == 0 ? gap : -gap;
       }
     }
     for (int32_t l = 0; l < job.count; ++l) {

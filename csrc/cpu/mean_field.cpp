@@ -110,6 +110,8 @@ void clear_untouched(const LatticeArrays& lattice, int32_t channels, int32_t par
   }
 }
 
+constexpr int64_t kMostOfCopies = int64_t{1} << 28;  // floats that threads' own vertices may take, a lattice
+
 struct Values {
   Buffer<float> first, second;
   float *sliced = nullptr, *splat = nullptr;
@@ -143,7 +145,7 @@ void filter(const LatticeArrays& lattice, const float* values, int64_t channels,
   LatticeView view = view_of(lattice);
   view.values = view.splat = vertices.get(size);
   std::memset(view.splat, 0, sizeof(float) * size);
-  constexpr int64_t kChunk = 64;
+  const int64_t chunk = std::min<int64_t>(64, tiles);
   const int64_t row_size = int64_t{kTile} * padded;
   // f(address in rows of the chunk, address in values) for each value of the chunk's points
   const auto over_rows = [&](int64_t begin, int64_t end, auto&& f) {
@@ -155,18 +157,18 @@ void filter(const LatticeArrays& lattice, const float* values, int64_t channels,
       }
     }
   };
-  std::vector<float> rows(kChunk * row_size);
-  for (int64_t begin = 0; begin < tiles; begin += kChunk) {
-    const int64_t end = std::min(begin + kChunk, tiles);
+  std::vector<float> rows(chunk * row_size);
+  for (int64_t begin = 0; begin < tiles; begin += chunk) {
+    const int64_t end = std::min(begin + chunk, tiles);
     std::fill(rows.begin(), rows.end(), 0.0f);
     over_rows(begin, end, [&](int64_t row, int64_t at) { rows[row] = values[at]; });
     kernels.splat(view, begin, end, padded, rows.data());
   }
   blur(lattice, padded, 1, transpose, kernels, view.splat, nullptr);
-  at::parallel_for(0, tiles, kChunk, [&](int64_t from, int64_t to) {
-    std::vector<float> own(kChunk * row_size);
-    for (int64_t begin = from; begin < to; begin += kChunk) {
-      const int64_t end = std::min(begin + kChunk, to);
+  at::parallel_for(0, tiles, chunk, [&](int64_t from, int64_t to) {
+    std::vector<float> own(chunk * row_size);
+    for (int64_t begin = from; begin < to; begin += chunk) {
+      const int64_t end = std::min(begin + chunk, to);
       kernels.slice(view, begin, end, padded, own.data());
       over_rows(begin, end, [&](int64_t row, int64_t at) { result[at] = own[row]; });
     }
@@ -176,12 +178,18 @@ void filter(const LatticeArrays& lattice, const float* values, int64_t channels,
 bool MeanField::has_one_channel() const { return Layout(labels, labellings, unary == nullptr, exact).channels == 1; }
 
 void MeanField::run(const Kernels& kernels) const {
+  if (labellings == 0 || points == 0) return;
   const Layout layout(labels, labellings, unary == nullptr, exact);
   const int32_t channels = layout.channels, parts = layout.parts, used = layout.used;
   const int64_t row_size = int64_t{kTile} * channels * parts, tiles = tiles_of(points);
-  const int64_t threads = exact || at::in_parallel_region()
-                              ? 1
-                              : std::min<int64_t>(at::get_num_threads(), 1 + tiles / 256);
+  int64_t threads = exact || at::in_parallel_region() ? 1 : std::min<int64_t>(at::get_num_threads(), 1 + tiles / 256);
+  for (const Term& term : terms) {
+    // each but the first clears, fills and adds up vertices of its own: no more of that than there is to splat, or
+    // memory
+    const LatticeArrays& lattice = term.lattice;
+    threads = std::min(threads, 1 + points * (lattice.dims + 1) / lattice.vertices);
+    threads = std::min<int64_t>(threads, 1 + kMostOfCopies / (lattice.stride() * channels * parts));
+  }
   std::vector<Values> values(terms.size());
   for (size_t i = 0; i < terms.size(); ++i) {
     const int64_t size = terms[i].lattice.stride() * channels * parts;
@@ -238,8 +246,10 @@ void MeanField::run(const Kernels& kernels) const {
       std::memset(out + n * stride + points, 0, stride - points);
     }
     job.given = out, job.given_stride = stride, job.labellings = static_cast<int32_t>(labellings);
-    job.gain = std::log(confidence);
-    job.otherwise = labels == 1 ? job.gain : std::log((1 - confidence) / static_cast<float>(labels - 1));
+    job.unsure = unsure;
+    job.gain = static_cast<float>(std::log(confidence));
+    const double other = std::log((1 - confidence) / static_cast<double>(labels - 1));
+    job.otherwise = labels == 1 ? job.gain : static_cast<float>(other);
   }
 
   const auto views = [&](bool sliced, bool splat) {

@@ -33,7 +33,8 @@ struct MeanField {
   bool exact;
   const float* unary = nullptr;    // [label][pixel] energies of the one labelling; or
   const uint8_t* given = nullptr;  // [labelling][pixel] labels, held with:
-  float confidence = 0;
+  double confidence = 0;
+  int32_t unsure = -1;  // the label that is none, or -1
   float* probabilities = nullptr;  // the result: [label][pixel] of the one labelling; or
   uint8_t* best = nullptr;         // [labelling][pixel]: the most probable label
 

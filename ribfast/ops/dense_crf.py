@@ -1,5 +1,6 @@
 """The fully connected CRF's mean field: wrappers, contract, fake kernels; the gradient by a loop over the lattice's."""
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -49,6 +50,7 @@ def dense_crf(
         _check_image(_OP, image)
         _check_unary(image, energies, nan)
     options = _options(_OP, gaussian, bilateral, iterations, normalization, exact, capacity)
+    _check_choice(_OP, exact, differentiable)
     if not each_image:
         return torch.empty(unary.shape, device=unary.device) if stacked else []
     contract.same_device(_OP, *each_image, *each_unary)
@@ -87,7 +89,6 @@ def dense_crf_labels(
     """
     op = "dense_crf_labels"
     stacked = isinstance(images, Tensor)
-    several = labels.ndim == 4 if isinstance(labels, Tensor) else None
     each_image, each_labels = _paired(op, images, labels, "labels", "(N, H, W) or (N, K, H, W)", 3, 4)
     n_labels = _integer(op, "n_labels", n_labels, 1, 256)
     confidence = float(contract.number(op, "confidence", confidence))
@@ -111,7 +112,7 @@ def dense_crf_labels(
     else:
         none = -1 if unsure is None else unsure
         results = torch.ops.ribfast.dense_crf_labels(each_image, maps, n_labels, confidence, none, *options)
-    results = [r if several or g.ndim == 3 else r[0] for r, g in zip(results, each_labels, strict=True)]
+    results = [r if g.ndim == 3 else r[0] for r, g in zip(results, each_labels, strict=True)]
     return torch.stack(results) if stacked else results
 
 
@@ -149,6 +150,7 @@ def mean_field(
     _check_finite(op, unary, nan)
     how = [_normalization(op, name) for name in normalizations]
     iterations = _integer(op, "iterations", iterations, 0)
+    _check_choice(op, exact, differentiable)
     fused = all(lattice._reference is None for lattice in lattices)
     if differentiable or not fused or _ext.backend(_OP, unary.device).name == "reference":
         return reference.mean_field(
@@ -176,10 +178,20 @@ def _paired(op: str, images, others, name: str, shape: str, *ndims: int) -> tupl
     if stacked and (images.ndim != 4 or others.ndim not in ndims):
         raise ValueError(f"{op}: expected images (N, H, W, 3) and {name} {shape}, got shapes "
                          f"{tuple(images.shape)} and {tuple(others.shape)}")  # fmt: skip
+    for value, what in ((images, "images"), (others, name)):
+        if not hasattr(value, "__iter__"):
+            raise TypeError(f"{op}: expected {what} to be a tensor or a list of tensors, got {type(value).__name__}")
     each_image, each_other = list(images), list(others)
     if len(each_image) != len(each_other):
         raise ValueError(f"{op}: expected a {name} for each image, got {len(each_other)} for {len(each_image)}")
     return each_image, each_other
+
+
+def _check_choice(op: str, exact: bool, differentiable: bool) -> None:
+    if exact and differentiable:
+        raise ValueError(
+            f"{op}: expected exact or differentiable, got both; the gradient's loop has an order of its own"
+        )
 
 
 def _check_image(op: str, image) -> None:
@@ -241,8 +253,9 @@ def _normalization(op: str, name: str) -> int:
 
 
 def _integer(op: str, name: str, value, least: int, most: int | None = None) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{op}: expected {name} to be an integer, got {type(value).__name__}")
+    value = operator.index(value)
     if value < least or (most is not None and value > most):
         bound = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{op}: expected {name} {bound}, got {value}")

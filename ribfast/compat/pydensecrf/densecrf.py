@@ -5,7 +5,8 @@ Two settings of this module, read by every call:
 exact   False (or RIBFAST_CRF_EXACT=0, the default): within 5e-4 of pydensecrf's probabilities, about one label in
         100,000 pixels differs. True (RIBFAST_CRF_EXACT=1): its order of operations, within 1e-5.
         Fast is the default because speed is why one changes the import, and because scores of segmentations do not
-        move by so little; exact is for comparing pixel by pixel with results that pydensecrf wrote.
+        move by so little; exact is for comparing pixel by pixel with results that pydensecrf wrote. It concerns
+        inference() with numbers for compat; vectors, matrices and single steps go through filters that need no choice.
 nan     "error" (the default): setUnaryEnergy refuses energies of which no distribution can be made: NaN, -infinity, or
         +infinity for all labels of a pixel. One such pixel makes its whole image NaN in pydensecrf. "propagate": lets
         them through to the same end. +infinity for some labels of a pixel forbids them and is always accepted.
