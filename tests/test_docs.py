@@ -25,13 +25,13 @@ def test_named_files_and_targets_exist():
             assert f"\n{target}:" in makefile, target
 
 
-def test_readme_examples_run():
+def test_readme_examples_run(tmp_path):
     """With arrays of the shapes that they name."""
     import numpy as np
     import torch
 
     text = (ROOT / "README.md").read_text()
-    code, replacement = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    code, classifiers, replacement = re.findall(r"```python\n(.*?)```", text, flags=re.S)
     sides = {"maps_1x": (24, 32), "maps_05x": (12, 16), "maps_15x": (36, 47), "maps_2x": (47, 63)}
     names = {name: torch.rand(2, 3, *side) for name, side in sides.items()}
     names |= {"maps": torch.randn(2, 3, 24, 32), "present": torch.ones(2, 3, dtype=torch.bool)}
@@ -42,6 +42,12 @@ def test_readme_examples_run():
     exec(code, names)
     assert names["probabilities"].shape == (1, 3, 12, 14)
     assert names["pooled"].shape == (2, 3) and names["cams"].shape == (3, 375, 500) and len(names["many"]) == 2
+    from ribfast import models
+
+    names = {"checkpoint": tmp_path / "weights.safetensors", "photos": torch.randn(1, 3, 48, 64)}
+    models.save_checkpoint(names["checkpoint"], models.cam_classifier("resnet50", 20).state_dict())
+    exec(classifiers, names)
+    assert names["cams"].shape == (1, 20, 3, 4)
     names = {"np": np, "width": 12, "height": 9, "photo": np.zeros((9, 12, 3), np.uint8)}
     names["softmax"] = torch.rand(21, 9, 12).softmax(0).numpy()
     exec(replacement, names)

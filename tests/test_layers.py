@@ -61,6 +61,11 @@ def test_stand_ins_see_the_operators_alone():
         assert foreign(path, ["numpy", "torch", "ribfast.ops", "ribfast.compat"]) == [], path
 
 
+def test_models_import_torch_alone():
+    for path in (PACKAGE / "models").glob("*.py"):
+        assert foreign(path, ["torch", "ribfast.models", "json", "os", "pathlib"]) == [], path.name
+
+
 def test_nobody_imports_the_commands():
     for path in PACKAGE.rglob("*.py"):
         assert not [m for m in imports(path) if m.startswith(("ribfast.cli", "ribfast.demo"))], path.name

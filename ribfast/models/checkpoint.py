@@ -1,0 +1,128 @@
+"""Checkpoints of classifiers: torchvision's, the released codes' and safetensors; never a pickle's code."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_STAGES = {"stage1.0": "conv1", "stage1.1": "bn1", "stage1.4": "layer1", "stage2.0": "layer2", "stage3.0": "layer3",
+           "stage4.0": "layer4"}  # fmt: skip
+_HEADS = ("fc.", "classifier.1.")  # ImageNet's, of torchvision's ResNets and MobileNetV2
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+           "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def load_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors of a checkpoint under torchvision's names (and classifier.weight), whoever wrote it.
+
+    Knows torchvision's state dicts (their ImageNet head is left out), IRN's and RIB's res50_cam.pth with its copies of
+    every tensor, and safetensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"load_checkpoint: expected a file, got {path}, which is none")
+    if path.suffix == ".safetensors":
+        state = _read_safetensors(path)
+    else:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many kinds, and says more than one line
+            raise ValueError(f"load_checkpoint: expected a state dict of tensors alone (.pth as torch.save writes it, or "
+                             f".safetensors), got {path}: {str(error).splitlines()[0]}") from error  # fmt: skip
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        kind = f"a {type(state).__name__}" if not isinstance(state, dict) else f"a dict of {_some(state)}"
+        raise ValueError(f"load_checkpoint: expected a dict of tensors, got {kind} in {path}")
+    return {name: value for key, value in state.items() if (name := _torchvision_name(key)) is not None}
+
+
+def load_into(model: torch.nn.Module, state: dict[str, Tensor], *, classifier: bool = True) -> None:
+    """Fills the model, all of it: what is missing, too much or of another shape is an error that names it.
+
+    classifier: whether the classifier's weight is to come from the checkpoint too (False: a backbone's alone).
+    """
+    wanted = {name: value for name, value in model.state_dict().items() if not name.endswith("num_batches_tracked")}
+    if not classifier:
+        wanted.pop("classifier.weight")
+    given = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+    if not classifier:
+        given.pop("classifier.weight", None)
+    missing, unknown = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
+    if missing or unknown:
+        advice = "; pass classifier=False to keep a new classifier" if missing == ["classifier.weight"] else ""
+        raise ValueError(f"load_into: expected the tensors of a {model.name}, got a checkpoint without "
+                         f"{_some(missing)} and with {_some(unknown)} beside{advice}")  # fmt: skip
+    for name, value in wanted.items():
+        if value.shape != given[name].shape:
+            classes = f", a classifier of {value.shape[0]} classes," if name == "classifier.weight" else ""
+            raise ValueError(f"load_into: expected {name} of shape {tuple(value.shape)}{classes} "
+                             f"got {tuple(given[name].shape)}")  # fmt: skip
+        if not torch.isfinite(given[name]).all():
+            raise ValueError(f"load_into: expected finite weights, got NaN or infinity in {name}")
+    with torch.no_grad():
+        for name, value in wanted.items():
+            value.copy_(given[name])
+
+
+def save_checkpoint(path: str | os.PathLike, state: dict[str, Tensor]) -> None:
+    """Writes safetensors, whole or not at all."""
+    header, offset = {}, 0
+    for name, value in state.items():
+        size = value.numel() * value.element_size()
+        header[name] = {
+            "dtype": _NAMES[value.dtype],
+            "shape": list(value.shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for value in state.values():
+            file.write(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    os.replace(partial, path)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    data = path.read_bytes()
+    try:
+        size = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + size])
+        body, state = bytearray(data[8 + size :]), {}
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            begin, end = entry["data_offsets"]
+            dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
+            if not 0 <= begin <= end <= len(body):
+                raise ValueError(f"{name} reaches beyond the file")
+            flat = torch.frombuffer(body, dtype=torch.uint8)[begin:end].clone() if end > begin else torch.empty(0)
+            state[name] = flat.view(dtype).reshape(shape) if end > begin else flat.to(dtype).reshape(shape)
+        return state
+    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise ValueError(f"load_checkpoint: expected a safetensors file, got {path}: {error}") from error
+
+
+def _torchvision_name(name: str) -> str | None:
+    """None for what a classifier has no use for: ImageNet's heads, and copies of tensors under other names."""
+    name = name.removeprefix("module.")
+    if name.startswith(("backbone.", "newly_added.")):  # IRN keeps lists of its modules, which name tensors again
+        return None
+    name = name.removeprefix("resnet50.")
+    for stage, layer in _STAGES.items():
+        if name.startswith(stage + "."):
+            name = layer + name.removeprefix(stage)
+    return None if name.startswith(_HEADS) else name
+
+
+def _some(names) -> str:
+    names = list(names)
+    return "nothing" if not names else ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,64 @@
+"""The classifier whose class activation maps everything starts from."""
+
+import math
+
+from torch import Tensor, nn
+
+
+class CamClassifier(nn.Module):
+    """A backbone in two parts and a 1x1 convolution without bias, whose output is the logits map = CAM before ReLU.
+
+    The trunk (everything up to stride 8) never trains and its features are detached; the rest and the classifier do.
+    Batch normalisation always uses its running statistics; its affine parameters train with the rest.
+    """
+
+    classifier: nn.Conv2d
+
+    def __init__(self, name: str, n_classes: int):
+        super().__init__()
+        self.name, self.n_classes = name, n_classes
+
+    @property
+    def trunk_modules(self) -> list[nn.Module]:
+        raise NotImplementedError
+
+    def _trunk(self, images: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def tail(self, trunk: Tensor) -> Tensor:
+        """The trunk's output -> the features that are classified, at stride 16."""
+        raise NotImplementedError
+
+    def trunk(self, images: Tensor) -> Tensor:
+        """Normalised images (N, 3, H, W) -> what never changes while the rest trains, at stride 8; detached."""
+        return self._trunk(images).detach()
+
+    def maps(self, trunk: Tensor) -> Tensor:
+        """The trunk's output -> logits maps (N, C, h, w)."""
+        return self.classifier(self.tail(trunk))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits maps (N, C, h, w) at stride 16; pool them over their positions for logits."""
+        return self.maps(self.trunk(images))
+
+    def trained_parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """(the backbone's, the classifier's): the latter train at ten times the rate."""
+        backbone = [p for p in self.parameters() if p.requires_grad and p is not self.classifier.weight]
+        return backbone, [self.classifier.weight]
+
+    def reset(self) -> None:
+        """Random weights for whatever no checkpoint fills, and the trunk frozen."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                fan = module.out_channels * module.kernel_size[0] * module.kernel_size[1] // module.groups
+                nn.init.normal_(module.weight, 0, math.sqrt(2 / fan))
+        nn.init.normal_(self.classifier.weight, 0, 0.01)
+        for module in self.trunk_modules:
+            module.requires_grad_(False)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self

@@ -1,0 +1,79 @@
+"""ResNets (He et al. 2016) as CAM classifiers: output stride 16, torchvision's parameter names."""
+
+from torch import Tensor, nn
+
+from .classifier import CamClassifier
+
+LAYERS = {"resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
+
+
+class BasicBlock(nn.Module):
+    expansion = 1
+
+    def __init__(self, channels: int, width: int, stride: int, downsample: nn.Module | None):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn1(self.conv1(x)).relu_()
+        y = self.bn2(self.conv2(y))
+        return (y + (x if self.downsample is None else self.downsample(x))).relu_()
+
+
+class Bottleneck(nn.Module):
+    expansion = 4
+
+    def __init__(self, channels: int, width: int, stride: int, downsample: nn.Module | None):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * width)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn1(self.conv1(x)).relu_()
+        y = self.bn2(self.conv2(y)).relu_()
+        y = self.bn3(self.conv3(y))
+        return (y + (x if self.downsample is None else self.downsample(x))).relu_()
+
+
+class ResNet(CamClassifier):
+    """Strides (2, 2, 2, 1) after the stem's 2: the trunk, up to layer2, has stride 8, the maps have stride 16."""
+
+    def __init__(self, name: str, n_classes: int):
+        super().__init__(name, n_classes)
+        block = BasicBlock if name == "resnet18" else Bottleneck
+        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        channels = 64
+        for number, (count, stride) in enumerate(zip(LAYERS[name], (1, 2, 2, 1), strict=True), 1):
+            width, blocks = 32 << number, []
+            for i in range(count):
+                step, out = (stride if i == 0 else 1), width * block.expansion
+                downsample = None
+                if step != 1 or channels != out:
+                    convolution = nn.Conv2d(channels, out, 1, step, bias=False)
+                    downsample = nn.Sequential(convolution, nn.BatchNorm2d(out))
+                blocks.append(block(channels, width, step, downsample))
+                channels = out
+            setattr(self, f"layer{number}", nn.Sequential(*blocks))
+        self.classifier = nn.Conv2d(channels, n_classes, 1, bias=False)
+        self.reset()
+
+    @property
+    def trunk_modules(self) -> list[nn.Module]:
+        return [self.conv1, self.bn1, self.layer1, self.layer2]
+
+    def _trunk(self, images: Tensor) -> Tensor:
+        return self.layer2(self.layer1(self.maxpool(self.bn1(self.conv1(images)).relu_())))
+
+    def tail(self, trunk: Tensor) -> Tensor:
+        return self.layer4(self.layer3(trunk))
