@@ -30,8 +30,8 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds, and says more than one line
-            raise ValueError(f"load_checkpoint: expected a state dict of tensors alone (.pth as torch.save writes it, or "
-                             f".safetensors), got {path}: {str(error).splitlines()[0]}") from error  # fmt: skip
+            raise ValueError(f"load_checkpoint: expected a state dict of tensors alone (.pth as torch.save writes it, "
+                             f"or .safetensors), got {path}: {str(error).splitlines()[0]}") from error  # fmt: skip
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
