@@ -183,4 +183,51 @@ inline void check_crf_image(const char* op, const at::Tensor& image) {
                       "images (H, W, 3) of 1 to 2^30 pixels", image.sizes());
 }
 
+inline void check_crf_options(const char* op, at::ArrayRef<double> gaussian, at::ArrayRef<double> bilateral,
+                              int64_t iterations, int64_t normalization, int64_t capacity) {
+  check_crf_term(op, "gaussian", gaussian, 2);
+  check_crf_term(op, "bilateral", bilateral, 3);
+  RIBFAST_CHECK_VALUE(iterations >= 0 && iterations < (int64_t{1} << 31), op, "iterations of at least 0", iterations);
+  RIBFAST_CHECK_VALUE(normalization >= 0 && normalization <= 3, op, "a normalization from 0 to 3", normalization);
+  RIBFAST_CHECK_VALUE(capacity >= 0, op, "a capacity of at least 0", capacity);
+}
+
+// One image of dense_crf and its unary.
+inline void check_crf_unary(const char* op, const at::Tensor& image, const at::Tensor& unary) {
+  check_crf_image(op, image);
+  RIBFAST_CHECK_VALUE(unary.dim() == 3 && unary.size(0) > 0 && unary.size(0) < (1 << 24) &&
+                          unary.size(1) == image.size(0) && unary.size(2) == image.size(1),
+                      op, "unary (L, H, W) of the image, L >= 1", unary.sizes(), " for an image ", image.sizes());
+  check_float(op, "unary", unary);
+  check_same_device(op, image, unary);
+}
+
+inline void check_crf_confidence(const char* op, int64_t n_labels, double confidence) {
+  RIBFAST_CHECK_VALUE(n_labels >= 1 && n_labels <= 256, op, "n_labels from 1 to 256", n_labels);
+  RIBFAST_CHECK_VALUE(confidence > 0 && confidence < 1, op, "a confidence above 0 and below 1", confidence);
+}
+
+// One image of dense_crf_labels and its label maps.
+inline void check_crf_labels(const char* op, const at::Tensor& image, const at::Tensor& labels) {
+  check_crf_image(op, image);
+  RIBFAST_CHECK_TYPE(labels.scalar_type() == at::kByte, op, "labels in uint8", c10::toString(labels.scalar_type()));
+  RIBFAST_CHECK_VALUE(labels.dim() == 3 && labels.size(1) == image.size(0) && labels.size(2) == image.size(1), op,
+                      "labels (K, H, W) of the image", labels.sizes(), " for an image ", image.sizes());
+  check_same_device(op, image, labels);
+}
+
+// lattices: how many tensors, `each` of them a lattice
+inline void check_mean_field(const char* op, size_t lattices, size_t each, at::ArrayRef<double> strengths,
+                             at::IntArrayRef normalizations, int64_t iterations) {
+  RIBFAST_CHECK_VALUE(lattices == strengths.size() * each && normalizations.size() == strengths.size(), op,
+                      "a strength and a normalization for each lattice", lattices / each, " lattices, ",
+                      strengths.size(), " strengths, ", normalizations.size(), " normalizations");
+  RIBFAST_CHECK_VALUE(iterations >= 0 && iterations < (int64_t{1} << 31), op, "iterations of at least 0", iterations);
+  for (size_t i = 0; i < strengths.size(); ++i) {
+    RIBFAST_CHECK_VALUE(std::isfinite(static_cast<float>(strengths[i])), op, "finite strengths", strengths);
+    RIBFAST_CHECK_VALUE(normalizations[i] >= 0 && normalizations[i] <= 3, op, "normalizations from 0 to 3",
+                        normalizations);
+  }
+}
+
 }  // namespace ribfast

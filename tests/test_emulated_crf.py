@@ -2,10 +2,8 @@
 
 import ctypes
 import math
-import shutil
-import subprocess
-from pathlib import Path
 
+import cuda_toolkit
 import pytest
 import torch
 from cuda_toolkit import CUDA_INCLUDE, NO_CUDA_INCLUDE
@@ -20,13 +18,7 @@ NORMALIZATIONS = ("symmetric", "after", "before", "none")
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    if shutil.which("g++") is None:
-        pytest.skip("no g++ to build the emulator")
-    library = tmp_path_factory.mktemp("emulator") / "crf.so"
-    source = Path(__file__).parent / "emulator" / "crf.cpp"
-    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Werror"]
-    subprocess.run(["g++", *flags, "-isystem", CUDA_INCLUDE, str(source), "-o", str(library)], check=True)
-    loaded = ctypes.CDLL(str(library))
+    loaded = cuda_toolkit.emulated("crf", tmp_path_factory.mktemp("emulator"))
     loaded.dense_crf.restype = ctypes.c_bool
     return loaded
 

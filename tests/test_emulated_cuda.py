@@ -4,14 +4,11 @@ Threads are scheduled in several orders; a result that depends on the order is a
 """
 
 import ctypes
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 from cases import DTYPES, NAMES, logits, needing_grad, rounding, scales, special_maps, tolerance
-from cuda_toolkit import CUDA_INCLUDE, NO_CUDA_INCLUDE
+from cuda_toolkit import CUDA_INCLUDE, NO_CUDA_INCLUDE, emulated
 
 from ribfast import ops, reference
 
@@ -22,13 +19,7 @@ ORDERS = (0, 1, 7)
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    if shutil.which("g++") is None:
-        pytest.skip("no g++ to build the emulator")
-    library = tmp_path_factory.mktemp("emulator") / "kernels.so"
-    source = Path(__file__).parent / "emulator" / "kernels.cpp"
-    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Werror"]
-    subprocess.run(["g++", *flags, "-isystem", CUDA_INCLUDE, str(source), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
+    return emulated("kernels", tmp_path_factory.mktemp("emulator"))
 
 
 def at(tensor):

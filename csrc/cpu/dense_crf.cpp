@@ -143,12 +143,7 @@ struct Options {
 
 Options check_options(const char* op, at::ArrayRef<double> gaussian, at::ArrayRef<double> bilateral, int64_t iterations,
                       int64_t normalization, bool exact, int64_t capacity) {
-  check_crf_term(op, "gaussian", gaussian, 2);
-  check_crf_term(op, "bilateral", bilateral, 3);
-  RIBFAST_CHECK_VALUE(iterations >= 0, op, "iterations of at least 0", iterations);
-  RIBFAST_CHECK_VALUE(normalization >= kSymmetric && normalization <= kNone, op, "a normalization from 0 to 3",
-                      normalization);
-  RIBFAST_CHECK_VALUE(capacity >= 0, op, "a capacity of at least 0", capacity);
+  check_crf_options(op, gaussian, bilateral, iterations, normalization, capacity);
   return {op, gaussian, bilateral, iterations, static_cast<Normalization>(normalization), exact};
 }
 
@@ -205,13 +200,7 @@ std::vector<at::Tensor> dense_crf(at::TensorList images, at::TensorList unary, a
   std::vector<at::Tensor> results, dense_images, dense_unary;
   std::vector<MeanField> crfs(images.size());
   for (size_t i = 0; i < images.size(); ++i) {
-    check_crf_image(op, images[i]);
-    RIBFAST_CHECK_VALUE(unary[i].dim() == 3 && unary[i].size(0) > 0 && unary[i].size(1) == images[i].size(0) &&
-                            unary[i].size(2) == images[i].size(1),
-                        op, "unary (L, H, W) of the image, L >= 1", unary[i].sizes(), " for an image ",
-                        images[i].sizes());
-    check_float(op, "unary", unary[i]);
-    check_same_device(op, images[i], unary[i]);
+    check_crf_unary(op, images[i], unary[i]);
     dense_images.push_back(images[i].contiguous());
     dense_unary.push_back(unary[i].to(at::kFloat).contiguous());
     results.push_back(at::empty(unary[i].sizes(), dense_unary[i].options()));
@@ -230,18 +219,11 @@ std::vector<at::Tensor> dense_crf_labels(at::TensorList images, at::TensorList l
   RIBFAST_CHECK_VALUE(images.size() == labels.size(), op, "an image for each label map", images.size(), " and ",
                       labels.size());
   const Options options = check_options(op, gaussian, bilateral, iterations, normalization, exact, capacity);
-  RIBFAST_CHECK_VALUE(n_labels >= 1 && n_labels <= 256, op, "n_labels from 1 to 256", n_labels);
-  RIBFAST_CHECK_VALUE(confidence > 0 && confidence < 1, op, "a confidence above 0 and below 1", confidence);
+  check_crf_confidence(op, n_labels, confidence);
   std::vector<at::Tensor> results, dense_images, dense_labels;
   std::vector<MeanField> crfs(images.size());
   for (size_t i = 0; i < images.size(); ++i) {
-    check_crf_image(op, images[i]);
-    RIBFAST_CHECK_TYPE(labels[i].scalar_type() == at::kByte, op, "labels in uint8",
-                       c10::toString(labels[i].scalar_type()));
-    RIBFAST_CHECK_VALUE(labels[i].dim() == 3 && labels[i].size(1) == images[i].size(0) &&
-                            labels[i].size(2) == images[i].size(1),
-                        op, "labels (K, H, W) of the image", labels[i].sizes(), " for an image ", images[i].sizes());
-    check_same_device(op, images[i], labels[i]);
+    check_crf_labels(op, images[i], labels[i]);
     dense_images.push_back(images[i].contiguous());
     dense_labels.push_back(labels[i].contiguous());
     const uint8_t* given = dense_labels[i].const_data_ptr<uint8_t>();

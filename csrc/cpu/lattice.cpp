@@ -129,10 +129,7 @@ at::Tensor mean_field(const at::Tensor& unary, at::TensorList lattices, at::Arra
   check_float(op, "unary", unary);
   RIBFAST_CHECK_VALUE(unary.is_cpu() && unary.dim() == 2 && unary.size(0) > 0 && unary.size(0) < (1 << 24), op,
                       "unary (L, P) on the CPU, L >= 1", unary.sizes());
-  RIBFAST_CHECK_VALUE(lattices.size() == strengths.size() * kTensors && normalizations.size() == strengths.size(), op,
-                      "a strength and a normalization for each lattice", lattices.size() / kTensors, " lattices, ",
-                      strengths.size(), " strengths, ", normalizations.size(), " normalizations");
-  RIBFAST_CHECK_VALUE(iterations >= 0, op, "iterations of at least 0", iterations);
+  check_mean_field(op, lattices.size(), kTensors, strengths, normalizations, iterations);
   const Kernels& chosen = kernels_for(exact);
   const at::Tensor dense = unary.to(at::kFloat).contiguous();
   const at::Tensor result = at::empty(dense.sizes(), dense.options());
@@ -144,9 +141,6 @@ at::Tensor mean_field(const at::Tensor& unary, at::TensorList lattices, at::Arra
     const LatticeArrays arrays = check_lattice(op, lattices.slice(i * kTensors, kTensors));
     RIBFAST_CHECK_VALUE(arrays.points == crf.points, op, c10::str("lattices of ", crf.points, " points, as unary has"),
                         arrays.points);
-    RIBFAST_CHECK_VALUE(std::isfinite(static_cast<float>(strengths[i])), op, "finite strengths", strengths);
-    RIBFAST_CHECK_VALUE(normalizations[i] >= kSymmetric && normalizations[i] <= kNone, op,
-                        "normalizations from 0 to 3", normalizations);
     const auto how = static_cast<Normalization>(normalizations[i]);
     crf.terms.push_back({arrays, static_cast<float>(strengths[i]), how, nullptr});
     if (crf.points > 0) crf.terms.back().factor = normalize(arrays, how, chosen, factors[i]);

@@ -41,12 +41,7 @@ bool capturing(cudaStream_t stream) {
 
 CrfOptions check_options(const char* op, at::ArrayRef<double> gaussian, at::ArrayRef<double> bilateral,
                          int64_t iterations, int64_t normalization, bool exact, int64_t capacity) {
-  check_crf_term(op, "gaussian", gaussian, 2);
-  check_crf_term(op, "bilateral", bilateral, 3);
-  RIBFAST_CHECK_VALUE(iterations >= 0 && iterations < (int64_t{1} << 31), op, "iterations of at least 0", iterations);
-  RIBFAST_CHECK_VALUE(normalization >= kSymmetric && normalization <= kNone, op, "a normalization from 0 to 3",
-                      normalization);
-  RIBFAST_CHECK_VALUE(capacity >= 0, op, "a capacity of at least 0", capacity);
+  check_crf_options(op, gaussian, bilateral, iterations, normalization, capacity);
   CrfOptions options{};
   options.has_gaussian = !gaussian.empty(), options.has_bilateral = !bilateral.empty();
   for (size_t i = 0; i < gaussian.size(); ++i) options.gaussian[i] = static_cast<float>(gaussian[i]);
@@ -137,14 +132,8 @@ std::vector<at::Tensor> dense_crf(at::TensorList images, at::TensorList unary, a
   std::vector<at::Tensor> results, kept;
   std::vector<CrfInput> inputs;
   for (size_t i = 0; i < images.size(); ++i) {
-    check_crf_image(op, images[i]);
-    RIBFAST_CHECK_VALUE(unary[i].dim() == 3 && unary[i].size(0) > 0 && unary[i].size(0) < (1 << 24) &&
-                            unary[i].size(1) == images[i].size(0) && unary[i].size(2) == images[i].size(1),
-                        op, "unary (L, H, W) of the image, L >= 1", unary[i].sizes(), " for an image ",
-                        images[i].sizes());
-    check_float(op, "unary", unary[i]);
+    check_crf_unary(op, images[i], unary[i]);
     check_same_device(op, images[0], images[i]);
-    check_same_device(op, images[i], unary[i]);
     const at::Tensor image = images[i].contiguous(), energies = unary[i].to(at::kFloat).contiguous();
     kept.insert(kept.end(), {image, energies});
     results.push_back(at::empty(energies.sizes(), energies.options()));
@@ -163,8 +152,7 @@ std::vector<at::Tensor> dense_crf_labels(at::TensorList images, at::TensorList l
   const char* op = "dense_crf_labels";
   RIBFAST_CHECK_VALUE(images.size() == labels.size(), op, "an image for each label map", images.size(), " and ",
                       labels.size());
-  RIBFAST_CHECK_VALUE(n_labels >= 1 && n_labels <= 256, op, "n_labels from 1 to 256", n_labels);
-  RIBFAST_CHECK_VALUE(confidence > 0 && confidence < 1, op, "a confidence above 0 and below 1", confidence);
+  check_crf_confidence(op, n_labels, confidence);
   CrfOptions options = check_options(op, gaussian, bilateral, iterations, normalization, exact, capacity);
   options.unsure = unsure >= 0 && unsure <= 255 ? static_cast<int32_t>(unsure) : -1;
   if (n_labels > 1) {
@@ -176,14 +164,8 @@ std::vector<at::Tensor> dense_crf_labels(at::TensorList images, at::TensorList l
   std::vector<at::Tensor> results, kept;
   std::vector<CrfInput> inputs;
   for (size_t i = 0; i < images.size(); ++i) {
-    check_crf_image(op, images[i]);
-    RIBFAST_CHECK_TYPE(labels[i].scalar_type() == at::kByte, op, "labels in uint8",
-                       c10::toString(labels[i].scalar_type()));
-    RIBFAST_CHECK_VALUE(labels[i].dim() == 3 && labels[i].size(1) == images[i].size(0) &&
-                            labels[i].size(2) == images[i].size(1),
-                        op, "labels (K, H, W) of the image", labels[i].sizes(), " for an image ", images[i].sizes());
+    check_crf_labels(op, images[i], labels[i]);
     check_same_device(op, images[0], images[i]);
-    check_same_device(op, images[i], labels[i]);
     const at::Tensor image = images[i].contiguous(), given = labels[i].contiguous();
     kept.insert(kept.end(), {image, given});
     results.push_back(at::empty(given.sizes(), given.options()));

@@ -131,17 +131,11 @@ at::Tensor mean_field_of_points(const at::Tensor& unary, at::TensorList lattices
   check_float(op, "unary", unary);
   RIBFAST_CHECK_VALUE(unary.dim() == 2 && unary.size(0) > 0 && unary.size(0) < (1 << 19), op, "unary (L, P), L >= 1",
                       unary.sizes());
-  RIBFAST_CHECK_VALUE(lattices.size() == strengths.size() * kTensors && normalizations.size() == strengths.size(), op,
-                      "a strength and a normalization for each lattice", lattices.size() / kTensors, " lattices, ",
-                      strengths.size(), " strengths, ", normalizations.size(), " normalizations");
-  RIBFAST_CHECK_VALUE(iterations >= 0 && iterations < (int64_t{1} << 31), op, "iterations of at least 0", iterations);
+  check_mean_field(op, lattices.size(), kTensors, strengths, normalizations, iterations);
   const c10::cuda::CUDAGuard guard(unary.device());
   const at::Tensor dense = unary.to(at::kFloat).contiguous(), result = at::empty(dense.sizes(), dense.options());
   std::vector<PointTerm> terms;
   for (size_t i = 0; i < strengths.size(); ++i) {
-    RIBFAST_CHECK_VALUE(std::isfinite(strengths[i]), op, "finite strengths", strengths);
-    RIBFAST_CHECK_VALUE(normalizations[i] >= kSymmetric && normalizations[i] <= kNone, op,
-                        "normalizations from 0 to 3", normalizations);
     terms.push_back({read_lattice(op, lattices.slice(i * kTensors, kTensors), unary.size(1), unary),
                      static_cast<float>(strengths[i]), static_cast<Normalization>(normalizations[i])});
   }
