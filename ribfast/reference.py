@@ -3,6 +3,7 @@
 Sums are held in float32 (float64 for float64 maps), whatever the maps are stored in.
 """
 
+import copy
 import math
 
 import torch
@@ -52,6 +53,56 @@ def normalize_cams(cams: Tensor, eps: float = 1e-5, *, inplace: bool = False) ->
     values = cams.to(accumulator_dtype(cams.dtype))
     result = (values / (values.amax((-2, -1), keepdim=True) + eps)).to(cams.dtype)
     return cams.copy_(result) if inplace else result
+
+
+def rib(model, views, classes, others, config):
+    """RIB as it was released: one image, every step from its pixels on, the last update included though unused.
+
+    views: (2, 3, h, w) at each of config.scales, the image and its mirror; others(step) -> images, present.
+    Returns the summed maps (C, h, w) of each scale, the steps begun and whether a stop ended them.
+    """
+    model = copy.deepcopy(model)
+    backbone, classifier = model.trained_parameters()
+    groups = [{"params": backbone, "scale": 1.0}, {"params": classifier, "scale": config.classifier_lr_scale}]
+    sgd = torch.optim.SGD(groups, lr=0.1, momentum=config.momentum, weight_decay=config.weight_decay)
+    target = torch.zeros(1, len(classifier[0]), dtype=torch.bool, device=views[0].device)
+    target[0, list(classes)] = True
+
+    def pooled(maps, present):
+        if config.pooling == "gap":
+            return torch.where(present, maps.mean((2, 3)), 0)
+        return torch.where(
+            present, gndrp(maps, present, config.tau, divide_by=config.divide_by, strict=config.strict), 0
+        )
+
+    sums = [0] * len(views)
+    for step in range(config.steps):
+        rows = []
+        for i, (scale, view) in enumerate(zip(config.scales, views, strict=True)):
+            maps = model(view)
+            rectified = maps.detach().relu()
+            cam = rectified[0] + rectified[1].flip(-1)
+            sums[i] = sums[i] + cam
+            if scale == 1 and step > 0 and config.explode_area is not None:
+                own = cam[target[0]]
+                high = own / own.amax((1, 2), keepdim=True) > config.explode_level
+                if high.any(0).float().mean() > config.explode_area:
+                    return sums, step + 1, True
+            if scale in config.loss_scales:
+                rows.append(pooled(maps, target.expand(2, -1)))
+        if config.stop_logit is not None and torch.cat(rows).sum().abs() > config.stop_logit:
+            return sums, step + 1, True
+        if others is not None:
+            images, present = others(step)
+            rows.append(pooled(model(images), present))
+        logits = torch.cat(rows)
+        loss = -(logits if config.margin is None else logits.clamp(max=config.margin)).sum()
+        for group in sgd.param_groups:
+            group["lr"] = config.rate(step) * group["scale"]
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+    return sums, config.steps, False
 
 
 class Lattice:

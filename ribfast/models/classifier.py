@@ -1,11 +1,30 @@
 """The classifier whose class activation maps everything starts from."""
 
 import math
+from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 
-class CamClassifier(nn.Module):
+class Layer(NamedTuple):
+    """A convolution without bias, its batch normalisation and what follows: "relu", "relu6" or ""."""
+
+    convolution: nn.Conv2d
+    norm: nn.BatchNorm2d
+    activation: str
+
+
+class Block(NamedTuple):
+    """Layers in a row, the block's input or its projection added to their output, then an activation."""
+
+    layers: list[Layer]
+    adds: bool
+    projection: Layer | None
+    activation: str
+
+
+class CamClassifier(nn.Module, ABC):
     """A backbone in two parts and a 1x1 convolution without bias, whose output is the logits map = CAM before ReLU.
 
     The trunk (everything up to stride 8) never trains and its features are detached; the rest and the classifier do.
@@ -19,15 +38,20 @@ class CamClassifier(nn.Module):
         self.name, self.n_classes = name, n_classes
 
     @property
+    @abstractmethod
     def trunk_modules(self) -> list[nn.Module]:
-        raise NotImplementedError
+        """What never trains."""
 
-    def _trunk(self, images: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def _trunk(self, images: Tensor) -> Tensor: ...
 
+    @abstractmethod
     def tail(self, trunk: Tensor) -> Tensor:
         """The trunk's output -> the features that are classified, at stride 16."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def tail_blocks(self) -> list[Block]:
+        """What the tail computes, block by block, for those who compute it in another way."""
 
     def trunk(self, images: Tensor) -> Tensor:
         """Normalised images (N, 3, H, W) -> what never changes while the rest trains, at stride 8; detached."""

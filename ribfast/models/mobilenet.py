@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .classifier import CamClassifier
+from .classifier import Block, CamClassifier, Layer
 
 # expansion, channels, blocks, stride; the last stride of 2 is 1 here, which keeps stride 16
 STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 1), (6, 320, 1, 1))
@@ -67,3 +67,14 @@ class MobileNetV2(CamClassifier):
 
     def tail(self, trunk: Tensor) -> Tensor:
         return self.features[TRUNK:](trunk)
+
+    def tail_blocks(self) -> list[Block]:
+        blocks = []
+        for module in self.features[TRUNK:]:
+            if isinstance(module, InvertedResidual):
+                *parts, convolution, norm = module.conv
+                layers = [Layer(part[0], part[1], "relu6") for part in parts] + [Layer(convolution, norm, "")]
+                blocks.append(Block(layers, module.adds, None, ""))
+            else:
+                blocks.append(Block([Layer(module[0], module[1], "relu6")], False, None, ""))
+        return blocks

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from .classifier import CamClassifier
+from .classifier import Block, CamClassifier, Layer
 
 LAYERS = {"resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 
@@ -77,3 +77,15 @@ class ResNet(CamClassifier):
 
     def tail(self, trunk: Tensor) -> Tensor:
         return self.layer4(self.layer3(trunk))
+
+    def tail_blocks(self) -> list[Block]:
+        blocks = []
+        for block in [*self.layer3, *self.layer4]:
+            count = 2 if isinstance(block, BasicBlock) else 3
+            layers = [
+                Layer(getattr(block, f"conv{i}"), getattr(block, f"bn{i}"), "relu" if i < count else "")
+                for i in range(1, count + 1)
+            ]
+            projection = None if block.downsample is None else Layer(*block.downsample, "")
+            blocks.append(Block(layers, True, projection, "relu"))
+        return blocks

@@ -1,0 +1,132 @@
+"""One step of one image: maps, stops, loss, update. Nothing here waits for the device, so a step can be captured.
+
+L_RIB = - sum over rows and present classes of the pooled logits, min(margin, .) where there is a margin.
+"""
+
+import torch
+from torch import Tensor
+
+from .canvas import Canvas
+from .config import RIBConfig
+from .tail import Tail, Weights
+
+LOSS_SCALE = 1024.0  # of float16 gradients; the loss is linear in the logits, so their size is known
+
+
+class Rows:
+    """The cells of a canvas that form each row that is pooled: (rows, positions), padded, and which are real."""
+
+    def __init__(self, cells: list[Tensor], device):
+        longest = max((c.numel() for c in cells), default=0)
+        places = torch.zeros(len(cells), longest, dtype=torch.long)
+        real = torch.zeros(len(cells), longest, dtype=torch.bool)
+        for row, c in enumerate(cells):
+            places[row, : c.numel()] = c.flatten()
+            real[row, : c.numel()] = True
+        self.cells, self.real = places.to(device), real.to(device)
+
+    def take(self, maps: Tensor) -> Tensor:
+        """maps (C, cells of the canvas) -> (C, rows, positions)."""
+        return maps[:, self.cells.flatten()].view(len(maps), *self.cells.shape)
+
+    def pool(self, maps: Tensor, config: RIBConfig) -> Tensor:
+        """maps (C, cells of the canvas) -> (rows, C): what `reference.gndrp` makes of present classes, or the mean."""
+        values, kept, count = self.take(maps), self.real, self.real.sum(1)
+        if config.pooling == "gndrp":
+            held = values.detach()
+            top = held.masked_fill(~self.real, -torch.inf).amax(2, keepdim=True) + 0.0  # -0.0 counts as 0.0
+            level = held / top
+            kept = self.real & ((level < config.tau if config.strict else level <= config.tau) | top.isnan())
+            if config.divide_by == "kept":
+                count = kept.sum(2).clamp(min=1)
+        return (torch.where(kept, values, 0).sum(2) / count).T
+
+
+class Layout:
+    """A target's views, and other images if any, on a canvas, with what the steps ask of it."""
+
+    def __init__(self, canvas: Canvas, config: RIBConfig, dtype: torch.dtype, device):
+        self.canvas = canvas
+        cells = [canvas.cells(i) for i in range(len(canvas.sizes))]
+        pooled = [2 * i + mirror for i, s in enumerate(config.scales) if s in config.loss_scales for mirror in (0, 1)]
+        self.own = Rows([cells[i] for i in pooled], device)
+        self.others = Rows(cells[canvas.n_own :], device)
+        first = 2 * config.scales.index(1.0)
+        self.pair = Rows([cells[first], cells[first + 1].flip(1)], device)  # scale 1, its mirrored map turned back
+        at_scale_1 = torch.zeros(canvas.own_rows * canvas.columns)
+        at_scale_1[torch.cat([cells[first].flatten(), cells[first + 1].flatten()])] = 1
+        self.at_scale_1 = at_scale_1.to(device)
+        self.own_masks = canvas.masks(own=True, dtype=dtype)
+        self.masks = canvas.masks(own=False, dtype=dtype)
+
+    def maps(self, canvas_maps: Tensor, config: RIBConfig) -> list[Tensor]:
+        """Rectified maps (C, cells of the own part) -> for each scale (C, h, w): the image's plus the mirrored one's."""
+        canvas = self.canvas
+        instances = [canvas_maps[:, canvas.cells(i).to(canvas_maps.device)] for i in range(canvas.n_own)]
+        return [upright + mirrored.flip(-1) for upright, mirrored in zip(instances[::2], instances[1::2], strict=True)]
+
+
+class Run:
+    """One image on its way through the steps: all of its state, on the device."""
+
+    def __init__(self, tail: Tail, config: RIBConfig, device):
+        self.tail, self.config, self.weights = tail, config, Weights(tail)
+        self.scale = LOSS_SCALE if tail.dtype == torch.float16 else 1.0
+        self.rates = torch.tensor([config.rate(k) for k in range(config.steps)], device=device)
+        self.present = torch.zeros(len(tail.classifier), dtype=torch.bool, device=device)
+        self.steps = torch.zeros((), dtype=torch.long, device=device)  # begun
+        self.alive = torch.ones((), dtype=torch.bool, device=device)  # whether another step follows
+        self.finite = torch.ones((), dtype=torch.bool, device=device)
+
+    def start(self, present: Tensor) -> None:
+        self.weights.reset()
+        self.present.copy_(present)
+        self.steps.zero_()
+        self.alive.fill_(True)
+        self.finite.fill_(True)
+
+    def observe(self, features: Tensor, layout: Layout, sums: Tensor, others: Tensor | None = None) -> Tensor:
+        """Adds this step's maps to sums (C, cells of the own part), decides whether to go on, returns the loss.
+
+        features: the canvas; its own part where others, the present classes (rows, C) of the other images, is None.
+        """
+        config = self.config
+        maps = self.tail(features, layout.own_masks if others is None else layout.masks, self.weights).float()
+        rectified = maps.detach()[:, : sums.shape[1]].relu()
+        stop = self._exploded(rectified, layout)
+        # of a step in which the map runs away only scale 1 counts: the stop comes before the other scales
+        counted = torch.where(stop, layout.at_scale_1, 1.0)
+        sums.add_(torch.where(self.alive, rectified * counted, 0))
+        own = torch.where(self.present, layout.own.pool(maps, config), 0)
+        if config.stop_logit is not None:
+            stop = stop | (own.detach().sum().abs() > config.stop_logit)
+        loss = self.loss(own)
+        if others is not None:
+            loss = loss + self.loss(torch.where(others, layout.others.pool(maps, config), 0))
+        finite = loss.detach().isfinite()
+        self.finite.logical_and_(finite | ~self.alive)
+        self.steps.add_(self.alive)
+        self.alive.logical_and_(~stop & finite)
+        return loss
+
+    def loss(self, logits: Tensor) -> Tensor:
+        """logits: (rows, C), 0 where a class is absent."""
+        return -(logits if self.config.margin is None else logits.clamp(max=self.config.margin)).sum()
+
+    def _exploded(self, rectified: Tensor, layout: Layout) -> Tensor:
+        """Whether, after step 0, the union over present classes of (map / maximum > level) covers too much of scale 1."""
+        if self.config.explode_area is None:
+            return torch.zeros_like(self.alive)
+        cam = layout.pair.take(rectified).sum(1)  # padded positions repeat cell 0, so they are masked
+        real = layout.pair.real[0]
+        top = cam.masked_fill(~real, -torch.inf).amax(1, keepdim=True)
+        high = (cam / top > self.config.explode_level) & self.present[:, None] & real
+        return (self.steps > 0) & (high.any(0).sum() > self.config.explode_area * real.sum())
+
+    def update(self, loss: Tensor, anchor: list[Tensor] | None = None) -> None:
+        """A step of SGD, if another one follows; anchor: the gradients of others that the loss does not hold."""
+        gradients = self.weights.gradients(loss, scale=self.scale)
+        if anchor is not None:
+            gradients = [a + b for a, b in zip(gradients, anchor, strict=True)]
+        rate = torch.where(self.alive, self.rates[(self.steps - 1).clamp(min=0)], 0.0)
+        self.weights.update(gradients, rate, self.config, scale=self.scale)
