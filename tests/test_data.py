@@ -239,6 +239,7 @@ def test_coco_errors(coco):
             content | {"images": [content["images"][0] | {"file_name": "../5.jpg"}], "annotations": []},
             "relative path without",
         ),
+        (content | {"annotations": [content["annotations"][0] | {"segmentation": [[1, 2, 3]]}]}, "an x without a y"),
         ({"images": []}, r"got .*instances_train2017.json: no 'categories'"),
         ([], "expected COCO's instances"),
     ):

@@ -247,6 +247,8 @@ def _compact(segmentation: list | dict) -> list | dict:
     """Polygons as float32 arrays: COCO's as lists of Python floats would fill gigabytes."""
     if isinstance(segmentation, dict):
         return segmentation
+    if any(len(polygon) % 2 for polygon in segmentation):
+        raise ValueError("a polygon has an x without a y")
     return [np.asarray(polygon, np.float32) for polygon in segmentation if len(polygon) >= 6]
 
 
