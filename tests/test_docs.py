@@ -31,7 +31,7 @@ def test_readme_examples_run(tmp_path):
     import torch
 
     text = (ROOT / "README.md").read_text()
-    code, classifiers, replacement = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    code, classifiers, sources, replacement = re.findall(r"```python\n(.*?)```", text, flags=re.S)
     sides = {"maps_1x": (24, 32), "maps_05x": (12, 16), "maps_15x": (36, 47), "maps_2x": (47, 63)}
     names = {name: torch.rand(2, 3, *side) for name, side in sides.items()}
     names |= {"maps": torch.randn(2, 3, 24, 32), "present": torch.ones(2, 3, dtype=torch.bool)}
@@ -48,6 +48,27 @@ def test_readme_examples_run(tmp_path):
     models.save_checkpoint(names["checkpoint"], models.cam_classifier("resnet50", 20).state_dict())
     exec(classifiers, names)
     assert names["cams"].shape == (1, 20, 3, 4)
+    import cv2
+
+    from ribfast import data
+
+    names = {"photos": tmp_path / "photos", "out": tmp_path / "maps"}
+    (names["photos"] / "images").mkdir(parents=True)
+    (names["photos"] / "masks").mkdir()
+    mask = np.zeros((48, 64), np.uint8)
+    mask[10:20, 10:30] = 1
+    for folder, picture in (("images", np.zeros((48, 64, 3), np.uint8)), ("masks", mask)):
+        cv2.imwrite(str(names["photos"] / folder / "a.png"), picture)
+    (names["photos"] / "labels.csv").write_text("image,labels\na.png,cat\n")
+    (names["photos"] / "train.txt").write_text("a\n")
+
+    def maps_of(scales):
+        assert [view.shape[2:] for view in scales] == [data.scaled_size((48, 64), s) for s in (1, 0.5, 1.5, 2)]
+        return torch.zeros(1, 12, 16), mask[None] * np.float32(0.25)
+
+    names["maps_of"] = maps_of
+    exec(sources, names)
+    assert names["threshold"] == 0.1 and names["miou"] == 1
     names = {"np": np, "width": 12, "height": 9, "photo": np.zeros((9, 12, 3), np.uint8)}
     names["softmax"] = torch.rand(21, 9, 12).softmax(0).numpy()
     exec(replacement, names)

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import ribfast
@@ -64,6 +65,19 @@ def test_stand_ins_see_the_operators_alone():
 def test_models_import_torch_alone():
     for path in (PACKAGE / "models").glob("*.py"):
         assert foreign(path, ["torch", "ribfast.models", "json", "os", "pathlib"]) == [], path.name
+
+
+def test_data_imports_torch_numpy_and_opencv():
+    paths = list((PACKAGE / "data").glob("*.py"))
+    assert paths
+    allowed = ["torch", "numpy", "cv2", "ribfast.data", *sys.stdlib_module_names]
+    for path in paths:
+        assert foreign(path, allowed) == [], path.name
+
+
+def test_store_and_metrics_import_torch_and_numpy():
+    for name in ("store.py", "metrics.py"):
+        assert foreign(PACKAGE / name, ["torch", "numpy", *sys.stdlib_module_names]) == [], name
 
 
 def test_nobody_imports_the_commands():

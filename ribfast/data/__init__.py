@@ -1,0 +1,21 @@
+"""Data: labelled photographs and their masks, and what networks are fed from them."""
+
+from .images import IMAGENET, SYMMETRIC, Augmentation, Normalization, make_views, rescale, scaled_size
+from .loading import ImageCache, prefetch
+from .sources import VOC_CLASSES, Item, Source, open_source
+
+__all__ = [
+    "IMAGENET",
+    "SYMMETRIC",
+    "VOC_CLASSES",
+    "Augmentation",
+    "ImageCache",
+    "Item",
+    "Normalization",
+    "Source",
+    "make_views",
+    "open_source",
+    "prefetch",
+    "rescale",
+    "scaled_size",
+]

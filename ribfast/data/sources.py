@@ -1,0 +1,349 @@
+"""Where images, their labels and their masks come from: a folder, PASCAL VOC, COCO."""
+
+import csv
+import json
+import os
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .decode import draw_regions, read_image, read_mask
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+VOC_CLASSES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
+    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Item:
+    """An image: its name (relative, without suffix), its file, the classes on it (0-based, ascending), its mask."""
+
+    name: str
+    image: Path
+    classes: tuple[int, ...]
+    mask: Path | None
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A mask that is yet to be drawn: the image's (H, W) and (label, segmentation) pairs, later ones on top."""
+
+    size: tuple[int, int]
+    regions: tuple[tuple[int, list | dict], ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images with the classes on them, and their masks where there are any; a slice is a tuple of items.
+
+    upright: whether cameras' EXIF orientation is applied. drawings: masks by name that no file holds.
+    """
+
+    classes: tuple[str, ...]
+    items: tuple[Item, ...]
+    upright: bool = False
+    drawings: Mapping[str, Drawing] = field(default_factory=dict, repr=False, compare=False)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+    def __iter__(self) -> Iterator[Item]:
+        return iter(self.items)
+
+    def labels(self) -> torch.Tensor:
+        """(N, C) bool: which classes each image holds."""
+        labels = torch.zeros(len(self.items), len(self.classes), dtype=torch.bool)
+        for row, item in zip(labels, self.items, strict=True):
+            row[list(item.classes)] = True
+        return labels
+
+    def image(self, item: Item) -> np.ndarray:
+        """(H, W, 3) uint8 RGB."""
+        return read_image(item.image, upright=self.upright)
+
+    def mask(self, item: Item, size: tuple[int, int] | None = None) -> np.ndarray | None:
+        """(H, W) uint8: 0 background, class + 1, 255 ignored; None where there is none. size: what (H, W) must be."""
+        if item.mask is not None:
+            mask, place = read_mask(item.mask), item.mask
+        elif item.name in self.drawings:
+            drawing = self.drawings[item.name]
+            mask, place = draw_regions(drawing.size, drawing.regions, item.name), f"the annotations of {item.name}"
+        else:
+            return None
+        if size is not None and mask.shape != tuple(size):
+            raise ValueError(f"Source.mask: expected {size[0]} x {size[1]} pixels as {item.image} has, got "
+                             f"{mask.shape[0]} x {mask.shape[1]} in {place}; make both the same size")  # fmt: skip
+        wrong = mask[(mask > len(self.classes)) & (mask != 255)]
+        if wrong.size:
+            raise ValueError(f"Source.mask: expected labels 0..{len(self.classes)} (class + 1) or 255, got {wrong[0]} "
+                             f"in {place}; renumber the mask's labels")  # fmt: skip
+        return mask
+
+
+def open_source(spec: str, split: str | None = None) -> Source:
+    """Opens "folder:PATH", "voc:PATH" or "coco:PATH"; everything but the pictures themselves is checked here.
+
+    folder: images/ and labels.csv (header `image,labels`, labels separated by `;`), optionally classes.txt (else the
+        classes are all labels, sorted) and masks/NAME.png. split: PATH/SPLIT.txt, or any file with a name a line;
+        None: every row. EXIF orientation is applied.
+    voc: VOC2012 or the VOCdevkit around it. Classes from Annotations/*.xml, where one is missing from the mask; masks
+        from SegmentationClassAug/, else SegmentationClass/. split: a list of ImageSets/Segmentation/ or Main/, or any
+        such file, whose lines begin with a name or a path (what follows is not read); None: train_aug, else train.
+    coco: annotations/instances_SPLIT.json and SPLIT/ or images/SPLIT/; None: train2014 or train2017. Classes in the
+        order of the categories' ids. Masks from masks/SPLIT/NAME.png, else drawn from the annotations, smaller regions
+        on top, crowds as 255.
+    """
+    scheme, colon, place = spec.partition(":")
+    if not colon or scheme not in _OPENERS or not place:
+        known = ", ".join(f"{name}:PATH" for name in _OPENERS)
+        raise ValueError(f"open_source: expected one of {known}, got {spec!r}; put the kind of data before the path")
+    root = Path(place).expanduser()
+    if not root.is_dir():
+        raise FileNotFoundError(f"open_source: expected a folder, got {root}, which is none; check the path")
+    source = _OPENERS[scheme](root, split)
+    if not source.items:
+        raise ValueError(f"open_source: expected at least one image, got none in {spec}; fill the list")
+    return source
+
+
+def _open_folder(root: Path, split: str | None) -> Source:
+    images, masks = _files(root / "images", SUFFIXES), _files(root / "masks", (".png",), required=False)
+    table, classes = root / "labels.csv", None
+    if (root / "classes.txt").is_file():
+        classes = tuple(line for _, line in _lines(root / "classes.txt"))
+        _refuse_duplicates(_lines(root / "classes.txt"), root / "classes.txt")
+    rows: dict[str, tuple[int, Path, tuple[str, ...]]] = {}
+    for line, entry, labels in _rows(table):
+        name = _name(entry, f"{table}:{line}")
+        if name in rows:
+            raise ValueError(f"open_source: expected each image once, got {name} again in {table}:{line}, first in "
+                             f"line {rows[name][0]}; remove one (names are told apart without suffix)")  # fmt: skip
+        unknown = [label for label in labels if classes is not None and label not in classes]
+        if unknown:
+            raise ValueError(f"open_source: expected labels of {root / 'classes.txt'}, got {unknown[0]!r} in "
+                             f"{table}:{line}; add it there or correct it")  # fmt: skip
+        rows[name] = line, _find(images, entry, name, root / "images", f"{table}:{line}"), labels
+    if classes is None:
+        classes = tuple(sorted({label for _, _, labels in rows.values() for label in labels}))
+    if not classes:
+        raise ValueError(f"open_source: expected at least one class, got none in {root}; label images in {table} or "
+                         f"list the classes in classes.txt")  # fmt: skip
+    number = {label: index for index, label in enumerate(classes)}
+
+    def item(name: str) -> Item:
+        _, image, labels = rows[name]
+        return Item(name, image, tuple(sorted({number[label] for label in labels})), _only(masks, name))
+
+    if split is None:
+        return Source(classes, tuple(item(name) for name in rows), upright=True)
+    path = _list(split, [root])
+    names = [(line, _name(entry, f"{path}:{line}")) for line, entry in _lines(path)]
+    _refuse_duplicates(names, path)
+    for line, name in names:
+        if name not in rows:
+            raise ValueError(f"open_source: expected images of {table}, got {name} in {path}:{line}; add its labels "
+                             f"there or remove it")  # fmt: skip
+    return Source(classes, tuple(item(name) for _, name in names), upright=True)
+
+
+def _open_voc(root: Path, split: str | None) -> Source:
+    if not (root / "JPEGImages").is_dir():  # the development kit
+        found = [root / "VOC2012"] if (root / "VOC2012").is_dir() else sorted(root.glob("VOC*/"))
+        if len(found) != 1 or not (found[0] / "JPEGImages").is_dir():
+            raise FileNotFoundError(f"open_source: expected VOC2012 or the VOCdevkit around it, got {root} without "
+                                    f"JPEGImages/; name the folder that holds it")  # fmt: skip
+        (root,) = found
+    images, notes = _files(root / "JPEGImages", SUFFIXES), _files(root / "Annotations", (".xml",), required=False)
+    masks = _files(root / "SegmentationClass", (".png",), required=False)
+    masks |= _files(root / "SegmentationClassAug", (".png",), required=False)
+    lists = [root / "ImageSets" / "Segmentation", root / "ImageSets" / "Main"]
+    if split is None:
+        known = ("train_aug", "trainaug", "train")
+        split = next((name for name in known if (lists[0] / f"{name}.txt").is_file()), "train")
+    path, number = _list(split, lists), {label: index for index, label in enumerate(VOC_CLASSES)}
+    entries = [(line, text.split()[0].lstrip("/").removeprefix("JPEGImages/")) for line, text in _lines(path)]
+    names = [(line, _name(entry, f"{path}:{line}")) for line, entry in entries]
+    _refuse_duplicates(names, path)
+    items = []
+    for (line, entry), (_, name) in zip(entries, names, strict=True):
+        image, mask = _find(images, entry, name, root / "JPEGImages", f"{path}:{line}"), _only(masks, name)
+        if name in notes:
+            classes = _voc_objects(notes[name][0], number)
+        elif mask is not None:
+            classes = {int(label) - 1 for label in np.unique(read_mask(mask)) if 0 < label <= len(VOC_CLASSES)}
+        else:
+            raise FileNotFoundError(f"open_source: expected {root / 'Annotations' / name}.xml or a mask to know the "
+                                    f"classes of {path}:{line}, got neither; fetch one of them")  # fmt: skip
+        items.append(Item(name, image, tuple(sorted(classes)), mask))
+    return Source(VOC_CLASSES, tuple(items))
+
+
+def _voc_objects(path: Path, number: dict[str, int]) -> set[int]:
+    try:
+        labels = [(name.text or "").strip() for name in ElementTree.parse(path).getroot().iterfind("object/name")]
+    except ElementTree.ParseError as error:
+        raise ValueError(f"open_source: expected an annotation in XML, got {path}: {error}; fetch it again") from error
+    unknown = [label for label in labels if label not in number]
+    if unknown:
+        raise ValueError(f"open_source: expected VOC's 20 classes, got {unknown[0]!r} in {path}; use folder: for "
+                         f"classes of your own")  # fmt: skip
+    return {number[label] for label in labels}
+
+
+def _open_coco(root: Path, split: str | None) -> Source:
+    notes = root / "annotations"
+    if split is None:
+        known = [name for name in ("train2014", "train2017") if (notes / f"instances_{name}.json").is_file()]
+        split = known[0] if known else "train2014"
+    path = notes / f"instances_{split}.json"
+    if not path.is_file():
+        there = ", ".join(sorted(p.stem.removeprefix("instances_") for p in notes.glob("instances_*.json"))) or "none"
+        raise FileNotFoundError(f"open_source: expected annotations of split {split!r}, got no {path}; the splits "
+                                f"there: {there}")  # fmt: skip
+    folder = next((f for f in (root / split, root / "images" / split) if f.is_dir()), root / split)
+    images, masks = _files(folder, SUFFIXES), _files(root / "masks" / split, (".png",), required=False)
+    try:
+        content = json.loads(path.read_bytes())
+        categories = sorted(content["categories"], key=lambda category: category["id"])
+        number = {category["id"]: index for index, category in enumerate(categories)}
+        regions: dict[int, list] = {image["id"]: [] for image in content["images"]}
+        for region in content["annotations"]:
+            if region["image_id"] not in regions or region["category_id"] not in number:
+                raise ValueError(f"annotation {region['id']} is of an unknown image or category")
+            label = 255 if region.get("iscrowd") else number[region["category_id"]] + 1
+            drawn = region["area"], label, region["segmentation"], number[region["category_id"]]
+            regions[region["image_id"]].append(drawn)
+        items, drawings = [], {}
+        for image in content["images"]:
+            entry, there = image["file_name"], regions[image["id"]]
+            name = _name(entry, str(path))
+            item = Item(name, _find(images, entry, name, folder, path),
+                        tuple(sorted({category for *_, category in there})), _only(masks, name))  # fmt: skip
+            items.append(item)
+            if item.mask is None:
+                there.sort(key=lambda region: -region[0])
+                shapes = tuple((label, _compact(shape)) for _, label, shape, _ in there)
+                drawings[name] = Drawing((image["height"], image["width"]), shapes)
+        classes = tuple(category["name"] for category in categories)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if str(error).startswith("open_source"):
+            raise
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"open_source: expected COCO's instances, got {path}: {reason}; fetch it again") from error
+    _refuse_duplicates([(line, item.name) for line, item in enumerate(items, 1)], path, "image")
+    return Source(classes, tuple(items), drawings=drawings)
+
+
+def _compact(segmentation: list | dict) -> list | dict:
+    """Polygons as float32 arrays: COCO's as lists of Python floats would fill gigabytes."""
+    if isinstance(segmentation, dict):
+        return segmentation
+    if any(len(polygon) % 2 for polygon in segmentation):
+        raise ValueError("a polygon has an x without a y")
+    return [np.asarray(polygon, np.float32) for polygon in segmentation if len(polygon) >= 6]
+
+
+_OPENERS = {"folder": _open_folder, "voc": _open_voc, "coco": _open_coco}
+
+
+def _files(folder: Path, suffixes: tuple[str, ...], required: bool = True) -> dict[str, list[Path]]:
+    """The files below a folder by name (relative, without suffix); each folder is listed once, no file is touched."""
+    if not folder.is_dir():
+        if required:
+            raise FileNotFoundError(f"open_source: expected a folder, got {folder}, which is none; check the path")
+        return {}
+    found: dict[str, list[Path]] = {}
+    for place, _, files in os.walk(folder, followlinks=True):
+        inner = Path(place).relative_to(folder).as_posix()
+        for file in files:
+            stem, suffix = os.path.splitext(file)
+            if suffix.lower() in suffixes:
+                found.setdefault(stem if inner == "." else f"{inner}/{stem}", []).append(Path(place) / file)
+    return found
+
+
+def _find(images: dict[str, list[Path]], entry: str, name: str, folder: Path, where: str | Path) -> Path:
+    """The image that an entry means: with its suffix exactly that file, without one the only one of its name."""
+    found = images.get(name, [])
+    exact = [path for path in found if path.name == entry.rpartition("/")[2]]
+    if not found or (entry != name and not exact):
+        raise FileNotFoundError(f"open_source: expected {entry} in {folder}, got no such image, named in {where}; add "
+                                f"it or remove the line")  # fmt: skip
+    if len(found) > 1 and not exact:
+        raise ValueError(f"open_source: expected one image called {name}, got {found[0].name} and {found[1].name} in "
+                         f"{folder}, named in {where}; name one with its suffix or remove the other")  # fmt: skip
+    return (exact or found)[0]
+
+
+def _only(masks: dict[str, list[Path]], name: str) -> Path | None:
+    return masks[name][0] if name in masks else None
+
+
+def _name(entry: str, where: str) -> str:
+    """An entry without its suffix: also the name of files to be written, so it must stay below their folder."""
+    stem, dot, suffix = entry.rpartition(".")
+    name = stem if dot and f".{suffix.lower()}" in SUFFIXES else entry
+    if not name.isprintable() or "\\" in name or any(part in ("", ".", "..") for part in name.split("/")):
+        raise ValueError(f"open_source: expected a relative path without `..`, got {entry!r} in {where}; rename it")
+    return name
+
+
+def _list(split: str, folders: Iterable[Path]) -> Path:
+    folders = list(folders)
+    for path in (*(folder / f"{split}.txt" for folder in folders), Path(split).expanduser()):
+        if path.is_file():
+            return path
+    there = sorted(path.stem for folder in folders for path in folder.glob("*.txt") if path.name != "classes.txt")
+    raise FileNotFoundError(f"open_source: expected the list {folders[0] / split}.txt or a file, got split {split!r}, "
+                            f"which is neither; the lists there: {', '.join(there[:20]) or 'none'}")  # fmt: skip
+
+
+def _text(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"open_source: expected a file, got {path}, which is none; add it")
+    try:
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"open_source: expected UTF-8, got {path}: {error}; save it as UTF-8") from error
+
+
+def _lines(path: Path) -> list[tuple[int, str]]:
+    """(line number, text) of the lines that are not empty."""
+    return [(line, text.strip()) for line, text in enumerate(_text(path).split("\n"), 1) if text.strip()]
+
+
+def _rows(path: Path) -> Iterator[tuple[int, str, tuple[str, ...]]]:
+    """(line number, image, labels) of labels.csv."""
+    reader = csv.reader(_text(path).splitlines(), strict=True)
+    try:
+        header = [cell.strip() for cell in next(reader, [])]
+        if header != ["image", "labels"]:
+            raise ValueError(f"open_source: expected the header image,labels, got {','.join(header)!r} in {path}:1; "
+                             f"add it, and separate labels by semicolons")  # fmt: skip
+        for cells in reader:
+            if not any(cell.strip() for cell in cells):
+                continue
+            if len(cells) != 2:
+                raise ValueError(f"open_source: expected two columns, got {len(cells)} in {path}:{reader.line_num}; "
+                                 f"separate labels by semicolons")  # fmt: skip
+            labels = tuple(label.strip() for label in cells[1].split(";") if label.strip())
+            yield reader.line_num, cells[0].strip(), labels
+    except csv.Error as error:
+        raise ValueError(f"open_source: expected a table, got {path}:{reader.line_num}: {error}; correct it") from error
+
+
+def _refuse_duplicates(lines: Iterable[tuple[int, str]], path: Path, unit: str = "line") -> None:
+    first: dict[str, int] = {}
+    for line, text in lines:
+        if first.setdefault(text, line) != line:
+            raise ValueError(f"open_source: expected each name once, got {text} in {unit} {line} of {path}, first in "
+                             f"{unit} {first[text]}; remove one")  # fmt: skip
