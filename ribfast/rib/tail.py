@@ -25,6 +25,11 @@ class _Layer(NamedTuple):
     inverse: Tensor  # 1 / sigma
     mean: Tensor
 
+    @property
+    def spatial(self) -> bool:
+        """Whether it looks beyond its cell, so that its input's gutter has to be zero."""
+        return self.weight.shape[2] > 1
+
 
 class Tail:
     """What the adapted images share: the structure, theta_0 and the statistics."""
@@ -58,28 +63,95 @@ class Tail:
 
     def __call__(self, x: Tensor, masks: tuple[Tensor, Tensor], weights: "Weights") -> Tensor:
         """A canvas of the trunk's features -> logits maps (C, cells); values in the gutter mean nothing."""
-        for numbers, adds, projection, activation in self.blocks:
+        for (numbers, adds, projection, activation), follower in zip(self.blocks, [*self.blocks[1:], None], strict=True):
             y = x
-            for number in numbers:
-                y = self._layer(y, number, masks, weights)
+            for place, number in enumerate(numbers):
+                spatial = place + 1 < len(numbers) and self.layers[numbers[place + 1]].spatial
+                y = _Convolve.apply(y, weights.folded[number], weights.biases[number], self.layers[number], masks if spatial else None)
             if projection is not None:
-                x = self._layer(x, projection, masks, weights)
+                x = _Convolve.apply(x, weights.folded[projection], weights.biases[projection], self.layers[projection], None)
             if adds:
-                y = y.add_(x)
-            x = y.relu_() if activation == "relu" else y
+                spatial = follower is not None and self.layers[follower[0][0]].spatial
+                y = _Add.apply(y, x, activation, masks if spatial else None)
+            x = y
         return F.conv2d(x, weights.folded[-1])[0].flatten(1)
 
-    def _layer(self, x: Tensor, number: int, masks: tuple[Tensor, Tensor], weights: "Weights") -> Tensor:
-        layer, weight = self.layers[number], weights.folded[number]
-        padding = layer.padding
-        if weight.shape[2] == 3:
-            x = x * masks[x.shape[2] != masks[0].shape[2]]
+
+_LIMITS = {"relu": torch.inf, "relu6": 6.0}
+
+
+def _activate(y: Tensor, activation: str, masks) -> None:
+    """In place. A masked value is 0, so its gradient is 0 as well."""
+    if activation == "relu":
+        y.relu_()
+    elif activation == "relu6":
+        F.hardtanh_(y, 0.0, 6.0)
+    if masks is not None:
+        y.mul_(masks[y.shape[2] != masks[0].shape[2]])
+
+
+def _activate_backward(gradient: Tensor, y: Tensor, activation: str) -> Tensor:
+    if activation == "relu":
+        return torch.ops.aten.threshold_backward(gradient, y, 0)
+    return torch.ops.aten.hardtanh_backward(gradient, y, 0, 6) if activation == "relu6" else gradient
+
+
+class _Convolve(torch.autograd.Function):
+    """Convolution, bias, activation and the zeros of the gutter."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, layer, masks):
+        padding, padded = layer.padding, x
         if padding is None:
-            x, padding = F.pad(x, (0, 1, 0, 1)), 0
-        y = F.conv2d(x, weight, weights.biases[number], layer.stride, padding, 1, layer.groups)
-        if layer.activation == "relu":
-            return y.relu_()
-        return F.hardtanh_(y, 0.0, 6.0) if layer.activation == "relu6" else y
+            padding, padded = 0, F.pad(x, (0, 1, 0, 1))
+        y = F.conv2d(padded, weight, bias, layer.stride, padding, 1, layer.groups)
+        _activate(y, layer.activation, masks)
+        ctx.layer = layer
+        ctx.save_for_backward(padded, weight, y if layer.activation else None)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight, y = ctx.saved_tensors
+        layer, wanted = ctx.layer, ctx.needs_input_grad[0]
+        gradient = _activate_backward(gradient, y, layer.activation)
+        if weight.shape[2] == 1 and layer.stride == 1 and weight.dtype != torch.float32:
+            rows, columns = _matrix(gradient), _matrix(x)
+            for_x = None
+            if wanted:
+                for_x = (rows @ weight[:, :, 0, 0]).view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
+            for_weight = (rows.T @ columns)[:, :, None, None]
+            return for_x, for_weight, rows.sum(0), None, None
+        padding = 0 if layer.padding is None else layer.padding
+        for_x, for_weight, for_bias = torch.ops.aten.convolution_backward(
+            gradient, x, weight, [len(weight)], [layer.stride] * 2, [padding] * 2, [1, 1], False, [0, 0], layer.groups,
+            [wanted, True, True],
+        )  # fmt: skip
+        if wanted and layer.padding is None:
+            for_x = for_x[:, :, :-1, :-1]
+        return for_x, for_weight, for_bias, None, None
+
+
+class _Add(torch.autograd.Function):
+    """A block's end: y + x, activation, zeros of the gutter; in place of y."""
+
+    @staticmethod
+    def forward(ctx, y, x, activation, masks):
+        y.add_(x)
+        _activate(y, activation, masks)
+        ctx.mark_dirty(y)
+        ctx.activation = activation
+        ctx.save_for_backward(y if activation else None)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = _activate_backward(gradient, *ctx.saved_tensors, ctx.activation)
+        return gradient, gradient, None, None
+
+
+def _matrix(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
 class Weights:
