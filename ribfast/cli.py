@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import time
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,10 @@ def main(argv: list[str] | None = None) -> int:
     kind = getattr(importlib.import_module(module), name)
 
     parser = argparse.ArgumentParser(
-        prog=f"ribfast {chosen.command}", description=_sentence(command.help), allow_abbrev=False
+        prog=f"ribfast {chosen.command}",
+        usage=f"ribfast {chosen.command} OPTIONS",
+        description=_sentence(command.help),
+        allow_abbrev=False,
     )
     command.arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
@@ -148,7 +152,9 @@ def _add_config(parser: argparse.ArgumentParser, kind: type) -> None:
         if hint is bool:
             group.add_argument(option, action=argparse.BooleanOptionalAction, **common)
         else:
-            group.add_argument(option, type=_parser(hint), metavar=name.rpartition("_")[2].upper(), **common)
+            words = ",".join(map(str, typing.get_args(hint))) if typing.get_origin(hint) is typing.Literal else ""
+            metavar = f"{{{words}}}" if words else name.rpartition("_")[2].upper()
+            group.add_argument(option, type=_parser(hint), metavar=metavar, **common)
 
 
 def _default(kind: type):

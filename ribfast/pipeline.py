@@ -19,7 +19,6 @@ from .processes import choose_device, choose_shard
 from .store import MapStore
 
 log = logging.getLogger("ribfast")
-NORMALIZATIONS = {"imagenet": data.IMAGENET, "symmetric": data.SYMMETRIC}
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,9 @@ def make_cams(
     """
     config = config or CamConfig()
     if model.n_classes != len(source.classes) or model.classes not in (None, source.classes):
+        has = _some(model.classes) if model.classes else model.n_classes
         raise ValueError(f"make_cams: expected a classifier of the data's classes ({_some(source.classes)}), got one "
-                         f"of {_some(model.classes) if model.classes else model.n_classes}; train one on this data")  # fmt: skip
+                         f"of {has}; train one on this data")  # fmt: skip
     device, (index, count), result = choose_device(config.device), choose_shard(config.shard), Made()
     model = model.to(device, memory_format=torch.channels_last).eval()
     records, todo = store.records(), []
@@ -91,7 +91,7 @@ def make_cams(
             image = source.image(item)
         except (OSError, ValueError) as error:
             return item, None, str(error)
-        return item, image.shape[:2], data.make_views(image, config.scales, NORMALIZATIONS[model.normalization])
+        return item, image.shape[:2], data.make_views(image, config.scales, data.NORMALIZATIONS[model.normalization])
 
     def maps() -> Iterator[tuple]:
         for item, size, views in data.prefetch(load, todo, workers=config.workers, ahead=max(2, config.workers)):
@@ -194,16 +194,13 @@ def evaluate_maps(
     row = int(np.flatnonzero(grid == at)[0])
     names = ("background", *source.classes)
     ious = {name: None if math.isnan(iou) else float(iou) for name, iou in zip(names, sweep.ious()[row], strict=True)}
+    reported = {"threshold": at, "miou": float(mious[row]), "chosen": "here" if threshold is None else "elsewhere"}
     return {
         "images": len(items),
         "thresholds": grid.tolist(),
         "mious": mious.tolist(),
         "best": {"threshold": best, "miou": best_miou},
-        "reported": {
-            "threshold": at,
-            "miou": float(mious[row]),
-            "chosen": "here" if threshold is None else "elsewhere",
-        },
+        "reported": reported,
         "ious": ious,
     }
 

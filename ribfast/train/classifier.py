@@ -23,7 +23,6 @@ from .journal import Journal
 log = logging.getLogger("ribfast")
 CHECKPOINT, UNFINISHED = "classifier.safetensors", "unfinished.safetensors"
 INDIFFERENT = ("workers", "device")  # fields that may change when a training goes on
-NORMALIZATIONS = {"imagenet": data.IMAGENET, "symmetric": data.SYMMETRIC}
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class ClassifierConfig:
             raise ValueError(f"ClassifierConfig: expected tensorflow_padding with mobilenet_v2, got {self.network}")
 
     def augmentation(self) -> data.Augmentation:
-        return data.Augmentation(self.long_side, self.crop, self.flip, NORMALIZATIONS[self.normalization])
+        return data.Augmentation(self.long_side, self.crop, self.flip, data.NORMALIZATIONS[self.normalization])
 
     @classmethod
     def released(cls) -> "ClassifierConfig":
@@ -210,8 +209,8 @@ class _Training:
             found = self._validate()
             journal.write(step=step, epoch=epoch, **found)
             if self.here.rank == 0:
-                log.info("epoch %d of %d: validation %s", epoch + 1, self.config.epochs,
-                         ", ".join(f"{name.partition('_')[2]} {value:.4f}" for name, value in found.items()))  # fmt: skip
+                loss, precision = found["validation_loss"], found["validation_map"]
+                log.info("epoch %d: validation loss %.4f, mAP %.4f", epoch + 1, loss, precision)
 
     def _autocast(self):
         bfloat16 = self.config.precision == "bfloat16"
@@ -239,7 +238,7 @@ class _Training:
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
         """Photographs whole, at their size unless it exceeds the training's, with their mirrors."""
-        largest, normalization = self.config.long_side[1], NORMALIZATIONS[self.config.normalization]
+        largest, normalization = self.config.long_side[1], data.NORMALIZATIONS[self.config.normalization]
 
         def load(index: int) -> Tensor:
             image = self.validation.image(self.validation[index])
