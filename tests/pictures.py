@@ -13,17 +13,17 @@ def draw(folder, count=8, size=(64, 64), seed=0):
         (folder / name).mkdir(parents=True)
     rows, (height, width) = ["image,labels"], size
     for i in range(count):
-        picture = rng.integers(90, 150, (height, width, 3), dtype=np.uint8)
+        picture = rng.integers(100, 140, (height, width, 3), dtype=np.uint8)
         mask = np.zeros((height, width), np.uint8)
         classes = [] if i == count - 1 else [0, 1] if i % 4 == 3 else [i % 2]
         for c in classes:
-            x, y = (int(rng.integers(14, side - 14)) for side in (width, height))
+            x, y = (int(rng.integers(20, side - 20)) for side in (width, height))
             colour = (30, 30, 220) if c == 0 else (30, 220, 30)
             for canvas, paint in ((picture, colour), (mask, c + 1)):
                 if c == 0:
-                    cv2.rectangle(canvas, (x - 10, y - 10), (x + 10, y + 10), paint, -1)
+                    cv2.rectangle(canvas, (x - 16, y - 16), (x + 16, y + 16), paint, -1)
                 else:
-                    cv2.circle(canvas, (x, y), 11, paint, -1)
+                    cv2.circle(canvas, (x, y), 18, paint, -1)
         cv2.imwrite(str(folder / "images" / f"p{i}.png"), picture)
         cv2.imwrite(str(folder / "masks" / f"p{i}.png"), mask)
         rows.append(f"p{i}.png," + ";".join(CLASSES[c] for c in classes))
