@@ -1,20 +1,23 @@
-"""From the maps of an image's scales to the two CAMs that the pipelines keep."""
+"""From the logits maps of an image's scales to its class activation maps."""
 
-import torch
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from . import ops
 
 
-def merge_cams(maps: list[Tensor], keys: list[int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """(cam, high_res) of the present classes `keys`, each map divided by its maximum.
+def merge_cams(maps: Sequence[Tensor], keys, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The CAMs of the classes `keys` at a quarter of the image's size and at its size, each divided by its maximum.
 
-    maps: for each scale (V, C, h, w), V = 2 being the image's and the mirrored image's logits or rectified maps,
-    V = 1 their sum. cam: (keys, ceil(H / 4), ceil(W / 4)); high_res: (keys, H, W), enlarged to multiples of 16, cut.
+    maps: for each scale (2, C, h, w), of the image and of its mirror, or (1, C, h, w) of the image alone; rectified
+    here. size: the image's (H, W). Returns (n, ceil(H / 4), ceil(W / 4)) and (n, H, W), as IRN's files hold them: the
+    larger ones are enlarged to multiples of 16, then cut.
     """
+    keys = keys.tolist() if isinstance(keys, Tensor) else list(keys)
+    chosen = [scale[:, keys] for scale in maps]  # before merging: the cost is the number of classes
     height, width = size
-    chosen = [m[:, torch.as_tensor(keys, device=m.device)] for m in maps]
-    small = (-(-height // 4), -(-width // 4))
-    cam = ops.accumulate_cams(chosen, small)
-    high_res = ops.accumulate_cams(chosen, size, padded=(-(-height // 16) * 16, -(-width // 16) * 16))
-    return ops.normalize_cams(cam, inplace=True), ops.normalize_cams(high_res, inplace=True)
+    padded = -(-height // 16) * 16, -(-width // 16) * 16
+    strided = ops.accumulate_cams(chosen, (-(-height // 4), -(-width // 4)))
+    high_res = ops.accumulate_cams(chosen, size, padded=padded)
+    return ops.normalize_cams(strided, inplace=True), ops.normalize_cams(high_res, inplace=True)

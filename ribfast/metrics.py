@@ -1,4 +1,4 @@
-"""Mean intersection over union: of label maps, and of class maps at every background threshold at once."""
+"""Mean intersection over union: of label maps, and of class maps at every background threshold at once; precision."""
 
 import math
 from collections.abc import Sequence
@@ -128,6 +128,21 @@ class ThresholdSweep:
         mious = self.mious()
         index = int(mious.argmax())
         return float(self.thresholds[index]), float(mious[index])
+
+
+def average_precision(scores, labels) -> np.ndarray:
+    """(C,) of images ranked by each class's score, not interpolated; NaN for a class that no image holds.
+
+    scores, labels: (N, C). Of equal scores the images without the class come first, so that ties gain nothing.
+    """
+    scores, labels = np.asarray(scores, np.float64), np.asarray(labels, bool)
+    if scores.ndim != 2 or scores.shape != labels.shape:
+        raise ValueError(f"average_precision: expected scores and labels (N, C), got {scores.shape} and {labels.shape}")
+    order = np.lexsort((labels, -scores), axis=0)
+    ranked = np.take_along_axis(labels, order, 0)
+    precision = ranked.cumsum(0) / np.arange(1, len(ranked) + 1)[:, None]
+    count = ranked.sum(0)
+    return np.where(count > 0, (precision * ranked).sum(0) / np.maximum(count, 1), np.nan)
 
 
 def _check_classes(n_classes: int, op: str) -> int:

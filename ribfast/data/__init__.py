@@ -1,11 +1,12 @@
 """Data: labelled photographs and their masks, and what networks are fed from them."""
 
-from .images import IMAGENET, SYMMETRIC, Augmentation, Normalization, make_views, rescale, scaled_size
+from .images import IMAGENET, NORMALIZATIONS, SYMMETRIC, Augmentation, Normalization, make_views, rescale, scaled_size
 from .loading import ImageCache, prefetch
 from .sources import VOC_CLASSES, Item, Source, open_source
 
 __all__ = [
     "IMAGENET",
+    "NORMALIZATIONS",
     "SYMMETRIC",
     "VOC_CLASSES",
     "Augmentation",

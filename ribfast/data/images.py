@@ -24,6 +24,7 @@ class Normalization(NamedTuple):
 
 IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 SYMMETRIC = Normalization((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # pixel / 127.5 - 1
+NORMALIZATIONS = {"imagenet": IMAGENET, "symmetric": SYMMETRIC}
 
 
 def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -69,9 +70,25 @@ def load_into(model: torch.nn.Module, state: dict[str, Tensor], *, classifier: b
             value.copy_(given[name])
 
 
-def save_checkpoint(path: str | os.PathLike, state: dict[str, Tensor]) -> None:
-    """Writes safetensors, whole or not at all."""
-    header, offset = {}, 0
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """What a safetensors file says beside its tensors; nothing for files of other formats."""
+    path = Path(path)
+    if path.suffix != ".safetensors" or not path.is_file():
+        return {}
+    try:
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            metadata = json.loads(file.read(min(size, path.stat().st_size))).get("__metadata__", {})
+        return {str(key): str(value) for key, value in metadata.items()}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"read_metadata: expected a safetensors file, got {path}: {error}") from error
+
+
+def save_checkpoint(
+    path: str | os.PathLike, state: dict[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes safetensors, whole or not at all; metadata is text beside the tensors."""
+    header, offset = {"__metadata__": dict(metadata)} if metadata else {}, 0
     for name, value in state.items():
         size = value.numel() * value.element_size()
         header[name] = {

@@ -1,5 +1,6 @@
 """The classifier whose class activation maps everything starts from."""
 
+import json
 import math
 from abc import ABC, abstractmethod
 from typing import NamedTuple
@@ -32,10 +33,19 @@ class CamClassifier(nn.Module, ABC):
     """
 
     classifier: nn.Conv2d
+    classes: tuple[str, ...] | None = None  # their names, where they are known
+    normalization: str = "imagenet"  # of its input; or "symmetric": pixel / 127.5 - 1
+    tensorflow_padding: bool = False
 
     def __init__(self, name: str, n_classes: int):
         super().__init__()
         self.name, self.n_classes = name, n_classes
+
+    def metadata(self) -> dict[str, str]:
+        """What a checkpoint must say beside its tensors for open_classifier."""
+        known = {"network": self.name, "normalization": self.normalization}
+        known["tensorflow_padding"] = json.dumps(self.tensorflow_padding)
+        return known if self.classes is None else known | {"classes": json.dumps(self.classes)}
 
     @property
     @abstractmethod

@@ -47,6 +47,7 @@ class MobileNetV2(CamClassifier):
 
     def __init__(self, n_classes: int, *, tensorflow_padding: bool = False):
         super().__init__("mobilenet_v2", n_classes)
+        self.tensorflow_padding = tensorflow_padding
         layers, channels = [normalised(3, 32, 3, 2, 1, tensorflow_padding)], 32
         for expansion, out, count, stride in STAGES:
             for i in range(count):

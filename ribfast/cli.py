@@ -1,0 +1,318 @@
+"""The commands: `ribfast COMMAND --help`, or `python -m ribfast`.
+
+A command is an entry in COMMANDS: its line of help, the configuration whose fields become options, what else it asks
+for, and a function of both.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import importlib
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import __version__, config
+
+log = logging.getLogger("ribfast")
+EXPECTED = (ValueError, OSError, ArithmeticError, MemoryError)  # said in a line; others are bugs and show where
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """config: "module:Class", imported for this command alone. run returns the exit code; None is success."""
+
+    help: str
+    config: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace, Any], int | None]
+
+
+class Progress:
+    """A bar on a terminal; elsewhere a line now and then."""
+
+    def __init__(self, stream=None, every: float = 30.0):
+        self.stream = stream or sys.stderr
+        self.terminal = self.stream.isatty()
+        self.wait = 0.1 if self.terminal else every
+        self.start = self.shown = time.monotonic()
+        self.first = None
+
+    def __call__(self, done: int, total: int, text: str = "") -> None:
+        now = time.monotonic()
+        if self.first is None:
+            self.first = done - 1  # a run that goes on does not begin at 0
+        if now - self.shown < self.wait and (done < total or not self.terminal):
+            return
+        self.shown = now
+        left = (now - self.start) / max(1, done - self.first) * (total - done)
+        if not self.terminal:
+            log.info("%d of %d, %s left: %s", done, total, _duration(left), text)
+            return
+        filled = 24 * done // max(1, total)
+        line = f"[{'#' * filled}{'.' * (24 - filled)}] {done}/{total} {_duration(left)} left  {text}"
+        self.stream.write("\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1] + "\n" * (done == total))
+        self.stream.flush()
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="ribfast",
+        description="From image-level labels to segmentation masks.",
+        epilog="commands:\n" + "".join(f"  {name:<18}{command.help}\n" for name, command in COMMANDS.items())
+        + "\n`ribfast COMMAND --help` lists a command's options.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"ribfast {__version__}")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
+    parser.add_argument("options", nargs=argparse.REMAINDER, metavar="...", help="its options")
+    chosen = parser.parse_args(argv)
+    command = COMMANDS[chosen.command]
+    module, _, name = command.config.partition(":")
+    kind = getattr(importlib.import_module(module), name)
+
+    parser = argparse.ArgumentParser(
+        prog=f"ribfast {chosen.command}",
+        usage=f"ribfast {chosen.command} OPTIONS",
+        description=_sentence(command.help),
+        allow_abbrev=False,
+    )
+    command.arguments(parser)
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+    _add_config(parser, kind)
+    options = parser.parse_args(chosen.options)
+    options.command = chosen.command
+    handler = _log_to_stderr()
+    try:
+        try:
+            settings = _make_config(kind, options)
+        except ValueError as error:
+            if options.debug:
+                raise
+            parser.error(str(error))
+        return command.run(options, settings) or 0
+    except KeyboardInterrupt:
+        log.error("interrupted")
+        return 130
+    except Exception as error:
+        if options.debug or not (isinstance(error, EXPECTED) or type(error).__name__ == "OutOfMemoryError"):
+            raise
+        log.error("ribfast %s: %s", chosen.command, str(error) or type(error).__name__)
+        return 1
+    finally:
+        log.removeHandler(handler)
+
+
+def _log_to_stderr() -> logging.Handler:
+    """Lines in place of the bar, if there is one; of several processes the first one's alone, and warnings."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(("\r\x1b[K" if sys.stderr.isatty() else "") + "%(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO if _first() else logging.WARNING)
+    return handler
+
+
+def _first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _progress() -> Progress | None:
+    return Progress() if _first() else None
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:] + "."
+
+
+def _add_config(parser: argparse.ArgumentParser, kind: type) -> None:
+    group = parser.add_argument_group("configuration", "preset, then --config, then single fields")
+    names = config.presets(kind)
+    if names:
+        group.add_argument("--preset", choices=names, help=f"{', '.join(names)} (default: {names[0]})")
+    group.add_argument("--config", type=Path, metavar="FILE", help="JSON of fields, such as a run's config.json")
+    said, base = config.comments(kind), _default(kind)
+    for name, hint in config.hints(kind).items():
+        option, default = "--" + name.replace("_", "-"), getattr(base, name)
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else "none" if default is None else default
+        text = f"{said.get(name, '')} (default: {shown})".strip().replace("%", "%%")
+        common = {"dest": "field_" + name, "default": argparse.SUPPRESS, "help": text}
+        if hint is bool:
+            group.add_argument(option, action=argparse.BooleanOptionalAction, **common)
+        else:
+            words = ",".join(map(str, typing.get_args(hint))) if typing.get_origin(hint) is typing.Literal else ""
+            metavar = f"{{{words}}}" if words else name.rpartition("_")[2].upper()
+            group.add_argument(option, type=_parser(hint), metavar=metavar, **common)
+
+
+def _default(kind: type):
+    """The first preset: what runs when nothing is said."""
+    names = config.presets(kind)
+    return getattr(kind, names[0])() if names else kind()
+
+
+def _parser(hint):
+    def parse(text: str):
+        try:
+            return config.parse(hint, text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse
+
+
+def _make_config(kind: type, options: argparse.Namespace):
+    values = config.read(options.config) if options.config is not None else {}
+    values |= {name.removeprefix("field_"): v for name, v in vars(options).items() if name.startswith("field_")}
+    preset = getattr(options, "preset", None) or next(iter(config.presets(kind)), None)
+    return config.make(kind, values, preset)
+
+
+def begin(options: argparse.Namespace, settings, indifferent: tuple[str, ...] | None = None, **inputs: Path) -> None:
+    """Writes OUT/config.json: the configuration, the inputs' digests and the command line.
+
+    indifferent: the fields that do not change results; with it, an OUT whose config.json differs in others, or was
+    made from other inputs, is refused, for its files would be taken for this run's.
+    """
+    path = options.out / "config.json"
+    digests = {name: _digest(file) for name, file in inputs.items() if file is not None}
+    if indifferent is not None and path.is_file():
+        there = json.loads(path.read_text("utf-8"))
+        found = config.differences(settings, there.get("config", {}), indifferent)
+        found += [name for name, digest in digests.items() if there.get("inputs", {}).get(name, digest) != digest]
+        if there.get("command", options.command) != options.command:
+            found.append(f"command ({there['command']})")
+        if found:
+            raise ValueError(f"expected to go on in {options.out} as it began, got another {', '.join(found)}; choose "
+                             f"another --out, or remove that folder")  # fmt: skip
+    if _first():
+        words = {name: v for name, v in vars(options).items() if not name.startswith("field_") and v is not None}
+        config.write(path, settings, command=options.command, ribfast=__version__, options=words, inputs=digests)
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _data_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", required=True, metavar="KIND:PATH", help="folder:PATH, voc:PATH or coco:PATH")
+    parser.add_argument("--split", metavar="NAME", help="a list of the data's images (default: its training images)")
+
+
+def _classifier_arguments(parser: argparse.ArgumentParser) -> None:
+    _data_arguments(parser)
+    parser.add_argument("--validation", metavar="NAME", help="a split whose loss and mAP follow every epoch")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="the backbone to start from, .pth or .safetensors")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for classifier.safetensors")
+    parser.add_argument("--resume", action="store_true", help="go on after the last whole epoch in --out")
+
+
+def _train_classifier(options: argparse.Namespace, settings) -> None:
+    from .data import open_source
+    from .train import train_classifier
+
+    source = open_source(options.data, options.split)
+    validation = None if options.validation is None else open_source(options.data, options.validation)
+    if not options.resume:
+        begin(options, settings)
+    path = train_classifier(
+        source, settings, options.out, weights=options.weights, validation=validation, resume=options.resume,
+        progress=_progress(),
+    )  # fmt: skip
+    if options.resume:
+        begin(options, settings)
+    log.info("wrote %s", path)
+
+
+def _cam_arguments(parser: argparse.ArgumentParser) -> None:
+    _data_arguments(parser)
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="a trained classifier")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for NAME.npy of each image")
+    parser.add_argument("--network", metavar="NAME", help="of a checkpoint that does not say (default: by its tensors)")
+    parser.add_argument(
+        "--tensorflow-padding", action=argparse.BooleanOptionalAction, default=None, help="as the checkpoint says"
+    )
+    parser.add_argument("--normalization", choices=("imagenet", "symmetric"), help="as the checkpoint says")
+
+
+def _cam(options: argparse.Namespace, settings) -> int:
+    from .data import open_source
+    from .models import open_classifier
+    from .pipeline import make_cams
+    from .store import MapStore
+
+    source = open_source(options.data, options.split)
+    model = open_classifier(
+        options.checkpoint, network=options.network, n_classes=len(source.classes),
+        tensorflow_padding=options.tensorflow_padding, normalization=options.normalization,
+    )  # fmt: skip
+    begin(options, settings, ("shard", "workers", "device"), checkpoint=options.checkpoint)
+    result = make_cams(source, model, MapStore(options.out, settings.format), settings, progress=_progress())
+    log.info("%d made, %d there before, %d without classes, %d failed; %s", result.made, result.kept,
+             result.without_classes, len(result.failed), options.out)  # fmt: skip
+    return 1 if result.failed else 0
+
+
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    _data_arguments(parser)
+    parser.add_argument("--maps", type=Path, required=True, metavar="FOLDER", help="where the maps are")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for evaluation.json (default: --maps)")
+    parser.add_argument("--threshold-from", type=Path, metavar="FILE", help="evaluation.json of the split to choose on")
+
+
+def _evaluate(options: argparse.Namespace, settings) -> None:
+    from .data import open_source
+    from .pipeline import evaluate_maps, read_threshold
+    from .store import MapStore
+
+    threshold = None if options.threshold_from is None else read_threshold(options.threshold_from)
+    source = open_source(options.data, options.split)
+    if not options.maps.is_dir():
+        raise FileNotFoundError(f"expected a folder of maps, got {options.maps}, which is none")
+    store = MapStore(options.maps, settings.format)
+    result = evaluate_maps(source, store, settings, threshold=threshold, progress=_progress())
+    best, at = result["best"], result["reported"]
+    rows = list(zip(result["thresholds"], result["mious"], strict=True))
+    step = max(1, len(rows) // 12)
+    print("threshold    mIoU")
+    for number, (value, miou) in enumerate(rows):
+        if number % step == 0 or value in (best["threshold"], at["threshold"]):
+            marks = "  best" * (value == best["threshold"])
+            marks += "  chosen on other images" * (value == at["threshold"] and threshold is not None)
+            print(f"{value:9.4g}  {100 * miou:6.2f}{marks}")
+    print(f"\nIoU at {at['threshold']:.4g}, of {result['images']} images:")
+    width = max(map(len, result["ious"]))
+    for name, iou in result["ious"].items():
+        print(f"  {name:<{width}}  {'  none' if iou is None else format(100 * iou, '6.2f')}")
+    print(f"  {'mean':<{width}}  {100 * at['miou']:6.2f}")
+    beside = {"data": options.data, "split": options.split, "maps": options.maps}
+    beside["threshold_from"] = options.threshold_from
+    config.write((options.out or options.maps) / "evaluation.json", settings, **beside, **result)
+
+
+COMMANDS = {
+    "train-classifier": Command(
+        "train a classifier on image-level labels",
+        "ribfast.train:ClassifierConfig", _classifier_arguments, _train_classifier,
+    ),
+    "cam": Command("class activation maps of a trained classifier", "ribfast.pipeline:CamConfig", _cam_arguments, _cam),
+    "evaluate": Command(
+        "mIoU of class maps at every threshold", "ribfast.pipeline:EvaluateConfig", _evaluate_arguments, _evaluate
+    ),
+}  # fmt: skip
+
+if __name__ == "__main__":
+    sys.exit(main())

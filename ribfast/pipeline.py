@@ -1,0 +1,217 @@
+"""The stages in order: each a function of data, a configuration and a store."""
+
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from . import data, models
+from .cams import merge_cams
+from .metrics import ThresholdSweep
+from .processes import choose_device, choose_shard
+from .store import MapStore
+
+log = logging.getLogger("ribfast")
+
+
+@dataclass(frozen=True)
+class CamConfig:
+    """The defaults are IRN's and RIB's."""
+
+    scales: tuple[float, ...] = (1.0, 0.5, 1.5, 2.0)  # each of the original photograph, with its mirror
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the network; maps are merged in float32
+    format: Literal["irn", "pmm"] = "irn"  # of the files
+    shard: str | None = None  # i/n: the i-th of n shares, from 0; none: torchrun's, else everything
+    workers: int = 2  # threads that decode
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+
+    def __post_init__(self):
+        if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
+            raise ValueError(f"CamConfig: expected scales above 0, got {self.scales}")
+        if self.workers < 0:
+            raise ValueError(f"CamConfig: expected workers of at least 0, got {self.workers}")
+        choose_shard(self.shard)
+
+    @classmethod
+    def released(cls) -> "CamConfig":
+        return cls()
+
+
+@dataclass
+class Made:
+    """What became of a share of the images."""
+
+    made: int = 0
+    kept: int = 0  # were in the store
+    without_classes: int = 0
+    failed: dict[str, str] = dataclasses.field(default_factory=dict)  # why, by name
+
+
+def make_cams(
+    source: data.Source,
+    model: models.CamClassifier,
+    store: MapStore,
+    config: CamConfig | None = None,
+    *,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Made:
+    """Class activation maps of each image's classes, merged over scales and mirrors, into the store.
+
+    What is there already is left alone, so a run that was cut off goes on. An image that cannot be read is recorded
+    in the store and does not stop the others; it is tried again the next time.
+    """
+    config = config or CamConfig()
+    if model.n_classes != len(source.classes) or model.classes not in (None, source.classes):
+        has = _some(model.classes) if model.classes else model.n_classes
+        raise ValueError(f"make_cams: expected a classifier of the data's classes ({_some(source.classes)}), got one "
+                         f"of {has}; train one on this data")  # fmt: skip
+    device, (index, count), result = choose_device(config.device), choose_shard(config.shard), Made()
+    model = model.to(device, memory_format=torch.channels_last).eval()
+    records, todo = store.records(), []
+    items = source[index::count]
+    for item in items:
+        if item.name in store:
+            result.kept += 1
+        elif item.classes:
+            todo.append(item)
+        else:
+            result.without_classes += 1
+            if records.get(item.name) != {"skipped": "no classes"}:
+                store.record(item.name, skipped="no classes")
+
+    def load(item: data.Item):
+        try:
+            image = source.image(item)
+        except (OSError, ValueError) as error:
+            return item, None, str(error)
+        return item, image.shape[:2], data.make_views(image, config.scales, data.NORMALIZATIONS[model.normalization])
+
+    def maps() -> Iterator[tuple]:
+        for item, size, views in data.prefetch(load, todo, workers=config.workers, ahead=max(2, config.workers)):
+            if size is None:
+                yield item, views, None, None
+            else:
+                yield item, None, *_cams(model, views, item.classes, size, device, config.precision)
+
+    def save(made: tuple) -> tuple[str, str | None]:
+        item, error, cam, high_res = made
+        if error is not None:
+            store.record(item.name, error=error)
+            return item.name, error
+        store.save(item.name, item.classes, cam, high_res)
+        if "error" in records.get(item.name, {}):
+            store.record(item.name)
+        return item.name, None
+
+    before = len(items) - len(todo)
+    for done, (name, error) in enumerate(data.prefetch(save, maps(), workers=1, ahead=4), before + 1):
+        if error is None:
+            result.made += 1
+        else:
+            result.failed[name] = error
+            log.warning("%s: %s", name, error)
+        if progress is not None:
+            progress(done, len(items), name)
+    return result
+
+
+@torch.inference_mode()
+def _cams(model, views, classes, size, device, precision):
+    maps = []
+    for view in views:
+        view = view.to(device, memory_format=torch.channels_last, non_blocking=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            maps.append(model(view).float())
+    return merge_cams(maps, classes, size)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    thresholds: str = "0:0.6:0.01"  # of the background: lowest:highest:step
+    format: Literal["irn", "pmm"] = "irn"  # of the files
+    workers: int = 2  # threads that read
+
+    def __post_init__(self):
+        self.values()
+        if self.workers < 0:
+            raise ValueError(f"EvaluateConfig: expected workers of at least 0, got {self.workers}")
+
+    def values(self) -> np.ndarray:
+        try:
+            low, high, step = map(float, self.thresholds.split(":"))
+            if not (step > 0 and low <= high < low + 10_000 * step):
+                raise ValueError
+        except ValueError:
+            raise ValueError(f"EvaluateConfig: expected thresholds lowest:highest:step, at most 10000, got "
+                             f"{self.thresholds!r}") from None  # fmt: skip
+        return np.round(low + step * np.arange(math.floor((high - low) / step + 1e-6) + 1), 10)
+
+
+def evaluate_maps(
+    source: data.Source,
+    store: MapStore,
+    config: EvaluateConfig | None = None,
+    *,
+    threshold: float | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> dict:
+    """mIoU of the store's maps against the source's masks at every threshold, and each class's IoU at one of them.
+
+    threshold: that one, as chosen on other images; None: the best, which says too much of the images it is chosen on.
+    Images without masks are left out; those without classes count as background.
+    """
+    config = config or EvaluateConfig()
+    items = [item for item in source if item.mask is not None or item.name in source.drawings]
+    if not items:
+        raise ValueError(f"evaluate: expected images with masks, got {len(source)} without any")
+    missing = [item.name for item in items if item.classes and item.name not in store]
+    if missing:
+        raise FileNotFoundError(f"evaluate: expected maps of {len(items)} images in {store.folder}, got none of "
+                                f"{_some(missing)}; make them first")  # fmt: skip
+    grid = config.values() if threshold is None else np.union1d(config.values(), [threshold])
+    sweep = ThresholdSweep(len(source.classes), grid)
+
+    def load(item: data.Item):
+        maps = store.load(item.name) if item.classes else None
+        return item.name, source.mask(item), maps
+
+    for done, (name, mask, maps) in enumerate(data.prefetch(load, items, workers=config.workers), 1):
+        try:
+            sweep.add(*((np.empty((0, 0, 0)), ()) if maps is None else (maps.high_res, maps.keys)), mask)
+        except ValueError as error:
+            raise ValueError(f"evaluate: {name}: {error}") from error
+        if progress is not None:
+            progress(done, len(items), name)
+    mious, (best, best_miou) = sweep.mious(), sweep.best()
+    at = best if threshold is None else threshold
+    row = int(np.flatnonzero(grid == at)[0])
+    names = ("background", *source.classes)
+    ious = {name: None if math.isnan(iou) else float(iou) for name, iou in zip(names, sweep.ious()[row], strict=True)}
+    reported = {"threshold": at, "miou": float(mious[row]), "chosen": "here" if threshold is None else "elsewhere"}
+    return {
+        "images": len(items),
+        "thresholds": grid.tolist(),
+        "mious": mious.tolist(),
+        "best": {"threshold": best, "miou": best_miou},
+        "reported": reported,
+        "ious": ious,
+    }
+
+
+def read_threshold(path: str | Path) -> float:
+    """The best threshold of an evaluation.json."""
+    try:
+        return float(json.loads(Path(path).read_text("utf-8"))["best"]["threshold"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"evaluate: expected an evaluation.json with a best threshold, got {path}") from error
+
+
+def _some(names) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,59 @@
+"""This process among those that torchrun started: its device and its share of the work."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import distributed
+
+
+class Processes(NamedTuple):
+    rank: int
+    world: int
+    device: torch.device
+
+
+def rank_and_world() -> tuple[int, int]:
+    """As torchrun says it; (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """auto: a GPU where there is one; `cuda` is the one of torchrun's LOCAL_RANK."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type == "cuda":
+        index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise ValueError(f"device: expected one of {torch.cuda.device_count()} CUDA devices, got cuda:{index}")
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    return device
+
+
+def choose_shard(text: str | None) -> tuple[int, int]:
+    """`i/n`, the i-th of n from 0, as (i, n); None: torchrun's, else everything."""
+    if text is None:
+        return rank_and_world()
+    index, _, count = text.partition("/")
+    if not index.isdecimal() or not count.isdecimal() or not int(index) < int(count):
+        raise ValueError(f"shard: expected i/n with i from 0 to n - 1, got {text!r}")
+    return int(index), int(count)
+
+
+@contextlib.contextmanager
+def processes(device: str = "auto") -> Iterator[Processes]:
+    """Joins torchrun's other processes, if there are any, and leaves them at the end."""
+    (rank, world), chosen = rank_and_world(), choose_device(device)
+    joins = world > 1 and not distributed.is_initialized()
+    if joins:
+        distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield Processes(rank, world, chosen)
+    finally:
+        if joins:
+            distributed.destroy_process_group()

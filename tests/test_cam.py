@@ -1,0 +1,159 @@
+import dataclasses
+
+import numpy as np
+import pictures
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ribfast import data, models
+from ribfast.cams import merge_cams
+from ribfast.pipeline import CamConfig, EvaluateConfig, evaluate_maps, make_cams
+from ribfast.store import MapStore
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return data.open_source(pictures.draw(tmp_path_factory.mktemp("data") / "pictures", 6, (51, 70)))
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = models.cam_classifier("resnet18", 2)
+    model.classes = pictures.CLASSES
+    return model
+
+
+def naive(model, image, classes, normalization=data.IMAGENET):
+    """As IRN computes it."""
+    height, width = image.shape[:2]
+    small = large = 0
+    for scale in (1.0, 0.5, 1.5, 2.0):
+        pixels = torch.from_numpy(data.rescale(image, (round(height * scale), round(width * scale))))
+        mean, std = (torch.tensor(part)[:, None, None] for part in normalization)
+        view = (pixels.permute(2, 0, 1) / 255 - mean) / std
+        with torch.no_grad():
+            maps = model(torch.stack([view, view.flip(-1)])).relu()
+        summed = (maps[0] + maps[1].flip(-1))[None]
+        quarter = -(-height // 4), -(-width // 4)
+        small = small + F.interpolate(summed, quarter, mode="bilinear", align_corners=False)[0]
+        padded = -(-height // 16) * 16, -(-width // 16) * 16
+        large = large + F.interpolate(summed, padded, mode="bilinear", align_corners=False)[0, :, :height, :width]
+    return [(m / (m.amax((1, 2), keepdim=True) + 1e-5))[list(classes)] for m in (small, large)]
+
+
+@pytest.mark.parametrize("normalization", ["imagenet", "symmetric"])
+def test_cams_equal_the_naive_ones(source, model, normalization, tmp_path):
+    model = copied(model, normalization)
+    store = MapStore(tmp_path)
+    made = make_cams(source, model, store, CamConfig(device="cpu"))
+    assert (made.made, made.kept, made.without_classes, made.failed) == (5, 0, 1, {})
+    assert store.records() == {"p5": {"skipped": "no classes"}} and "p5" not in store
+    for item in source[:-1]:
+        maps = store.load(item.name)
+        small, large = naive(model, source.image(item), item.classes, data.NORMALIZATIONS[normalization])
+        assert maps.keys.tolist() == list(item.classes)
+        torch.testing.assert_close(maps.cam, small, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(torch.from_numpy(maps.high_res), large, rtol=1e-3, atol=1e-3)
+
+
+def copied(model, normalization):
+    copy = models.cam_classifier(model.name, model.n_classes)
+    models.load_into(copy, model.state_dict())
+    copy.classes, copy.normalization = model.classes, normalization
+    return copy
+
+
+def test_merging_takes_sums_without_mirrors(model):
+    """Rectified maps, mirrors turned back and added beforehand, merge to the same."""
+    maps = [torch.randn(2, 3, *side) for side in ((4, 5), (2, 3), (7, 8))]
+    summed = [(m[:1].relu() + m[1:].relu().flip(-1)) for m in maps]
+    for found, expected in zip(merge_cams(summed, torch.tensor([2, 0]), (51, 70)), merge_cams(maps, (2, 0), (51, 70)),
+                               strict=True):  # fmt: skip
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert found.shape == (2, 51, 70) and found.amax() <= 1
+
+
+def test_killed_runs_go_on_and_shards_make_the_same_files(source, model, tmp_path):
+    config = CamConfig(scales=(1.0, 0.5), device="cpu")
+    whole = MapStore(tmp_path / "whole")
+    make_cams(source, model, whole, config)
+
+    def killed(done, total, name):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    broken = MapStore(tmp_path / "broken")
+    with pytest.raises(KeyboardInterrupt):
+        make_cams(source, model, broken, config, progress=killed)
+    kept = len(broken.names())
+    assert kept >= 2
+    again = make_cams(source, model, broken, config)
+    assert again.kept == kept and again.made == 5 - kept
+    parts = MapStore(tmp_path / "parts")
+    made = [make_cams(source, model, parts, dataclasses.replace(config, shard=f"{i}/3")).made for i in range(3)]
+    assert made == [2, 2, 1]
+    for store in (broken, parts):
+        assert store.names() == whole.names() == ["p0", "p1", "p2", "p3", "p4"]
+        for name in whole.names():
+            for found, expected in zip(store.load(name), whole.load(name), strict=True):
+                assert np.array_equal(found, expected)
+        assert (store.folder / "records.jsonl").read_text().count("no classes") == 1
+
+
+def test_torchrun_shares_the_images(source, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    store = MapStore(tmp_path)
+    make_cams(source, model, store, CamConfig(scales=(1.0,), device="cpu"))
+    assert store.names() == ["p1", "p3"]
+
+
+def test_an_unreadable_image_stops_no_other(model, tmp_path):
+    spec = pictures.draw(tmp_path / "data", 4)
+    bad, good = tmp_path / "data" / "images" / "p1.png", tmp_path / "data" / "images" / "p0.png"
+    bad.write_bytes(b"nothing")
+    source, store = data.open_source(spec), MapStore(tmp_path / "out")
+    made = make_cams(source, model, store, CamConfig(scales=(1.0,), device="cpu"))
+    assert made.made == 2 and list(made.failed) == ["p1"] and "p1.png" in store.records()["p1"]["error"]
+    bad.write_bytes(good.read_bytes())
+    made = make_cams(source, model, store, CamConfig(scales=(1.0,), device="cpu"))
+    assert (made.made, made.kept, made.failed) == (1, 2, {}) and store.records()["p1"] == {}
+
+
+def test_refuses_a_classifier_of_other_classes(source, model, tmp_path):
+    other = models.cam_classifier("resnet18", 3)
+    with pytest.raises(ValueError, match=r"data's classes \(square, disc\), got one of 3"):
+        make_cams(source, other, MapStore(tmp_path))
+    swapped = dataclasses.replace(source, classes=("disc", "square"))
+    with pytest.raises(ValueError, match=r"data's classes \(disc, square\), got one of square, disc"):
+        make_cams(swapped, model, MapStore(tmp_path))
+    for text in ("1", "2/2", "a/b", "-1/2"):
+        with pytest.raises(ValueError, match="expected i/n"):
+            CamConfig(shard=text)
+    with pytest.raises(ValueError, match="expected scales above 0"):
+        CamConfig(scales=())
+
+
+def test_evaluation_of_maps_that_are_right(source, tmp_path):
+    store = MapStore(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"maps of 6 images .* got none of p0, p1, p2, p3, p4"):
+        evaluate_maps(source, store)
+    for item in source[:-1]:
+        mask = source.mask(item)
+        high_res = np.stack([np.where(mask == c + 1, 0.5, 0.2) for c in item.classes])
+        store.save(item.name, item.classes, np.zeros((len(item.classes), 13, 18)), high_res)
+    result = evaluate_maps(source, store, EvaluateConfig("0.1:0.6:0.1"))
+    assert result["thresholds"] == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6] and result["images"] == 6
+    assert result["best"] == {"threshold": 0.2, "miou": 1.0} and result["mious"][0] < 0.5
+    assert result["ious"] == {"background": 1.0, "square": 1.0, "disc": 1.0}
+    result = evaluate_maps(source, store, EvaluateConfig("0.1:0.6:0.1"), threshold=0.55)
+    assert result["reported"]["threshold"] == 0.55 and result["reported"]["miou"] < 0.4
+    assert result["best"]["threshold"] == 0.2 and len(result["thresholds"]) == 7
+    bare = dataclasses.replace(source, items=tuple(dataclasses.replace(i, mask=None) for i in source))
+    with pytest.raises(ValueError, match="expected images with masks, got 6 without any"):
+        evaluate_maps(bare, store)
+    for text in ("0.1", "0:1", "0:1:0", "1:0:0.1", "a:b:c", "0:1:1e-9"):
+        with pytest.raises(ValueError, match="expected thresholds lowest:highest:step"):
+            EvaluateConfig(text)

@@ -1,0 +1,253 @@
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pictures
+import pytest
+import torch
+
+from ribfast import cli, config, data, models
+from ribfast.store import MapStore
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Every kind of field."""
+
+    # above the field,
+    # in two lines
+    rate: float = 0.5
+    steps: int = 3  # beside it: 100 %
+    flip: bool = True
+    scales: tuple[float, ...] = (1.0, 2.0)
+    sides: tuple[int, int] = (3, 4)
+    kind: Literal["a", "b"] = "a"
+    place: Path | None = None
+    limit: int | None = field(default=7, metadata={"help": "said in its metadata"})
+
+    def __post_init__(self):
+        if self.rate < 0:
+            raise ValueError(f"Sample: expected rate of at least 0, got {self.rate}")
+
+    @classmethod
+    def plain(cls):
+        return cls()
+
+    @classmethod
+    def fast(cls):
+        return cls(steps=1, limit=None)
+
+    @classmethod
+    def of(cls, needed):
+        return cls(steps=needed)
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The configurations that the command `sample` ran with."""
+    seen = []
+
+    def run(options, settings):
+        seen.append(settings)
+        if settings.steps == 13:
+            raise ValueError("steps: expected another number, got 13")
+        if settings.steps == 14:
+            raise KeyError("a bug")
+
+    command = cli.Command("a sample", "test_cli:Sample", lambda parser: None, run)
+    monkeypatch.setitem(cli.COMMANDS, "sample", command)
+    return seen
+
+
+def refused(capsys, *words):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(words))
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_fields_become_options(ran, tmp_path, capsys):
+    assert cli.main(["sample"]) == 0 and ran[-1] == Sample()
+    words = "--rate 2 --steps 4 --no-flip --scales 1,.5,3 --sides 5,6 --kind b --place a/b --limit none"
+    assert cli.main(["sample", *words.split()]) == 0
+    assert ran[-1] == Sample(2.0, 4, False, (1.0, 0.5, 3.0), (5, 6), "b", Path("a/b"), None)
+    assert cli.main(["sample", "--preset", "fast", "--flip"]) == 0 and ran[-1] == Sample.fast()
+    path = tmp_path / "fields.json"
+    path.write_text(json.dumps({"steps": 9, "scales": [1], "limit": 2, "rate": 1}))
+    assert cli.main(["sample", "--preset", "fast", "--config", str(path), "--limit", "5"]) == 0
+    assert ran[-1] == Sample(steps=9, scales=(1.0,), limit=5, rate=1.0)
+    config.write(path, ran[-1], beside=Path("x"))
+    assert cli.main(["sample", "--config", str(path)]) == 0 and ran[-1] == ran[-2]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["sample", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    for text in ("above the field, in two lines (default: 0.5)", "beside it: 100 % (default: 3)", "--no-flip",
+                 "said in its metadata (default: 7)", "plain, fast (default: plain)", "--kind {a,b}"):  # fmt: skip
+        assert text in said
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    ("--preset slow", "invalid choice: 'slow'"),
+    ("--speed 3", "unrecognized arguments: --speed 3"),
+    ("--step 3", "unrecognized arguments: --step 3"),
+    ("--steps 1.5", "argument --steps: expected an integer, got '1.5'"),
+    ("--rate fast", "argument --rate: expected a number, got 'fast'"),
+    ("--sides 1", "argument --sides: expected 2 values (an integer, an integer), got '1'"),
+    ("--scales 1,x", "argument --scales: expected a list of numbers, got '1,x'"),
+    ("--kind c", "argument --kind: expected one of a, b, got 'c'"),
+    ("--limit some", "argument --limit: expected an integer or none, got 'some'"),
+    ("--rate -1", "Sample: expected rate of at least 0, got -1.0"),
+])  # fmt: skip
+def test_wrong_options_are_named(ran, words, message, capsys):
+    assert message in refused(capsys, "sample", *words.split()) and not ran
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ('{"speed": 1}', "expected fields of rate, steps"),
+    ('{"steps": 1.5}', "steps: expected an integer, got 1.5"),
+    ('{"steps": true}', "steps: expected an integer, got True"),
+    ('{"flip": 1}', "flip: expected true or false, got 1"),
+    ('{"sides": [1]}', "sides: expected 2 values"),
+    ('{"scales": "1,2"}', "scales: expected a list of numbers, got '1,2'"),
+    ('{"place": 3}', "place: expected a path or none, got 3"),
+    ("[1]", "expected an object of fields, got a list"),
+    ("{", "expected JSON"),
+])  # fmt: skip
+def test_wrong_files_are_named(ran, text, message, tmp_path, capsys):
+    (tmp_path / "fields.json").write_text(text)
+    assert message in refused(capsys, "sample", "--config", str(tmp_path / "fields.json")) and not ran
+
+
+def test_errors_are_a_line_and_bugs_are_not(ran, capsys):
+    assert cli.main(["sample", "--steps", "13"]) == 1
+    assert capsys.readouterr().err == "ribfast sample: steps: expected another number, got 13\n"
+    with pytest.raises(ValueError, match="another number"):
+        cli.main(["sample", "--steps", "13", "--debug"])
+    with pytest.raises(KeyError):
+        cli.main(["sample", "--steps", "14"])
+    assert not logging.getLogger("ribfast").handlers
+    assert "invalid choice: 'nothing'" in refused(capsys, "nothing")
+    assert cli.main(["cam", "--data", "folder:none", "--checkpoint", "none", "--out", "none"]) == 1
+    assert capsys.readouterr().err.startswith("ribfast cam: open_source: expected a folder, got none")
+
+
+def test_commands_list_themselves(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    said = capsys.readouterr().out
+    for name in cli.COMMANDS:
+        assert f"  {name} " in said
+        with pytest.raises(SystemExit) as stop:
+            cli.main([name, "--help"])
+        assert stop.value.code == 0
+
+
+class Screen:
+    def __init__(self, terminal):
+        self.terminal, self.text = terminal, ""
+
+    def isatty(self):
+        return self.terminal
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+
+def test_progress_is_a_bar_on_terminals_alone(caplog):
+    screen = Screen(True)
+    bar = cli.Progress(screen)
+    for done in range(1, 101):
+        bar(done, 100, "loss 0.1")
+    assert screen.text.endswith("] 100/100 0:00 left  loss 0.1\n") and screen.text.count("\r") < 50
+    screen = Screen(False)
+    with caplog.at_level("INFO", "ribfast"):
+        now_and_then = cli.Progress(screen, every=0)
+        now_and_then(3, 10, "a")
+    assert screen.text == "" and "3 of 10, 0:00 left: a" in caplog.text
+
+
+def test_from_pictures_to_an_evaluation(tmp_path, capsys):
+    torch.manual_seed(0)
+    spec, out = pictures.draw(tmp_path / "data", 6), tmp_path / "trained"
+    small = "--network resnet18 --epochs 1 --batch 5 --long-side 48,64 --crop 48 --lr 0.001 --workers 1 --device cpu"
+    assert cli.main(["train-classifier", "--data", spec, "--out", str(out), *small.split()]) == 0
+    written = json.loads((out / "config.json").read_text())
+    assert written["config"]["long_side"] == [48, 64] and written["command"] == "train-classifier"
+    assert written["options"]["data"] == spec
+    checkpoint, maps = out / "classifier.safetensors", tmp_path / "maps"
+    cam = ["cam", "--data", spec, "--checkpoint", str(checkpoint), "--out", str(maps), "--scales", "1,0.5"]
+    assert cli.main(cam) == 0
+    assert "5 made, 0 there before, 1 without classes, 0 failed" in capsys.readouterr().err
+    assert cli.main([*cam, "--workers", "1"]) == 0
+    assert "0 made, 5 there before" in capsys.readouterr().err
+    assert cli.main([*cam[:-1], "1"]) == 1
+    assert "got another scales (here [1.0], there [1.0, 0.5]); choose another --out" in capsys.readouterr().err
+    state = {name: value + 0.001 for name, value in models.load_checkpoint(checkpoint).items()}
+    models.save_checkpoint(checkpoint, state, models.read_metadata(checkpoint))
+    assert cli.main(cam) == 1 and "got another checkpoint;" in capsys.readouterr().err
+
+    evaluate = ["evaluate", "--data", spec, "--maps", str(maps)]
+    assert cli.main([*evaluate, "--thresholds", "0:1:0.1"]) == 0
+    said, result = capsys.readouterr().out, json.loads((maps / "evaluation.json").read_text())
+    assert "best" in said and "background" in said and len(result["mious"]) == 11
+    assert result["best"]["miou"] == max(result["mious"]) and set(result["ious"]) == {"background", *pictures.CLASSES}
+    other = tmp_path / "other"
+    assert cli.main([*evaluate, "--threshold-from", str(maps / "evaluation.json"), "--out", str(other)]) == 0
+    assert "chosen on other images" in capsys.readouterr().out
+    assert json.loads((other / "evaluation.json").read_text())["reported"]["threshold"] == result["best"]["threshold"]
+
+    assert json.loads((maps / "config.json").read_text())["command"] == "cam"
+    (tmp_path / "data" / "images" / "p0.png").write_bytes(b"nothing")
+    MapStore(maps).path("p0").unlink()
+    (maps / "config.json").unlink()
+    assert cli.main(cam) == 1
+    assert "p0.png" in (said := capsys.readouterr().err) and "1 failed" in said
+    assert cli.main(evaluate) == 1 and "got none of p0; make them first" in capsys.readouterr().err
+
+
+def test_open_classifier(tmp_path):
+    path = tmp_path / "plain.safetensors"
+    for name in models.NAMES:
+        with torch.device("meta"):
+            names = dict.fromkeys(models.cam_classifier(name, 3).state_dict())
+        assert models._network(names, path) == name
+    for name in ("resnet18", "mobilenet_v2"):
+        models.save_checkpoint(path, models.cam_classifier(name, 3).state_dict())
+        model = models.open_classifier(path)
+        assert (model.name, model.n_classes, model.normalization, model.classes) == (name, 3, "imagenet", None)
+    model = models.open_classifier(path, tensorflow_padding=True)
+    assert model.tensorflow_padding and model.normalization == "symmetric"
+    model.classes = ("a", "b", "ü")
+    models.save_checkpoint(path, model.state_dict(), model.metadata())
+    again = models.open_classifier(path, n_classes=3)
+    assert (again.classes, again.tensorflow_padding, again.normalization) == (model.classes, True, "symmetric")
+    with pytest.raises(ValueError, match="classifier of the data's 4 classes, got 3"):
+        models.open_classifier(path, n_classes=4)
+    with pytest.raises(ValueError, match="expected normalization of imagenet or symmetric, got 'x'"):
+        models.open_classifier(path, normalization="x")
+    backbone = {name: value for name, value in model.state_dict().items() if name != "classifier.weight"}
+    models.save_checkpoint(path, backbone)
+    with pytest.raises(ValueError, match=r"a backbone without classifier\.weight"):
+        models.open_classifier(path)
+    models.save_checkpoint(path, {"classifier.weight": torch.zeros(3, 512, 1, 1), "layer1.0.x": torch.zeros(1)})
+    with pytest.raises(ValueError, match="expected the tensors of one of resnet18"):
+        models.open_classifier(path)
+    path.write_bytes(b"\xff" * 20)
+    with pytest.raises(ValueError, match="expected a safetensors file"):
+        models.read_metadata(path)
+    assert models.read_metadata(tmp_path / "none.pth") == {}
+
+
+def test_data_that_a_command_does_not_find(tmp_path, capsys):
+    spec = pictures.draw(tmp_path / "data", 3)
+    words = ["train-classifier", "--data", spec, "--out", str(tmp_path / "out"), "--split", "none"]
+    assert cli.main(words) == 1 and "expected the list" in capsys.readouterr().err
+    words = ["evaluate", "--data", spec, "--maps", str(tmp_path / "none")]
+    assert cli.main(words) == 1 and "expected a folder of maps" in capsys.readouterr().err
+    assert data.open_source(spec).classes == pictures.CLASSES
