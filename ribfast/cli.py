@@ -249,9 +249,20 @@ def _cam_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _cam(options: argparse.Namespace, settings) -> int:
+    from .pipeline import make_cams
+
+    return _make_maps(options, settings, make_cams, ("shard", "workers", "device"))
+
+
+def _rib(options: argparse.Namespace, settings) -> int:
+    from .pipeline import adapt_maps
+
+    return _make_maps(options, settings, adapt_maps, ("shard", "workers", "device", "cache_mib"))
+
+
+def _make_maps(options: argparse.Namespace, settings, stage: Callable, indifferent: tuple[str, ...]) -> int:
     from .data import open_source
     from .models import open_classifier
-    from .pipeline import make_cams
     from .store import MapStore
 
     source = open_source(options.data, options.split)
@@ -259,8 +270,8 @@ def _cam(options: argparse.Namespace, settings) -> int:
         options.checkpoint, network=options.network, n_classes=len(source.classes),
         tensorflow_padding=options.tensorflow_padding, normalization=options.normalization,
     )  # fmt: skip
-    begin(options, settings, ("shard", "workers", "device"), checkpoint=options.checkpoint)
-    result = make_cams(source, model, MapStore(options.out, settings.format), settings, progress=_progress())
+    begin(options, settings, indifferent, checkpoint=options.checkpoint)
+    result = stage(source, model, MapStore(options.out, settings.format), settings, progress=_progress())
     log.info("%d made, %d there before, %d without classes, %d failed; %s", result.made, result.kept,
              result.without_classes, len(result.failed), options.out)  # fmt: skip
     return 1 if result.failed else 0
@@ -309,6 +320,9 @@ COMMANDS = {
         "ribfast.train:ClassifierConfig", _classifier_arguments, _train_classifier,
     ),
     "cam": Command("class activation maps of a trained classifier", "ribfast.pipeline:CamConfig", _cam_arguments, _cam),
+    "rib": Command(
+        "class maps of a classifier that is adapted to each image", "ribfast.pipeline:AdaptConfig", _cam_arguments, _rib
+    ),
     "evaluate": Command(
         "mIoU of class maps at every threshold", "ribfast.pipeline:EvaluateConfig", _evaluate_arguments, _evaluate
     ),

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,10 +13,11 @@ from typing import Literal
 import numpy as np
 import torch
 
-from . import data, models
+from . import data, models, rib
 from .cams import merge_cams
 from .metrics import ThresholdSweep
 from .processes import choose_device, choose_shard
+from .rib import RIBConfig
 from .store import MapStore
 
 log = logging.getLogger("ribfast")
@@ -44,6 +46,13 @@ class CamConfig:
         return cls()
 
 
+def _check_classes(stage: str, source: data.Source, model: models.CamClassifier) -> None:
+    if model.n_classes != len(source.classes) or model.classes not in (None, source.classes):
+        has = _some(model.classes) if model.classes else model.n_classes
+        raise ValueError(f"{stage}: expected a classifier of the data's classes ({_some(source.classes)}), got one "
+                         f"of {has}; train one on this data")  # fmt: skip
+
+
 @dataclass
 class Made:
     """What became of a share of the images."""
@@ -68,10 +77,7 @@ def make_cams(
     in the store and does not stop the others; it is tried again the next time.
     """
     config = config or CamConfig()
-    if model.n_classes != len(source.classes) or model.classes not in (None, source.classes):
-        has = _some(model.classes) if model.classes else model.n_classes
-        raise ValueError(f"make_cams: expected a classifier of the data's classes ({_some(source.classes)}), got one "
-                         f"of {has}; train one on this data")  # fmt: skip
+    _check_classes("make_cams", source, model)
     device, (index, count), result = choose_device(config.device), choose_shard(config.shard), Made()
     model = model.to(device, memory_format=torch.channels_last).eval()
     records, todo = store.records(), []
@@ -130,6 +136,102 @@ def _cams(model, views, classes, size, device, precision):
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             maps.append(model(view).float())
     return merge_cams(maps, classes, size)
+
+
+@dataclass(frozen=True)
+class AdaptConfig(RIBConfig):
+    """RIB's constants, and how they are put to work."""
+
+    seed: int = 0  # of the others that are drawn
+    format: Literal["irn", "pmm"] = "irn"  # of the files
+    shard: str | None = None  # i/n: the i-th of n shares, from 0; none: torchrun's, else everything
+    workers: int = 2  # threads that decode
+    cache_mib: int = 1024  # of decoded images that are kept
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.workers < 1 or self.cache_mib < 0:
+            raise ValueError(f"AdaptConfig: expected workers of at least 1 and cache_mib of at least 0, got "
+                             f"{self.workers} and {self.cache_mib}")  # fmt: skip
+        choose_shard(self.shard)
+
+
+def adapt_maps(
+    source: data.Source,
+    model: models.CamClassifier,
+    store: MapStore,
+    config: AdaptConfig | None = None,
+    *,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Made:
+    """RIB's class maps of each image's classes into the store, as they are done.
+
+    The other images that an image is adapted with follow from the data set, the seed and the image alone, so the maps
+    do not depend on shards, on what the store holds already, or on timing. What cannot be adapted is recorded.
+    """
+    config = config or AdaptConfig.released()
+    _check_classes("adapt_maps", source, model)
+    device, (index, count), result = choose_device(config.device), choose_shard(config.shard), Made()
+    model = model.to(device, memory_format=torch.channels_last).eval()
+    engine, records = rib.Engine(model, config), store.records()
+    draws = rib.Draws(source.labels().numpy(), [item.name for item in source], config, config.seed)
+    blocks = draws.blocks[index::count]
+    for number, item in enumerate(source):
+        if not item.classes and number % count == index:
+            result.without_classes += 1
+            if records.get(item.name) != {"skipped": "no classes"}:
+                store.record(item.name, skipped="no classes")
+    total = result.without_classes + sum(map(len, blocks))
+    images = data.ImageCache(source, config.cache_mib << 20)
+
+    def report(name: str) -> None:
+        if progress is not None:
+            progress(result.made + result.kept + result.without_classes + len(result.failed), total, name)
+
+    def fail(name: str, error: str) -> None:
+        store.record(name, error=error)
+        result.failed[name] = error
+        log.warning("%s: %s", name, error)
+        report(name)
+
+    def loaders() -> Iterator[rib.BlockLoader]:
+        for block in blocks:
+            wanted = [image for image in block if source[image].name not in store]
+            result.kept += len(block) - len(wanted)
+            if wanted:
+                normalization = data.NORMALIZATIONS[model.normalization]
+                yield rib.BlockLoader(images, block, wanted, draws, normalization, threads)
+
+    with ThreadPoolExecutor(config.workers, "ribfast-rib") as threads:
+        for loader in _one_ahead(loaders()):
+            if loader.empty:
+                for item in loader.items:
+                    fail(item.name, "no other image shares none of its classes; use disjoint=False, or more images")
+                continue
+            adapt = engine.group(loader.items[0].classes, loader.others if loader.exists else None)
+            for item, target in loader.targets():
+                if isinstance(target, Exception):
+                    fail(item.name, str(target))
+                    continue
+                found = adapt(target)
+                if found.error is not None:
+                    fail(item.name, found.error)
+                    continue
+                store.save(item.name, found.keys, found.cam, found.high_res)
+                store.record(item.name, steps=found.steps, stopped=found.stopped)
+                result.made += 1
+                report(item.name)
+    return result
+
+
+def _one_ahead(things: Iterator) -> Iterator:
+    """Each thing after the next one has been made."""
+    held = next(things, None)
+    while held is not None:
+        coming = next(things, None)
+        yield held
+        held = coming
 
 
 @dataclass(frozen=True)

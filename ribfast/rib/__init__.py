@@ -2,5 +2,7 @@
 
 from .config import RIBConfig
 from .engine import Engine, Result, Target, adapt
+from .loading import BlockLoader
+from .others import Draws
 
-__all__ = ["Engine", "RIBConfig", "Result", "Target", "adapt"]
+__all__ = ["BlockLoader", "Draws", "Engine", "RIBConfig", "Result", "Target", "adapt"]

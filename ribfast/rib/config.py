@@ -1,9 +1,10 @@
 """The constants of RIB, and the presets: one procedure, as the paper has it, as it was released, and faster."""
 
 from dataclasses import dataclass, fields
+from typing import Literal, get_args
 
-POOLINGS = ("gndrp", "gap")
-PRECISIONS = ("float32", "float16", "bfloat16", "auto")
+Pooling = Literal["gndrp", "gap"]
+Precision = Literal["float32", "float16", "bfloat16", "auto"]
 
 
 @dataclass(frozen=True)
@@ -15,9 +16,11 @@ class RIBConfig:
     classifier_lr_scale: float = 10.0
     weight_decay: float = 1e-4
     momentum: float = 1e-4
-    pooling: str = "gndrp"  # or "gap"
+    pooling: Pooling = "gndrp"  # or the plain mean over all positions
     tau: float = 0.4  # where map / maximum is at most this, the map is pooled
-    divide_by: str = "all"  # positions that the pooled sum is divided by; "kept": those that are pooled
+    divide_by: Literal["all", "kept"] = (
+        "all"  # positions that the pooled sum is divided by; "kept": those that are pooled
+    )
     strict: bool = True  # pool where map / maximum < tau instead of <=
     margin: float | None = None  # logits above it count as this much in the loss
     stop_logit: float | None = 600.0  # stop after the step whose own logits sum up to more
@@ -32,7 +35,7 @@ class RIBConfig:
     anchored: bool = False  # the others' gradient is taken at theta_0 alone, once for all images of a label set
     anchor_batches: int = 4  # batches of others that an anchored gradient averages
     share_others: int = 8  # images of one label set that see the same others; what they see never depends on timing
-    precision: str = "float32"  # of everything after the trunk; "auto": 16 bits where the device is fast in them
+    precision: Precision = "float32"  # of everything after the trunk; "auto": 16 bits where the device is fast in them
 
     @classmethod
     def released(cls, **changes) -> "RIBConfig":
@@ -77,9 +80,9 @@ class RIBConfig:
         for name in ("margin", "stop_logit", "explode_area"):
             value = getattr(self, name)
             need(name, value is None or (isinstance(value, (int, float)) and value > 0), "to be above 0, or None")
-        need("pooling", self.pooling in POOLINGS, f"to be one of {', '.join(POOLINGS)}")
+        need("pooling", self.pooling in get_args(Pooling), f"to be one of {', '.join(get_args(Pooling))}")
         need("divide_by", self.divide_by in ("kept", "all"), "to be 'kept' or 'all'")
-        need("precision", self.precision in PRECISIONS, f"to be one of {', '.join(PRECISIONS)}")
+        need("precision", self.precision in get_args(Precision), f"to be one of {', '.join(get_args(Precision))}")
         need("scales", len(set(self.scales)) == len(self.scales) > 0, "to be distinct, and one at least")
         need("scales", 1.0 in self.scales and min(self.scales) > 0, "to be above 0 and to hold 1")
         need("loss_scales", self.loss_scales and set(self.loss_scales) <= set(self.scales), "to be among scales")

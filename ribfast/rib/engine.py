@@ -1,7 +1,7 @@
 """Adapting images: what is computed once, what at each step, and in which order."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -73,12 +73,24 @@ class Engine:
             raise ValueError("adapt: expected at least one target, got an empty list")
         for number, target in enumerate(targets):
             self._check_target(number, target)
-        with keep_pages():
-            batches = None if others is None else Batches(self, targets, others)
-            return [self._adapt(target, batches) for target in targets]
+        group = self.group([c for target in targets for c in target.classes], others, shared=len(targets) > 1)
+        return [group(target) for target in targets]
+
+    def group(
+        self, classes: Iterable[int], others: Others | None, *, shared: bool = True
+    ) -> Callable[[Target], Result]:
+        """What adapts targets of these classes that see the same others, one after another as they come."""
+        batches = None if others is None else Batches(self, classes, others, shared)
+
+        def adapt_one(target: Target) -> Result:
+            self._check_target(0, target)
+            with keep_pages():
+                return self._adapt(target, batches)
+
+        return adapt_one
 
     def trunk(self, images: Tensor, *, exact: bool) -> Tensor:
-        """Features at stride 8 in the tail's dtype; exact: computed in float32, as maps need it and gradients do not."""
+        """Features at stride 8 in the tail's dtype; exact: in float32, as maps need it and gradients do not."""
         images = images.to(self.device, torch.float32).contiguous(memory_format=torch.channels_last)
         reduced = not exact and self.dtype != torch.float32
         with torch.no_grad(), torch.autocast(self.device.type, self.dtype, enabled=reduced):
@@ -126,8 +138,8 @@ class Engine:
                 break
             run.update(loss, anchor if step == 0 or config.anchored else None)
         steps, keys = int(run.steps), sorted(target.classes)
-        if not run.finite:
-            return Result([], steps, False, keys, error=f"the loss of step {steps - 1} is not finite")
+        if not run.finite or not sums.isfinite().all():
+            return Result([], steps, False, keys, error=f"loss or maps are not finite at step {steps - 1}")
         maps = layout.maps(sums, config)
         cam, high_res = merge_cams([m[None] for m in maps], keys, target.size)
         return Result(maps, steps, not bool(run.alive), keys, cam, high_res)
@@ -155,10 +167,8 @@ class Engine:
 class Batches:
     """The other images of a call of `adapt`: asked for once a step, their features computed once for all targets."""
 
-    def __init__(self, engine: Engine, targets: Sequence[Target], others: Others):
-        self.engine, self.others = engine, others
-        self.owners = {c: number for number, target in enumerate(targets) for c in target.classes}
-        self.shared = len(targets) > 1
+    def __init__(self, engine: Engine, classes: Iterable[int], others: Others, shared: bool):
+        self.engine, self.others, self.classes, self.shared = engine, others, set(classes), shared
         self._steps, self._shape, self._anchor = {}, None, None
 
     def sizes(self) -> list[tuple[int, int]]:
@@ -185,7 +195,11 @@ class Batches:
             run.weights.reset()
             batches = self.engine.config.anchor_batches if self.engine.config.anchored else 1
             found = [self._gradients(step, run) for step in range(batches)]
-            mean = found[0] if batches == 1 else [sum(g.float() for g in each) / batches for each in zip(*found)]
+            mean = (
+                found[0]
+                if batches == 1
+                else [sum(g.float() for g in each) / batches for each in zip(*found, strict=True)]
+            )
             self._anchor = mean
         return self._anchor
 
@@ -206,20 +220,22 @@ class Batches:
             if not holds:
                 raise ValueError(f"adapt: expected others({step}) to give {expected}, got {got}")
 
-        need(isinstance(images, Tensor) and images.is_floating_point() and images.ndim == 4 and images.shape[1] == 3,
-             "normalised images (B, 3, h, w)", tuple(getattr(images, "shape", ())) or type(images).__name__)  # fmt: skip
+        def said(value):
+            return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+        good = isinstance(images, Tensor) and images.is_floating_point() and images.ndim == 4 and images.shape[1] == 3
+        need(good, "normalised images (B, 3, h, w)", said(images))
         need(len(images) > 0, "at least one image (others=None for none at all)", "none")
         wanted = (len(images), self.engine.n_classes)
-        need(isinstance(present, Tensor) and present.dtype == torch.bool and present.shape == wanted,
-             f"present as a bool tensor {wanted}", f"{getattr(present, 'dtype', type(present).__name__)} "
-             f"{tuple(getattr(present, 'shape', ()))}")  # fmt: skip
+        good = isinstance(present, Tensor) and present.dtype == torch.bool and present.shape == wanted
+        need(good, f"present as a bool tensor {wanted}", said(present))
         self._shape = self._shape or images.shape
         need(images.shape == self._shape, f"as many images of one size as at other steps, {tuple(self._shape)}",
              tuple(images.shape))  # fmt: skip
         if self.engine.config.disjoint:
             for c in present.any(0).nonzero().flatten().tolist():
                 advice = "draw images that share no class with any target, or set disjoint=False"
-                need(c not in self.owners, f"no image of class {c}, which target {self.owners.get(c)} has",
+                need(c not in self.classes, f"no image of class {c}, which a target has",
                      f"image {present[:, c].nonzero()[0].item()}; {advice}")  # fmt: skip
 
 

@@ -63,21 +63,24 @@ class Tail:
 
     def __call__(self, x: Tensor, masks: tuple[Tensor, Tensor], weights: "Weights") -> Tensor:
         """A canvas of the trunk's features -> logits maps (C, cells); values in the gutter mean nothing."""
-        for (numbers, adds, projection, activation), follower in zip(self.blocks, [*self.blocks[1:], None], strict=True):
+        for (numbers, adds, projection, activation), follower in zip(
+            self.blocks, [*self.blocks[1:], None], strict=True
+        ):
             y = x
             for place, number in enumerate(numbers):
                 spatial = place + 1 < len(numbers) and self.layers[numbers[place + 1]].spatial
-                y = _Convolve.apply(y, weights.folded[number], weights.biases[number], self.layers[number], masks if spatial else None)
+                y = _Convolve.apply(
+                    y, weights.folded[number], weights.biases[number], self.layers[number], masks if spatial else None
+                )
             if projection is not None:
-                x = _Convolve.apply(x, weights.folded[projection], weights.biases[projection], self.layers[projection], None)
+                x = _Convolve.apply(
+                    x, weights.folded[projection], weights.biases[projection], self.layers[projection], None
+                )
             if adds:
                 spatial = follower is not None and self.layers[follower[0][0]].spatial
                 y = _Add.apply(y, x, activation, masks if spatial else None)
             x = y
         return F.conv2d(x, weights.folded[-1])[0].flatten(1)
-
-
-_LIMITS = {"relu": torch.inf, "relu6": 6.0}
 
 
 def _activate(y: Tensor, activation: str, masks) -> None:
@@ -215,7 +218,9 @@ class Weights:
         self._fold()
 
     def _move(self, number: int, parameter: Tensor, gradient: Tensor, rate: Tensor, config) -> None:
-        velocity = self.velocities[number].mul_(config.momentum).add_(gradient).add_(parameter, alpha=config.weight_decay)
+        velocity = (
+            self.velocities[number].mul_(config.momentum).add_(gradient).add_(parameter, alpha=config.weight_decay)
+        )
         parameter.addcmul_(velocity, -rate)
 
 

@@ -1,0 +1,66 @@
+"""Images on their way into the engine: a block's targets and the others of its steps, read ahead by threads."""
+
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import data
+from .config import RIBConfig
+from .engine import Target
+from .others import Draws
+
+
+class BlockLoader:
+    """The images of a block that are to be adapted, and `others` as the engine asks for them."""
+
+    def __init__(self, images: data.ImageCache, block, wanted, draws: Draws, normalization, threads: Executor):
+        self.images, self.source, self.block, self.draws = images, images.source, block, draws
+        self.normalization, self.threads = normalization, threads
+        config: RIBConfig = draws.config
+        self.augmentation = data.Augmentation(config.others_long_side, config.others_crop, True, normalization)
+        self.items = [self.source[image] for image in wanted]
+        self.labels = torch.from_numpy(draws.labels)
+        self.exists = config.n_others > 0
+        self.empty = self.exists and not len(draws.pool(block))
+        self._pending: dict[int, list[Future]] = {}
+        self._targets = []
+        if not self.empty:
+            self._targets = [threads.submit(self._target, item) for item in self.items[:2]]
+            if self.exists:
+                self._submit(0)
+
+    def targets(self) -> Iterator[tuple[data.Item, Target | Exception]]:
+        """Each image, or why it cannot be read."""
+        for number, item in enumerate(self.items):
+            if number + 2 < len(self.items):
+                self._targets.append(self.threads.submit(self._target, self.items[number + 2]))
+            try:
+                yield item, self._targets[number].result()
+            except (OSError, ValueError) as error:
+                yield item, error
+            self._targets[number] = None
+
+    def others(self, step: int) -> tuple[Tensor, Tensor]:
+        """(images, present), and the next step's are begun."""
+        for later in (step, step + 1):
+            if later < self.draws.config.steps:
+                self._submit(later)
+        chosen, crops = self._pending.pop(step)
+        return torch.stack([crop.result() for crop in crops]), self.labels[chosen]
+
+    def _submit(self, step: int) -> None:
+        if step not in self._pending:
+            drawn = self.draws.draw(self.block, step)
+            crops = [self.threads.submit(self._crop, self.source[image], generator) for image, generator in drawn]
+            self._pending[step] = [image for image, _ in drawn], crops
+
+    def _target(self, item: data.Item) -> Target:
+        image = self.images.image(item)
+        views = data.make_views(image, self.draws.config.scales, self.normalization)
+        return Target(views, list(item.classes), image.shape[:2])
+
+    def _crop(self, item: data.Item, generator: np.random.Generator) -> Tensor:
+        return self.augmentation(self.images.image(item), generator)
