@@ -1,5 +1,6 @@
 import json
 import logging
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -143,6 +144,18 @@ def test_commands_list_themselves(capsys):
         with pytest.raises(SystemExit) as stop:
             cli.main([name, "--help"])
         assert stop.value.code == 0
+
+
+def test_readme_shows_options_that_exist(capsys):
+    text = (Path(cli.__file__).parents[1] / "README.md").read_text().replace("\\\n", " ")
+    shown = re.findall(r"^(?:torchrun .* -m )?ribfast ([a-z-]+) (.*)$", text, flags=re.M)
+    assert {name for name, _ in shown} == set(cli.COMMANDS)
+    for name, words in shown:
+        with pytest.raises(SystemExit):
+            cli.main([name, "--help"])
+        said = capsys.readouterr().out
+        for option in re.findall(r"--[a-z-]+", words):
+            assert option in said, (name, option)
 
 
 class Screen:
