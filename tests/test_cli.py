@@ -201,6 +201,8 @@ def test_from_pictures_to_an_evaluation(tmp_path, capsys):
     assert "0 made, 5 there before" in capsys.readouterr().err
     assert cli.main([*cam[:-1], "1"]) == 1
     assert "got another scales (here [1.0], there [1.0, 0.5]); choose another --out" in capsys.readouterr().err
+    assert cli.main([*cam, "--normalization", "symmetric"]) == 1
+    assert "got another classifier; choose another --out" in capsys.readouterr().err
     state = {name: value + 0.001 for name, value in models.load_checkpoint(checkpoint).items()}
     models.save_checkpoint(checkpoint, state, models.read_metadata(checkpoint))
     assert cli.main(cam) == 1 and "got another checkpoint;" in capsys.readouterr().err
