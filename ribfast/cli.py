@@ -180,18 +180,18 @@ def _make_config(kind: type, options: argparse.Namespace):
     return config.make(kind, values, preset)
 
 
-def begin(options: argparse.Namespace, settings, indifferent: tuple[str, ...] | None = None, **inputs: Path) -> None:
-    """Writes OUT/config.json: the configuration, the inputs' digests and the command line.
+def begin(options: argparse.Namespace, settings, indifferent: tuple[str, ...] | None = None, **inputs) -> None:
+    """Writes OUT/config.json: the configuration, the inputs (files by their digests) and the command line.
 
     indifferent: the fields that do not change results; with it, an OUT whose config.json differs in others, or was
     made from other inputs, is refused, for its files would be taken for this run's.
     """
     path = options.out / "config.json"
-    digests = {name: _digest(file) for name, file in inputs.items() if file is not None}
+    inputs = {name: _digest(value) if isinstance(value, Path) else value for name, value in inputs.items()}
     if indifferent is not None and path.is_file():
         there = json.loads(path.read_text("utf-8"))
         found = config.differences(settings, there.get("config", {}), indifferent)
-        found += [name for name, digest in digests.items() if there.get("inputs", {}).get(name, digest) != digest]
+        found += [name for name, value in inputs.items() if there.get("inputs", {}).get(name, value) != value]
         if there.get("command", options.command) != options.command:
             found.append(f"command ({there['command']})")
         if found:
@@ -199,7 +199,7 @@ def begin(options: argparse.Namespace, settings, indifferent: tuple[str, ...] | 
                              f"another --out, or remove that folder")  # fmt: skip
     if _first():
         words = {name: v for name, v in vars(options).items() if not name.startswith("field_") and v is not None}
-        config.write(path, settings, command=options.command, ribfast=__version__, options=words, inputs=digests)
+        config.write(path, settings, command=options.command, ribfast=__version__, options=words, inputs=inputs)
 
 
 def _digest(path: Path) -> str:
@@ -248,6 +248,11 @@ def _cam_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--normalization", choices=("imagenet", "symmetric"), help="as the checkpoint says")
 
 
+def _rib_arguments(parser: argparse.ArgumentParser) -> None:
+    _cam_arguments(parser)
+    parser.add_argument("--others", metavar="NAME", help="the split that the other images are drawn from (--split's)")
+
+
 def _cam(options: argparse.Namespace, settings) -> int:
     from .pipeline import make_cams
 
@@ -257,10 +262,15 @@ def _cam(options: argparse.Namespace, settings) -> int:
 def _rib(options: argparse.Namespace, settings) -> int:
     from .pipeline import adapt_maps
 
-    return _make_maps(options, settings, adapt_maps, ("shard", "workers", "device", "cache_mib"))
+    more = {}
+    if options.others is not None:
+        from .data import open_source
+
+        more["others"] = open_source(options.data, options.others)
+    return _make_maps(options, settings, adapt_maps, ("shard", "workers", "device", "cache_mib"), **more)
 
 
-def _make_maps(options: argparse.Namespace, settings, stage: Callable, indifferent: tuple[str, ...]) -> int:
+def _make_maps(options: argparse.Namespace, settings, stage: Callable, indifferent: tuple[str, ...], **more) -> int:
     from .data import open_source
     from .models import open_classifier
     from .store import MapStore
@@ -270,8 +280,8 @@ def _make_maps(options: argparse.Namespace, settings, stage: Callable, indiffere
         options.checkpoint, network=options.network, n_classes=len(source.classes),
         tensorflow_padding=options.tensorflow_padding, normalization=options.normalization,
     )  # fmt: skip
-    begin(options, settings, indifferent, checkpoint=options.checkpoint)
-    result = stage(source, model, MapStore(options.out, settings.format), settings, progress=_progress())
+    begin(options, settings, indifferent, checkpoint=options.checkpoint, classifier=model.metadata())
+    result = stage(source, model, MapStore(options.out, settings.format), settings, progress=_progress(), **more)
     log.info("%d made, %d there before, %d without classes, %d failed; %s", result.made, result.kept,
              result.without_classes, len(result.failed), options.out)  # fmt: skip
     return 1 if result.failed else 0
@@ -321,7 +331,7 @@ COMMANDS = {
     ),
     "cam": Command("class activation maps of a trained classifier", "ribfast.pipeline:CamConfig", _cam_arguments, _cam),
     "rib": Command(
-        "class maps of a classifier that is adapted to each image", "ribfast.pipeline:AdaptConfig", _cam_arguments, _rib
+        "class maps of a classifier that is adapted to each image", "ribfast.pipeline:AdaptConfig", _rib_arguments, _rib
     ),
     "evaluate": Command(
         "mIoU of class maps at every threshold", "ribfast.pipeline:EvaluateConfig", _evaluate_arguments, _evaluate

@@ -163,19 +163,21 @@ def adapt_maps(
     store: MapStore,
     config: AdaptConfig | None = None,
     *,
+    others: data.Source | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Made:
     """RIB's class maps of each image's classes into the store, as they are done.
 
     The other images that an image is adapted with follow from the data set, the seed and the image alone, so the maps
     do not depend on shards, on what the store holds already, or on timing. What cannot be adapted is recorded.
+    others: where they are drawn from; None: from the source itself.
     """
     config = config or AdaptConfig.released()
     _check_classes("adapt_maps", source, model)
     device, (index, count), result = choose_device(config.device), choose_shard(config.shard), Made()
     model = model.to(device, memory_format=torch.channels_last).eval()
     engine, records = rib.Engine(model, config), store.records()
-    draws = rib.Draws(source.labels().numpy(), [item.name for item in source], config, config.seed)
+    draws = rib.Draws(source, source if others is None else others, config, config.seed)
     blocks = draws.blocks[index::count]
     for number, item in enumerate(source):
         if not item.classes and number % count == index:
@@ -183,7 +185,7 @@ def adapt_maps(
             if records.get(item.name) != {"skipped": "no classes"}:
                 store.record(item.name, skipped="no classes")
     total = result.without_classes + sum(map(len, blocks))
-    images = data.ImageCache(source, config.cache_mib << 20)
+    cache = data.ImageCache(draws.others, config.cache_mib << 20)
 
     def report(name: str) -> None:
         if progress is not None:
@@ -201,7 +203,7 @@ def adapt_maps(
             result.kept += len(block) - len(wanted)
             if wanted:
                 normalization = data.NORMALIZATIONS[model.normalization]
-                yield rib.BlockLoader(images, block, wanted, draws, normalization, threads)
+                yield rib.BlockLoader(draws, block, wanted, normalization, threads, cache)
 
     with ThreadPoolExecutor(config.workers, "ribfast-rib") as threads:
         for loader in _one_ahead(loaders()):

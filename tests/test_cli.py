@@ -1,5 +1,6 @@
 import json
 import logging
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -145,6 +146,18 @@ def test_commands_list_themselves(capsys):
         assert stop.value.code == 0
 
 
+def test_readme_shows_options_that_exist(capsys):
+    text = (Path(cli.__file__).parents[1] / "README.md").read_text().replace("\\\n", " ")
+    shown = re.findall(r"^(?:torchrun .* -m )?ribfast ([a-z-]+) (.*)$", text, flags=re.M)
+    assert {name for name, _ in shown} == set(cli.COMMANDS)
+    for name, words in shown:
+        with pytest.raises(SystemExit):
+            cli.main([name, "--help"])
+        said = capsys.readouterr().out
+        for option in re.findall(r"--[a-z-]+", words):
+            assert option in said, (name, option)
+
+
 class Screen:
     def __init__(self, terminal):
         self.terminal, self.text = terminal, ""
@@ -188,6 +201,8 @@ def test_from_pictures_to_an_evaluation(tmp_path, capsys):
     assert "0 made, 5 there before" in capsys.readouterr().err
     assert cli.main([*cam[:-1], "1"]) == 1
     assert "got another scales (here [1.0], there [1.0, 0.5]); choose another --out" in capsys.readouterr().err
+    assert cli.main([*cam, "--normalization", "symmetric"]) == 1
+    assert "got another classifier; choose another --out" in capsys.readouterr().err
     state = {name: value + 0.001 for name, value in models.load_checkpoint(checkpoint).items()}
     models.save_checkpoint(checkpoint, state, models.read_metadata(checkpoint))
     assert cli.main(cam) == 1 and "got another checkpoint;" in capsys.readouterr().err

@@ -16,12 +16,13 @@ from .others import Draws
 class BlockLoader:
     """The images of a block that are to be adapted, and `others` as the engine asks for them."""
 
-    def __init__(self, images: data.ImageCache, block, wanted, draws: Draws, normalization, threads: Executor):
-        self.images, self.source, self.block, self.draws = images, images.source, block, draws
-        self.normalization, self.threads = normalization, threads
+    def __init__(self, draws: Draws, block, wanted, normalization, threads: Executor, cache: data.ImageCache):
+        """block: numbers of the draws' source, wanted: those of them that are adapted; cache: of the others."""
+        self.draws, self.block, self.normalization, self.threads = draws, block, normalization, threads
+        self.cache = cache
         config: RIBConfig = draws.config
         self.augmentation = data.Augmentation(config.others_long_side, config.others_crop, True, normalization)
-        self.items = [self.source[image] for image in wanted]
+        self.items = [draws.source[number] for number in wanted]
         self.labels = torch.from_numpy(draws.labels)
         self.exists = config.n_others > 0
         self.empty = self.exists and not len(draws.pool(block))
@@ -54,13 +55,13 @@ class BlockLoader:
     def _submit(self, step: int) -> None:
         if step not in self._pending:
             drawn = self.draws.draw(self.block, step)
-            crops = [self.threads.submit(self._crop, self.source[image], generator) for image, generator in drawn]
+            crops = [self.threads.submit(self._crop, self.draws.others[image], generator) for image, generator in drawn]
             self._pending[step] = [image for image, _ in drawn], crops
 
     def _target(self, item: data.Item) -> Target:
-        image = self.images.image(item)
+        image = self.draws.source.image(item)
         views = data.make_views(image, self.draws.config.scales, self.normalization)
         return Target(views, list(item.classes), image.shape[:2])
 
     def _crop(self, item: data.Item, generator: np.random.Generator) -> Tensor:
-        return self.augmentation(self.images.image(item), generator)
+        return self.augmentation(self.cache.image(item), generator)

@@ -5,22 +5,27 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..data import Source
 from .config import RIBConfig
 
 
 class Draws:
-    """Blocks of images of one label set that see the same others, and those others.
+    """Blocks of a source's images of one label set that see the same others, and those others.
 
-    labels: (N, C) bool, of all images of the data set, whatever share of them is adapted here; names: of the images.
+    source: all images of the data set, whatever share of them is adapted here; others: where others are drawn from.
     A block and its draws follow from these and the seed alone, not from sharding, resuming or timing.
     """
 
-    def __init__(self, labels: np.ndarray, names: Sequence[str], config: RIBConfig, seed: int = 0):
-        self.labels, self.names, self.config, self.seed = np.asarray(labels, bool), names, config, seed
+    def __init__(self, source: Source, others: Source, config: RIBConfig, seed: int = 0):
+        if others.classes != source.classes:
+            raise ValueError("Draws: expected other images of the same classes as the data's")
+        self.source, self.others, self.config, self.seed = source, others, config, seed
+        self.labels = others.labels().numpy()
         self.usable = np.flatnonzero(self.labels.any(1))  # images without classes add nothing to the loss
         sets = {}
-        for image in self.usable:
-            sets.setdefault(self.labels[image].tobytes(), []).append(int(image))
+        for number, item in enumerate(source):
+            if item.classes:
+                sets.setdefault(item.classes, []).append(number)
         size = config.share_others
         self.blocks = [images[i : i + size] for images in sets.values() for i in range(0, len(images), size)]
         self._pools = {}
@@ -28,15 +33,15 @@ class Draws:
     def pool(self, block: Sequence[int]) -> np.ndarray:
         """The images that may be drawn: those that share no class with the block's, or all but the block's own."""
         if not self.config.disjoint:
-            return np.setdiff1d(self.usable, block)
-        present = self.labels[block[0]]
-        key = present.tobytes()
-        if key not in self._pools:
-            self._pools[key] = self.usable[~self.labels[self.usable][:, present].any(1)]
-        return self._pools[key]
+            own = {self.source[number].name for number in block}
+            return np.array([i for i in self.usable if self.others[int(i)].name not in own], int)
+        classes = self.source[block[0]].classes
+        if classes not in self._pools:
+            self._pools[classes] = self.usable[~self.labels[self.usable][:, list(classes)].any(1)]
+        return self._pools[classes]
 
     def draw(self, block: Sequence[int], step: int) -> list[tuple[int, np.random.Generator]]:
-        """The others of a step, and what their crops are drawn with; none where the pool is empty.
+        """The numbers of the others of a step, and what their crops are drawn with; none where the pool is empty.
 
         Without replacement from step to step, until the pool has been seen whole.
         """
@@ -52,5 +57,5 @@ class Draws:
         return [(image, self._generator(block, "crop", step * count + i)) for i, image in enumerate(chosen)]
 
     def _generator(self, block: Sequence[int], what: str, number: int) -> np.random.Generator:
-        text = f"{self.seed} {self.names[block[0]]} {what} {number}"
+        text = f"{self.seed} {self.source[block[0]].name} {what} {number}"
         return np.random.default_rng(np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint32))

@@ -60,7 +60,7 @@ class Layout:
         self.masks = canvas.masks(own=False, dtype=dtype)
 
     def maps(self, canvas_maps: Tensor, config: RIBConfig) -> list[Tensor]:
-        """Rectified maps (C, cells of the own part) -> for each scale (C, h, w): the image's plus the mirrored one's."""
+        """Rectified maps (C, cells of the own part) -> for each scale (C, h, w): the image's and its mirror's."""
         canvas = self.canvas
         instances = [canvas_maps[:, canvas.cells(i).to(canvas_maps.device)] for i in range(canvas.n_own)]
         return [upright + mirrored.flip(-1) for upright, mirrored in zip(instances[::2], instances[1::2], strict=True)]
@@ -114,7 +114,7 @@ class Run:
         return -(logits if self.config.margin is None else logits.clamp(max=self.config.margin)).sum()
 
     def _exploded(self, rectified: Tensor, layout: Layout) -> Tensor:
-        """Whether, after step 0, the union over present classes of (map / maximum > level) covers too much of scale 1."""
+        """Whether, after step 0, the union over present classes of map / maximum > level covers too much."""
         if self.config.explode_area is None:
             return torch.zeros_like(self.alive)
         cam = layout.pair.take(rectified).sum(1)  # padded positions repeat cell 0, so they are masked
