@@ -77,15 +77,23 @@ class Engine:
         return [group(target) for target in targets]
 
     def group(
-        self, classes: Iterable[int], others: Others | None, *, shared: bool = True
+        self,
+        classes: Iterable[int],
+        others: Others | None,
+        *,
+        shared: bool = True,
+        watch: Callable[[int, list[Tensor]], None] | None = None,
     ) -> Callable[[Target], Result]:
-        """What adapts targets of these classes that see the same others, one after another as they come."""
+        """What adapts targets of these classes that see the same others, one after another as they come.
+
+        watch(step, maps): is shown the maps as they are summed so far after each step.
+        """
         batches = None if others is None else Batches(self, classes, others, shared)
 
         def adapt_one(target: Target) -> Result:
             self._check_target(0, target)
             with keep_pages():
-                return self._adapt(target, batches)
+                return self._adapt(target, batches, watch)
 
         return adapt_one
 
@@ -106,7 +114,7 @@ class Engine:
             self._layouts[key] = Layout(canvas, self.config, self.dtype, self.device)
         return self._layouts[key]
 
-    def _adapt(self, target: Target, batches: "Batches | None") -> Result:
+    def _adapt(self, target: Target, batches: "Batches | None", watch) -> Result:
         if not target.classes:
             return Result([], 0, False, error="no class is present")
         config, run = self.config, self.run
@@ -123,18 +131,18 @@ class Engine:
         anchor = batches.anchor(run) if batches is not None and config.steps > 1 else None
         run.start(present)
         for step in range(config.steps):
-            if step == config.steps - 1:  # its update would serve no map
-                with torch.no_grad():
-                    run.observe(own_part, layout, sums)
-                break
-            if mixes and step > 0:
+            last = step == config.steps - 1  # its update would serve no map, nor do its others
+            canvas, labels = own_part, None
+            if mixes and step > 0 and not last:
                 others, labels = batches.step(step)
                 for number, other in enumerate(others, len(views)):
                     layout.canvas.write(features, number, other)
-                loss = run.observe(features, layout, sums, labels)
-            else:
-                loss = run.observe(own_part, layout, sums)
-            if not run.alive:
+                canvas = features
+            with torch.set_grad_enabled(not last):
+                loss = run.observe(canvas, layout, sums, labels)
+            if watch is not None:
+                watch(step, layout.maps(sums, config))
+            if last or not run.alive:
                 break
             run.update(loss, anchor if step == 0 or config.anchored else None)
         steps, keys = int(run.steps), sorted(target.classes)

@@ -1,0 +1,137 @@
+"""What RIB gains on real photographs: mIoU of CAM and of RIB's variants by the number of maps summed, over seeds.
+
+    python benchmarks/quality.py DATA WEIGHTS FOLDER [--network ...] [--seeds 0 1 2] [--variants ...]
+
+DATA: a folder of photographs with masks, train.txt and val.txt; WEIGHTS: an ImageNet backbone. FOLDER keeps classifiers
+and what was measured, so that a run goes on where it was cut off. Thresholds are chosen on train images and reported on
+val. Writes results/quality.json and quality.md.
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from ribfast import data, models, rib
+from ribfast.cams import merge_cams
+from ribfast.metrics import ThresholdSweep
+from ribfast.rib import RIBConfig
+from ribfast.train import ClassifierConfig, train_classifier
+
+RESULTS = Path(__file__).parent / "results"
+STEPS = 11  # maps of theta_0 .. theta_10: K from 0, which is the CAM alone, to 10
+THRESHOLDS = np.round(np.arange(0.02, 0.9, 0.01), 4)
+SHARED = {"steps": STEPS, "horizon": 10, "precision": "auto"}
+VARIANTS = {
+    "released": lambda: RIBConfig.released(**SHARED),
+    "paper": lambda: RIBConfig.paper(precision="auto"),
+    "gap": lambda: RIBConfig.released(pooling="gap", **SHARED),
+    "fast": lambda: RIBConfig.fast(**SHARED),
+}
+
+
+def measure(model, variant, source, others, seed, crop) -> tuple[list[ThresholdSweep], dict]:
+    """A sweep for each number of maps, over the images of source; an image that was stopped keeps its last maps."""
+    config = dataclasses.replace(
+        VARIANTS[variant](), others_crop=crop, others_long_side=(round(0.8 * crop), round(1.4 * crop))
+    )
+    if config.n_others > 10:
+        config = dataclasses.replace(config, n_others=10)
+    engine, draws = rib.Engine(model, config), rib.Draws(source, others, config, seed)
+    sweeps = [ThresholdSweep(len(source.classes), THRESHOLDS) for _ in range(STEPS)]
+    for item in source:
+        if not item.classes:
+            for sweep in sweeps:
+                sweep.add(np.empty((0, 0, 0), np.float32), (), source.mask(item))
+    cache, steps, stopped = data.ImageCache(others, 1 << 30), [], 0
+    normalization = data.NORMALIZATIONS[model.normalization]
+    with ThreadPoolExecutor(1) as threads:
+        for block in draws.blocks:
+            loader = rib.BlockLoader(draws, block, block, normalization, threads, cache)
+            last = []
+
+            def watch(step, maps, last=last):
+                last.append(maps)
+
+            adapt = engine.group(loader.items[0].classes, loader.others, watch=watch)
+            for item, target in loader.targets():
+                last.clear()
+                result = adapt(target)
+                if result.error is not None:
+                    raise ArithmeticError(f"{item.name}: {result.error}")
+                steps.append(result.steps)
+                stopped += result.stopped
+                mask = source.mask(item)
+                for number, sweep in enumerate(sweeps):
+                    maps = last[min(number, len(last) - 1)]
+                    _, high_res = merge_cams([m[None] for m in maps], result.keys, target.size)
+                    sweep.add(high_res.numpy(), result.keys, mask)
+    return sweeps, {"mean_steps": float(np.mean(steps)), "stopped": stopped, "images": len(steps)}
+
+
+def classifier(options, source, seed, folder) -> models.CamClassifier:
+    path = folder / "classifier.safetensors"
+    if not path.exists():
+        mobile = options.network == "mobilenet_v2"
+        config = ClassifierConfig.paper(
+            network=options.network, lr=0.03, epochs=8, long_side=(224, 384), crop=288, seed=seed, precision="bfloat16",
+            tensorflow_padding=mobile, normalization="symmetric" if mobile else "imagenet",
+        )  # fmt: skip
+        train_classifier(source, config, folder, weights=options.weights)
+    return models.open_classifier(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data")
+    parser.add_argument("weights", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--network", default="mobilenet_v2", choices=models.NAMES)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--every", type=int, default=4, help="of the train images, to choose thresholds on")
+    parser.add_argument("--crop", type=int, default=224, help="of the other images")
+    options = parser.parse_args()
+    train, val = (data.open_source(f"folder:{options.data}", split) for split in ("train", "val"))
+    chosen = data.Source(train.classes, train.items[:: options.every], train.upright)
+    for seed in options.seeds:
+        folder = options.folder / f"{options.network}-{seed}"
+        model = classifier(options, train, seed, folder)
+        for variant in options.variants:
+            path = folder / f"{variant}.json"
+            if path.exists():
+                continue
+            start, found = time.time(), {}
+            for name, source in (("train", chosen), ("val", val)):
+                sweeps, facts = measure(model, variant, source, train, seed, options.crop)
+                found[name] = {"mious": [sweep.mious().tolist() for sweep in sweeps], **facts}
+            found["seconds"] = time.time() - start
+            path.write_text(json.dumps(found))
+            print(f"{options.network} seed {seed} {variant}: {time.time() - start:.0f} s", flush=True)
+    write(options.folder)
+
+
+def write(folder: Path) -> None:
+    """results/quality.json from all that was measured, and the table and curves in quality.md."""
+    rows = []
+    for path in sorted(folder.glob("*-*/*.json")):
+        if path.stem not in VARIANTS:
+            continue
+        found = json.loads(path.read_text())
+        network, _, seed = path.parent.name.rpartition("-")
+        curve = []
+        for on_train, on_val in zip(found["train"]["mious"], found["val"]["mious"], strict=True):
+            best = int(np.argmax(on_train))
+            curve.append({"threshold": float(THRESHOLDS[best]), "miou": on_val[best], "best_on_val": max(on_val)})
+        facts = {"mean_steps": found["val"]["mean_steps"], "stopped": found["val"]["stopped"]}
+        facts |= {"images": found["val"]["images"], "seconds": round(found["seconds"])}
+        rows.append({"network": network, "seed": int(seed), "variant": path.stem, "curve": curve, **facts})
+    (RESULTS / "quality.json").write_text(json.dumps({"steps": STEPS, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
