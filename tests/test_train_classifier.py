@@ -40,10 +40,10 @@ def lines(out):
 
 
 def test_loss_falls_and_the_checkpoint_tells_what_it_is(source, weights, tmp_path):
-    seen = []
+    seen, few = [], dataclasses.replace(source, items=source[:4])
     config = dataclasses.replace(SMALL, epochs=14, batch=9, lr=0.1, long_side=(64, 64), normalization="symmetric")
     path = train_classifier(
-        source, config, tmp_path, weights=weights, validation=source, progress=lambda *facts: seen.append(facts[:2])
+        source, config, tmp_path, weights=weights, validation=few, progress=lambda *facts: seen.append(facts[:2])
     )
     steps = [line for line in lines(tmp_path) if "loss" in line]
     assert [line["step"] for line in steps] == list(range(14)) and seen == [(i + 1, 14) for i in range(14)]
@@ -58,10 +58,10 @@ def test_loss_falls_and_the_checkpoint_tells_what_it_is(source, weights, tmp_pat
     assert all(name.startswith(("layer3", "layer4")) for name in moved) and "layer3.0.bn1.weight" in moved
     assert "layer4.1.bn2.running_mean" not in moved
     scores = torch.stack([model(data.make_views(source.image(i), (1.0,), data.SYMMETRIC)[0]).mean((0, 2, 3))
-                          for i in source]).detach()  # fmt: skip
-    loss = F.multilabel_soft_margin_loss(scores, source.labels().float()).item()
+                          for i in few]).detach()  # fmt: skip
+    loss = F.multilabel_soft_margin_loss(scores, few.labels().float()).item()
     assert checks[-1]["validation_loss"] == pytest.approx(loss, rel=1e-4)
-    precision = metrics.average_precision(scores, source.labels()).mean()
+    precision = metrics.average_precision(scores, few.labels()).mean()
     assert checks[-1]["validation_map"] == pytest.approx(precision)
 
 
@@ -110,7 +110,7 @@ def test_resumed_training_equals_an_uninterrupted_one(source, weights, tmp_path)
     with pytest.raises(ValueError, match=r"another lr \(here 0.5, there 0.003\)"):
         train_classifier(source, dataclasses.replace(config, lr=0.5), broken, weights=weights, resume=True)
     again = dataclasses.replace(config, workers=0)
-    path = train_classifier(source, again, broken, weights=weights, resume=True)
+    path = train_classifier(source, again, broken, resume=True)  # which needs no weights
     found = models.load_checkpoint(path)
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
     assert sorted(p.name for p in broken.iterdir()) == ["classifier.safetensors", "metrics.jsonl"]
@@ -119,6 +119,13 @@ def test_resumed_training_equals_an_uninterrupted_one(source, weights, tmp_path)
     modified = path.stat().st_mtime_ns
     assert train_classifier(source, config, broken, weights=weights, resume=True) == path
     assert path.stat().st_mtime_ns == modified
+
+    def killed_at_once(done, total, text):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_classifier(source, config, broken, weights=weights, progress=killed_at_once)
+    assert not path.exists()  # a new run's folder holds no older result
 
 
 def test_two_processes_share_each_batch(source, weights, tmp_path):

@@ -129,12 +129,16 @@ class _Training:
             self._refuse_another_run(checkpoint)
             log.info("%s is there: nothing to train", checkpoint)
             return checkpoint
-        self.model = self._new_model().to(self.here.device, memory_format=torch.channels_last).train()
+        goes_on = self.resume and unfinished.is_file()
+        self.model = self._new_model(filled=goes_on).to(self.here.device, memory_format=torch.channels_last).train()
         backbone, head = self.model.trained_parameters()
         groups = [{"params": backbone, "scale": 1.0}, {"params": head, "scale": self.config.classifier_lr_scale}]
         c = self.config
         self.optimizer = torch.optim.SGD(groups, c.lr, momentum=c.momentum, weight_decay=c.weight_decay)
-        first = self._restore(unfinished) if self.resume and unfinished.is_file() else 0
+        first = self._restore(unfinished) if goes_on else 0
+        if self.here.rank == 0 and not self.resume:  # or another run's would be taken for this one's
+            checkpoint.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
         journal = Journal(self.out / "metrics.jsonl" if self.here.rank == 0 else None, first)
         try:
             self._run(first, journal, progress or (lambda done, total, text: None), unfinished)
@@ -147,13 +151,16 @@ class _Training:
             distributed.barrier()
         return checkpoint
 
-    def _new_model(self) -> models.CamClassifier:
+    def _new_model(self, filled: bool) -> models.CamClassifier:
+        """filled: whether an unfinished training's weights will replace these."""
         c = self.config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(c.seed)
             padding = c.tensorflow_padding
             model = models.cam_classifier(c.network, len(self.source.classes), tensorflow_padding=padding)
         model.classes, model.normalization = self.source.classes, c.normalization
+        if filled:
+            return model
         if self.weights is None:
             log.warning("no weights to start from: the layers up to stride 8 stay random")
         else:
