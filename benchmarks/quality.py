@@ -49,7 +49,7 @@ def measure(model, variant, source, others, seed, crop) -> tuple[list[ThresholdS
                 sweep.add(np.empty((0, 0, 0), np.float32), (), source.mask(item))
     cache, steps, stopped = data.ImageCache(others, 1 << 30), [], 0
     normalization = data.NORMALIZATIONS[model.normalization]
-    with ThreadPoolExecutor(1) as threads:
+    with rib.keep_pages(), ThreadPoolExecutor(1) as threads:
         for block in draws.blocks:
             loader = rib.BlockLoader(draws, block, block, normalization, threads, cache)
             last = []

@@ -205,7 +205,7 @@ def adapt_maps(
                 normalization = data.NORMALIZATIONS[model.normalization]
                 yield rib.BlockLoader(draws, block, wanted, normalization, threads, cache)
 
-    with ThreadPoolExecutor(config.workers, "ribfast-rib") as threads:
+    with rib.keep_pages(), ThreadPoolExecutor(config.workers, "ribfast-rib") as threads:
         for loader in _one_ahead(loaders()):
             if loader.empty:
                 for item in loader.items:

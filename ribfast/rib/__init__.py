@@ -3,6 +3,7 @@
 from .config import RIBConfig
 from .engine import Engine, Result, Target, adapt
 from .loading import BlockLoader
+from .memory import keep_pages
 from .others import Draws
 
-__all__ = ["BlockLoader", "Draws", "Engine", "RIBConfig", "Result", "Target", "adapt"]
+__all__ = ["BlockLoader", "Draws", "Engine", "RIBConfig", "Result", "Target", "adapt", "keep_pages"]

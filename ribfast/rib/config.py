@@ -58,7 +58,7 @@ class RIBConfig:
     @classmethod
     def fast(cls, **changes) -> "RIBConfig":
         """Approximate: the others' gradient from theta_0, and 16 bits where the device is fast in them."""
-        return cls(**{"anchored": True, "precision": "auto"} | changes)
+        return cls(**{"anchored": True, "share_others": 64, "precision": "auto"} | changes)
 
     def __post_init__(self):
         def need(name, holds, expected):

@@ -64,7 +64,7 @@ class Engine:
         self.device, self.n_classes = model.classifier.weight.device, model.n_classes
         self.dtype = DTYPES[best_precision(self.device) if config.precision == "auto" else config.precision]
         self.tail = Tail(model, self.dtype)
-        self.run = Run(self.tail, config, self.device)
+        self.run = Run(self.tail, config, self.n_classes, self.device)
         self._layouts = {}
 
     def adapt(self, targets: Sequence[Target], others: Others | None) -> list[Result]:
@@ -74,7 +74,8 @@ class Engine:
         for number, target in enumerate(targets):
             self._check_target(number, target)
         group = self.group([c for target in targets for c in target.classes], others, shared=len(targets) > 1)
-        return [group(target) for target in targets]
+        with keep_pages():
+            return [group(target) for target in targets]
 
     def group(
         self,
@@ -92,8 +93,7 @@ class Engine:
 
         def adapt_one(target: Target) -> Result:
             self._check_target(0, target)
-            with keep_pages():
-                return self._adapt(target, batches, watch)
+            return self._adapt(target, batches, watch)
 
         return adapt_one
 

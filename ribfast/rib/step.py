@@ -69,11 +69,11 @@ class Layout:
 class Run:
     """One image on its way through the steps: all of its state, on the device."""
 
-    def __init__(self, tail: Tail, config: RIBConfig, device):
+    def __init__(self, tail: Tail, config: RIBConfig, n_classes: int, device):
         self.tail, self.config, self.weights = tail, config, Weights(tail)
         self.scale = LOSS_SCALE if tail.dtype == torch.float16 else 1.0
         self.rates = torch.tensor([config.rate(k) for k in range(config.steps)], device=device)
-        self.present = torch.zeros(len(tail.classifier), dtype=torch.bool, device=device)
+        self.present = torch.zeros(n_classes, dtype=torch.bool, device=device)
         self.steps = torch.zeros((), dtype=torch.long, device=device)  # begun
         self.alive = torch.ones((), dtype=torch.bool, device=device)  # whether another step follows
         self.finite = torch.ones((), dtype=torch.bool, device=device)

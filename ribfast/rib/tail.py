@@ -40,7 +40,13 @@ class Tail:
         for layers, adds, projection, activation in model.tail_blocks():
             numbers = [self._append(layer) for layer in layers]
             self.blocks.append((numbers, adds, None if projection is None else self._append(projection), activation))
-        self.classifier = _float(model.classifier.weight)
+        layers = self.layers
+        weights = [layer.weight for layer in layers] + [_float(model.classifier.weight)]
+        self.start = weights, [layer.gamma for layer in layers], [layer.beta for layer in layers]  # theta_0
+        self.leaves = [torch.empty_like(t, dtype=dtype) for kind in (weights, self.start[2]) for t in kind]
+        fold(layers, *self.start, self.leaves)
+        for leaf in self.leaves:
+            leaf.requires_grad_()
         self.tensorflow_padding = any(layer.padding is None for layer in self.layers)
 
     def _append(self, layer) -> int:
@@ -63,24 +69,23 @@ class Tail:
 
     def __call__(self, x: Tensor, masks: tuple[Tensor, Tensor], weights: "Weights") -> Tensor:
         """A canvas of the trunk's features -> logits maps (C, cells); values in the gutter mean nothing."""
-        for (numbers, adds, projection, activation), follower in zip(
-            self.blocks, [*self.blocks[1:], None], strict=True
-        ):
+        leaves = weights.leaves
+
+        def convolve(x, number, masked):
+            weight, bias = leaves[number], leaves[len(self.layers) + 1 + number]
+            return _Convolve.apply(x, weight, bias, self.layers[number], masks if masked else None)
+
+        for block, (numbers, adds, projection, activation) in enumerate(self.blocks):
             y = x
-            for place, number in enumerate(numbers):
-                spatial = place + 1 < len(numbers) and self.layers[numbers[place + 1]].spatial
-                y = _Convolve.apply(
-                    y, weights.folded[number], weights.biases[number], self.layers[number], masks if spatial else None
-                )
+            for number, follower in zip(numbers, [*numbers[1:], None], strict=True):
+                y = convolve(y, number, follower is not None and self.layers[follower].spatial)
             if projection is not None:
-                x = _Convolve.apply(
-                    x, weights.folded[projection], weights.biases[projection], self.layers[projection], None
-                )
+                x = convolve(x, projection, False)
             if adds:
-                spatial = follower is not None and self.layers[follower[0][0]].spatial
+                spatial = block + 1 < len(self.blocks) and self.layers[self.blocks[block + 1][0][0]].spatial
                 y = _Add.apply(y, x, activation, masks if spatial else None)
             x = y
-        return F.conv2d(x, weights.folded[-1])[0].flatten(1)
+        return F.conv2d(x, leaves[len(self.layers)])[0].flatten(1)
 
 
 def _activate(y: Tensor, activation: str, masks) -> None:
@@ -158,42 +163,26 @@ def _matrix(x: Tensor) -> Tensor:
 
 
 class Weights:
-    """One adapted image's weights: float32 masters, and what the convolutions take, folded and in the tail's dtype."""
+    """One adapted image's weights: float32 masters, and what the convolutions take, folded and in the tail's dtype.
+
+    At theta_0 they are the tail's own; the first update writes the image's.
+    """
 
     def __init__(self, tail: Tail):
         self.tail = tail
-        self.masters = [layer.weight.clone() for layer in tail.layers] + [tail.classifier.clone()]
-        self.gammas = [layer.gamma.clone() for layer in tail.layers]
-        self.betas = [layer.beta.clone() for layer in tail.layers]
-        everything = [*self.masters, *self.gammas, *self.betas]
-        self.velocities = [torch.zeros_like(t) for t in everything]
-        self.folded = [torch.empty_like(w, dtype=tail.dtype) for w in self.masters]
-        self.biases = [torch.empty_like(b, dtype=tail.dtype) for b in self.betas]
-        self._fold()
-        for leaf in self.leaves:
-            leaf.requires_grad_()
+        self.masters, self.gammas, self.betas = ([torch.empty_like(t) for t in kind] for kind in tail.start)
+        self.velocities = [torch.empty_like(t) for kind in tail.start for t in kind]
+        self._leaves = [torch.empty_like(leaf, requires_grad=True) for leaf in tail.leaves]
+        self.at_start = True
 
     @property
     def leaves(self) -> list[Tensor]:
-        return [*self.folded, *self.biases]
+        """The folded weights of every layer, the classifier's, then the biases of every layer."""
+        return self.tail.leaves if self.at_start else self._leaves
 
-    @torch.no_grad()
     def reset(self) -> None:
         """Back to theta_0."""
-        layers = self.tail.layers
-        start = [layer.weight for layer in layers] + [self.tail.classifier]
-        start += [layer.gamma for layer in layers] + [layer.beta for layer in layers]
-        torch._foreach_copy_([*self.masters, *self.gammas, *self.betas], start)
-        torch._foreach_zero_(self.velocities)
-        self._fold()
-
-    @torch.no_grad()
-    def _fold(self) -> None:
-        for i, layer in enumerate(self.tail.layers):
-            scale = self.gammas[i] * layer.inverse
-            torch.mul(self.masters[i], scale[:, None, None, None], out=self.folded[i])
-            self.biases[i].copy_(self.betas[i] - layer.mean * scale)
-        self.folded[-1].copy_(self.masters[-1])
+        self.at_start = True
 
     def gradients(self, loss: Tensor, *, scale: float = 1.0) -> list[Tensor]:
         """Of the leaves; scale: what 16-bit gradients are multiplied by on their way."""
@@ -203,25 +192,38 @@ class Weights:
     def update(self, gradients: list[Tensor], rate: Tensor, config, *, scale: float = 1.0) -> None:
         """A step of SGD on the masters, by the leaves' gradients; rate: of the backbone, () float32."""
         count = len(self.tail.layers)
-        for i, master in enumerate(self.masters):
-            gradient = gradients[i].float() / scale
-            if i == count:
-                self._move(i, master, gradient, rate * config.classifier_lr_scale, config)
-                continue
-            layer, gamma, beta = self.tail.layers[i], self.gammas[i], self.betas[i]
-            bias = gradients[count + 1 + i].float() / scale
-            for_gamma = layer.inverse * ((gradient * master).sum((1, 2, 3)) - layer.mean * bias)
-            gradient = gradient * (gamma * layer.inverse)[:, None, None, None]
-            self._move(i, master, gradient, rate, config)
-            self._move(count + 1 + i, gamma, for_gamma, rate, config)
-            self._move(2 * count + 1 + i, beta, bias, rate, config)
-        self._fold()
+        masters, gammas, betas = self.tail.start if self.at_start else (self.masters, self.gammas, self.betas)
 
-    def _move(self, number: int, parameter: Tensor, gradient: Tensor, rate: Tensor, config) -> None:
-        velocity = (
-            self.velocities[number].mul_(config.momentum).add_(gradient).add_(parameter, alpha=config.weight_decay)
-        )
-        parameter.addcmul_(velocity, -rate)
+        def move(number, parameter, gradient, rate, out):
+            velocity = self.velocities[number]
+            if self.at_start:
+                torch.add(gradient, parameter, alpha=config.weight_decay, out=velocity)
+            else:
+                velocity.mul_(config.momentum).add_(gradient).add_(parameter, alpha=config.weight_decay)
+            torch.addcmul(parameter, velocity, -rate, out=out)
+
+        for i, layer in enumerate(self.tail.layers):
+            gradient = gradients[i].float() / scale
+            bias = gradients[count + 1 + i].float() / scale
+            for_gamma = layer.inverse * ((gradient * masters[i]).sum((1, 2, 3)) - layer.mean * bias)
+            gradient = gradient * (gammas[i] * layer.inverse)[:, None, None, None]
+            move(i, masters[i], gradient, rate, self.masters[i])
+            move(count + 1 + i, gammas[i], for_gamma, rate, self.gammas[i])
+            move(2 * count + 1 + i, betas[i], bias, rate, self.betas[i])
+        gradient = gradients[count].float() / scale
+        move(count, masters[count], gradient, rate * config.classifier_lr_scale, self.masters[count])
+        fold(self.tail.layers, self.masters, self.gammas, self.betas, self._leaves)
+        self.at_start = False
+
+
+@torch.no_grad()
+def fold(layers, masters, gammas, betas, leaves) -> None:
+    """Into leaves: the weights and biases that convolutions take, batch normalisation included."""
+    for i, layer in enumerate(layers):
+        scale = gammas[i] * layer.inverse
+        torch.mul(masters[i], scale[:, None, None, None], out=leaves[i])
+        leaves[len(layers) + 1 + i].copy_(betas[i] - layer.mean * scale)
+    leaves[len(layers)].copy_(masters[len(layers)])
 
 
 def _float(tensor: Tensor) -> Tensor:
