@@ -165,6 +165,35 @@ def normalised(d):
     return [d.floats(*shape)], dict(eps=d.pick(1e-5, d.number(1e-5)), inplace=d.chance(0.3))
 
 
+def channels_last(d, shape, dtype):
+    values = d.floats(*shape, dtype=dtype)
+    return values.contiguous(memory_format=torch.channels_last) if d.chance(0.9) else values
+
+
+def activation(d):
+    shape, dtype = (1, d.side(), d.side(), d.side()), d.pick(*contract.FLOATS)
+    mask = torch.from_numpy((d.random.random((1, 1, *shape[2:])) < 0.7).astype(np.float64)).to(dtype)
+    y, shortcut = (channels_last(d, shape, dtype) for _ in range(2))
+    return [y, d.pick(None, shortcut), d.pick(None, mask), d.number(6.0)], {}
+
+
+def activation_backward(d):
+    shape, dtype = (1, d.side(), d.side(), d.side()), d.pick(*contract.FLOATS)
+    return [channels_last(d, shape, dtype), channels_last(d, shape, dtype), d.number(6.0)], {}
+
+
+def folded_update(d):
+    kernel = d.pick(1, 1, 3)
+    shape, dtype = (d.side(), d.side(), kernel, kernel), d.pick(*contract.FLOATS)
+    grad, anchor, folded = (channels_last(d, shape, dtype) for _ in range(3))
+    weight, new_weight, velocity = (channels_last(d, shape, torch.float32) for _ in range(3))
+    bias_grad, bias_anchor, folded_bias = (d.floats(shape[0], dtype=dtype) for _ in range(3))
+    affine, norm, new_affine, affine_velocity = (d.floats(2, shape[0], dtype=torch.float32) for _ in range(4))
+    anchors = d.pick([None, None], [anchor, bias_anchor])
+    states = [weight, affine, norm, new_weight, new_affine, velocity, affine_velocity, folded, folded_bias]
+    return [grad, bias_grad, *anchors, *states, d.chance(0.5), *(d.number(0.1) for _ in range(3)), d.number(4.0)], {}
+
+
 def image_and_energies(d):
     height, width, labels = d.side(), d.side(), d.count(40)
     return d.bytes(height, width, 3), d.floats(labels, height, width)
@@ -299,6 +328,9 @@ def rows():
         "ribfast::accumulate_cams_backward": (raw.accumulate_cams_backward, merged_raw_into),
         "ribfast::normalize_cams": (raw.normalize_cams, lambda d: ([*normalised(d)[0], d.number(1e-5)], {})),
         "ribfast::normalize_cams_": (raw.normalize_cams_, lambda d: ([*normalised(d)[0], d.number(1e-5)], {})),
+        "ribfast::activate_": (raw.activate_, activation),
+        "ribfast::activate_backward": (raw.activate_backward, activation_backward),
+        "ribfast::update_folded_": (raw.update_folded_, folded_update),
         "ribfast::dense_crf": (raw.dense_crf, fields_raw),
         "ribfast::dense_crf_labels": (raw.dense_crf_labels, label_fields_raw),
         "ribfast::lattice": (raw.lattice, lambda d: ([lattice_and_values(d)[0][0], d.chance(0.5)], {})),

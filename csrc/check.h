@@ -162,6 +162,39 @@ inline void check_apart(const char* op, at::TensorList targets, at::TensorList m
   }
 }
 
+inline void check_same_type(const char* op, const char* name, const at::Tensor& t, const at::Tensor& like) {
+  RIBFAST_CHECK_TYPE(t.scalar_type() == like.scalar_type(), op,
+                     c10::str(name, " in ", c10::toString(like.scalar_type())), c10::toString(t.scalar_type()));
+  check_same_device(op, t, like);
+}
+
+// (N, C, H, W) whose channels lie one after another.
+inline void check_channels_last(const char* op, const char* name, const at::Tensor& t) {
+  RIBFAST_CHECK_VALUE(t.layout() == at::kStrided && t.dim() == 4 && t.is_contiguous(at::MemoryFormat::ChannelsLast),
+                      op, c10::str(name, " (N, C, H, W), channels last"), t.sizes());
+}
+
+inline void check_like(const char* op, const char* name, const at::Tensor& t, const at::Tensor& like) {
+  check_channels_last(op, name, t);
+  RIBFAST_CHECK_VALUE(t.sizes() == like.sizes(), op, c10::str(name, " of shape ", like.sizes()), t.sizes());
+  check_same_type(op, name, t, like);
+}
+
+inline void check_activation(const char* op, const at::Tensor& y, double limit) {
+  check_float(op, "y", y);
+  check_channels_last(op, "y", y);
+  RIBFAST_CHECK_VALUE(limit > 0, op, "a limit above 0", limit);
+}
+
+// The gradient of a folded weight, and the weight.
+inline void check_update(const char* op, const at::Tensor& grad, const at::Tensor& weight) {
+  check_channels_last(op, "grad", grad);
+  check_channels_last(op, "weight", weight);
+  RIBFAST_CHECK_VALUE(grad.sizes() == weight.sizes(), op, c10::str("grad of the weight's shape ", weight.sizes()),
+                      grad.sizes());
+  RIBFAST_CHECK_TYPE(weight.scalar_type() == at::kFloat, op, "weight in float32", c10::toString(weight.scalar_type()));
+}
+
 inline void check_normalize_cams(const char* op, const at::Tensor& cams) {
   check_float(op, "cams", cams);
   RIBFAST_CHECK_VALUE(cams.dim() >= 2 && cams.size(-1) > 0 && cams.size(-2) > 0, op, "cams (..., H, W) with H, W >= 1",

@@ -20,6 +20,17 @@ TORCH_LIBRARY(ribfast, m) {
   m.def("accumulate_cams_(Tensor(a!)[] out, Tensor[] maps, int[] counts, SymInt[] padded, bool relu) -> ()");
   m.def("accumulate_cams_backward(Tensor[] grads, Tensor[] maps, int[] counts, SymInt[] padded, bool relu) -> Tensor[]");
 
+  // the adapted network's, channels last: y (N, C, H, W) in place, mask (1, 1, H, W); grad, y -> grad's, its sums (C,)
+  m.def("activate_(Tensor(a!) y, Tensor? shortcut, Tensor? mask, float limit) -> ()");
+  m.def("activate_backward(Tensor grad, Tensor y, float limit) -> (Tensor, Tensor)");
+  // a step of SGD on weight (O, I, h, w) and affine (2, O) = gamma, beta by the gradients of the folded weight and bias;
+  // norm (2, O) = 1 / sigma, mean; anchors are added to the gradients; first: there is no velocity yet
+  m.def(
+      "update_folded_(Tensor grad, Tensor bias_grad, Tensor? anchor, Tensor? bias_anchor, Tensor weight, Tensor affine, "
+      "Tensor norm, Tensor(a!) new_weight, Tensor(b!) new_affine, Tensor(c!) velocity, Tensor(d!) affine_velocity, "
+      "Tensor(e!) folded, Tensor(f!) folded_bias, bool first, float rate, float momentum, float decay, float scale) "
+      "-> ()");
+
   // images (H, W, 3) uint8, unary (L, H, W) -> probabilities; labels (K, H, W) uint8 -> labels alike; gaussian: (sxy,
   // strength), bilateral: (sxy, srgb, strength), either may be empty; normalization: 0 symmetric, 1 after, 2 before,
   // 3 none; unsure: a label or -1; capacity: vertices of a lattice on CUDA devices, 0 for as many as there can be

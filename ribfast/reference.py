@@ -105,6 +105,38 @@ def rib(model, views, classes, others, config):
     return sums, config.steps, False
 
 
+def activate(y, shortcut=None, mask=None, limit=math.inf):
+    """min(max(y + shortcut, 0), limit) where the mask (N, 1, H, W) is not 0, else 0."""
+    total = y.to(accumulator_dtype(y.dtype)) + (0 if shortcut is None else shortcut)
+    total = total.clamp(0, limit).to(y.dtype)
+    return total if mask is None else torch.where(mask != 0, total, 0)
+
+
+def activate_backward(grad, y, limit=math.inf):
+    """The gradient before `activate`, whose result is y; and its sum over all but the channels, of a bias."""
+    before = torch.where((y > 0) & (y < limit), grad, 0)
+    return before, before.to(accumulator_dtype(y.dtype)).sum((0, 2, 3))
+
+
+def update_folded(grad, bias_grad, weight, affine, norm, velocity, affine_velocity, *, rate, momentum, decay):
+    """A step of SGD on a convolution and its batch normalisation, by the gradients of the two folded into one.
+
+    Folded are weight * gamma / sigma and beta - mean * gamma / sigma; affine (2, O): gamma, beta; norm (2, O):
+    1 / sigma, mean. velocities: None at the first step. Returns weight, affine, velocities, folded weight and bias.
+    """
+    gamma, (inverse, mean) = affine[0], norm
+    grad, bias_grad = grad.float(), bias_grad.float()
+    for_gamma = inverse * ((grad * weight).sum((1, 2, 3)) - mean * bias_grad)
+    gradients = grad * (gamma * inverse)[:, None, None, None], torch.stack([for_gamma, bias_grad])
+    moved, velocities = [], []
+    for parameter, gradient, before in zip((weight, affine), gradients, (velocity, affine_velocity), strict=True):
+        gradient = gradient + decay * parameter
+        velocities.append(gradient if before is None else momentum * before + gradient)
+        moved.append(parameter - rate * velocities[-1])
+    scale = moved[1][0] * inverse
+    return (*moved, *velocities, moved[0] * scale[:, None, None, None], moved[1][1] - mean * scale)
+
+
 class Lattice:
     """The permutohedral lattice of points, (P, d) float32 features: a Gaussian filter of any dimension.
 

@@ -25,7 +25,7 @@ def imports(path):
 
 
 def foreign(path, allowed):
-    standard = {"math", "operator", "sys", "itertools", "collections", "typing"}
+    standard = {"copy", "math", "operator", "sys", "itertools", "collections", "typing"}
     standard |= {"enum", "functools", "numbers", "os", "warnings"}
 
     def within(module, package):
@@ -64,7 +64,7 @@ def test_stand_ins_see_the_operators_alone():
 
 def test_models_import_torch_alone():
     for path in (PACKAGE / "models").glob("*.py"):
-        assert foreign(path, ["torch", "ribfast.models", "json", "os", "pathlib"]) == [], path.name
+        assert foreign(path, ["torch", "ribfast.models", "abc", "json", "os", "pathlib"]) == [], path.name
 
 
 def test_data_imports_torch_numpy_and_opencv():
@@ -121,7 +121,8 @@ def test_only_the_module_sees_pybind11():
 def test_every_kernel_is_registered_for_its_schemas():
     """A schema without a kernel would only fail when somebody calls it."""
     schemas = set(re.findall(r'm\.def\(\s*"(\w+)\(', (CSRC / "module.cpp").read_text()))
-    for folder, pattern, missing in (("cpu", "*.cpp", set()), ("cuda", "*.cu", set())):
+    plain_torch = {"activate_", "activate_backward", "update_folded_"}  # on CUDA devices
+    for folder, pattern, missing in (("cpu", "*.cpp", set()), ("cuda", "*.cu", plain_torch)):
         found = set()
         for path in (CSRC / folder).glob(pattern):
             found |= set(re.findall(r'm\.impl\("(\w+)"', path.read_text()))

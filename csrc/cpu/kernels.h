@@ -39,6 +39,19 @@ constexpr int64_t cam_scratch(int64_t count, int64_t columns, int64_t widest, in
   return (2 * count * columns + widest + 2 * kColumnBlock) * accumulator_size + kCacheLine;
 }
 
+// A row (one output channel) of a convolution's weights with their batch normalisation folded in. All float32 but grad,
+// anchor (may be null) and folded.
+struct FoldedRow {
+  const void *grad, *anchor;
+  const float* weight;
+  float *result, *velocity;  // result may be weight
+  void* folded;
+  int64_t n;
+  float scale, folded_scale;  // from the folded gradient to the weight's, from the new weight to the folded one
+  float rate, momentum, decay;
+  bool first;
+};
+
 struct Kernels {
   const char* name;
   // One map of n positions -> pooled value and stats {maximum, divisor}, in accumulators.
@@ -53,6 +66,13 @@ struct Kernels {
   void (*accumulate_backward[kStorages])(const CamJob& job, const void* grads, void* result);
   // One map of n positions, result may be the map itself.
   void (*normalize[kStorages])(const void* map, int64_t n, double eps, void* result);
+  // In place, and its gradient (adapt.inl); channels of a cell one after another; shortcut and mask may be null.
+  void (*activate[kStorages])(void* y, const void* shortcut, const void* mask, int64_t cells, int64_t channels,
+                              double limit);
+  void (*activate_backward[kStorages])(const void* grad, const void* y, int64_t cells, int64_t channels, double limit,
+                                       void* result, void* sums);
+  float (*folded_dot[kStorages])(const FoldedRow& row);  // not of double
+  void (*folded_move[kStorages])(const FoldedRow& row);
   // The lattice's (lattice.h has the layouts).
   void (*embed)(const EmbedJob& job);
   // found[i]: the vertex of keys[i] + move, or 0

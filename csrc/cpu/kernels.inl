@@ -413,6 +413,7 @@ void normalize(const void* map_, int64_t n, double eps, void* result_) {
   for (; i < n; ++i) result[i] = St::from(St::get(map + i) / divisor);
 }
 
+#include "adapt.inl"
 #include "lattice.inl"
 
 }  // namespace
@@ -427,6 +428,10 @@ extern const Kernels RIBFAST_TIER_TABLE = {
     RIBFAST_EACH_STORAGE(accumulate),
     RIBFAST_EACH_STORAGE(accumulate_backward),
     RIBFAST_EACH_STORAGE(normalize),
+    RIBFAST_EACH_STORAGE(activate),
+    RIBFAST_EACH_STORAGE(activate_backward),
+    {nullptr, folded_dot<Stored<kFloat>>, folded_dot<Stored<kHalf>>, folded_dot<Stored<kBFloat16>>},
+    {nullptr, folded_move<Stored<kFloat>>, folded_move<Stored<kHalf>>, folded_move<Stored<kBFloat16>>},
     embed,
     find,
     blur,

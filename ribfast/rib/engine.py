@@ -203,12 +203,8 @@ class Batches:
             run.weights.reset()
             batches = self.engine.config.anchor_batches if self.engine.config.anchored else 1
             found = [self._gradients(step, run) for step in range(batches)]
-            mean = (
-                found[0]
-                if batches == 1
-                else [sum(g.float() for g in each) / batches for each in zip(*found, strict=True)]
-            )
-            self._anchor = mean
+            means = (sum(part.float() for part in parts) / batches for parts in zip(*found, strict=True))
+            self._anchor = [mean.to(self.engine.dtype) for mean in means]
         return self._anchor
 
     def _gradients(self, step: int, run: Run) -> list[Tensor]:

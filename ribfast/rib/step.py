@@ -126,7 +126,5 @@ class Run:
     def update(self, loss: Tensor, anchor: list[Tensor] | None = None) -> None:
         """A step of SGD, if another one follows; anchor: the gradients of others that the loss does not hold."""
         gradients = self.weights.gradients(loss, scale=self.scale)
-        if anchor is not None:
-            gradients = [a + b for a, b in zip(gradients, anchor, strict=True)]
         rate = torch.where(self.alive, self.rates[(self.steps - 1).clamp(min=0)], 0.0)
-        self.weights.update(gradients, rate, self.config, scale=self.scale)
+        self.weights.update(gradients, anchor, rate, self.config, scale=self.scale)

@@ -4,6 +4,7 @@ A layer computes conv(x, w') + b' with w' = w * gamma / sigma and b' = beta - me
 change. Gradients reach w, gamma and beta through w' and b', so what trains is what trained before (exact).
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -12,23 +13,17 @@ from torch.nn import functional as F
 
 from ..models import CamClassifier
 from ..models.mobilenet import SamePadded
+from ..ops.adapt import activate_, activate_backward, update_folded_
+
+LIMITS = {"relu": math.inf, "relu6": 6.0}
 
 
 class _Layer(NamedTuple):
     stride: int
     padding: int | None  # None: TensorFlow's
     groups: int
-    activation: str
-    weight: Tensor  # theta_0's, float32, channels last, as are the others
-    gamma: Tensor
-    beta: Tensor
-    inverse: Tensor  # 1 / sigma
-    mean: Tensor
-
-    @property
-    def spatial(self) -> bool:
-        """Whether it looks beyond its cell, so that its input's gutter has to be zero."""
-        return self.weight.shape[2] > 1
+    norm: Tensor  # (2, O): 1 / sigma and the mean, which never change
+    spatial: bool  # whether it looks beyond its cell, so that its input's gutter has to be zero
 
 
 class Tail:
@@ -36,126 +31,99 @@ class Tail:
 
     def __init__(self, model: CamClassifier, dtype: torch.dtype):
         self.dtype = dtype
-        self.blocks, self.layers = [], []
+        self.blocks, self.layers, self.start = [], [], []  # start: theta_0, weight and affine (2, O) of each layer
         for layers, adds, projection, activation in model.tail_blocks():
-            numbers = [self._append(layer) for layer in layers]
+            numbers = [(self._append(layer), layer.activation) for layer in layers]
             self.blocks.append((numbers, adds, None if projection is None else self._append(projection), activation))
-        layers = self.layers
-        weights = [layer.weight for layer in layers] + [_float(model.classifier.weight)]
-        self.start = weights, [layer.gamma for layer in layers], [layer.beta for layer in layers]  # theta_0
-        self.leaves = [torch.empty_like(t, dtype=dtype) for kind in (weights, self.start[2]) for t in kind]
-        fold(layers, *self.start, self.leaves)
+        self.classifier = _float(model.classifier.weight)
+        self.tensorflow_padding = any(layer.padding is None for layer in self.layers)
+        self.leaves = empty_leaves(self)
+        for number, (weight, (gamma, beta)) in enumerate(self.start):
+            inverse, mean = self.layers[number].norm
+            scale = gamma * inverse
+            self.leaves[2 * number].copy_(weight * scale[:, None, None, None])
+            self.leaves[2 * number + 1].copy_(beta - mean * scale)
+        self.leaves[-1].copy_(self.classifier)
         for leaf in self.leaves:
             leaf.requires_grad_()
-        self.tensorflow_padding = any(layer.padding is None for layer in self.layers)
 
     def _append(self, layer) -> int:
-        convolution, norm, activation = layer
-        shifted = isinstance(convolution, SamePadded) and convolution.stride[0] == 2
-        self.layers.append(
-            _Layer(
-                convolution.stride[0],
-                None if shifted else convolution.padding[0],
-                convolution.groups,
-                activation,
-                _float(convolution.weight),
-                _float(norm.weight),
-                _float(norm.bias),
-                1 / (_float(norm.running_var) + norm.eps).sqrt(),
-                _float(norm.running_mean),
-            )
-        )
+        convolution, norm, _ = layer
+        padding = convolution.padding[0]
+        if isinstance(convolution, SamePadded) and convolution.stride[0] == 2:
+            padding = None
+        statistics = torch.stack([1 / (_float(norm.running_var) + norm.eps).sqrt(), _float(norm.running_mean)])
+        spatial = convolution.kernel_size[0] > 1
+        self.layers.append(_Layer(convolution.stride[0], padding, convolution.groups, statistics, spatial))
+        self.start.append((_float(convolution.weight), torch.stack([_float(norm.weight), _float(norm.bias)])))
         return len(self.layers) - 1
 
     def __call__(self, x: Tensor, masks: tuple[Tensor, Tensor], weights: "Weights") -> Tensor:
         """A canvas of the trunk's features -> logits maps (C, cells); values in the gutter mean nothing."""
         leaves = weights.leaves
 
-        def convolve(x, number, masked):
-            weight, bias = leaves[number], leaves[len(self.layers) + 1 + number]
-            return _Convolve.apply(x, weight, bias, self.layers[number], masks if masked else None)
+        def convolve(x, number, activation="", shortcut=None, before=None):
+            mask = None
+            if before is not None and self.layers[before].spatial:
+                mask = masks
+            return _Convolve.apply(
+                x, leaves[2 * number], leaves[2 * number + 1], shortcut, self.layers[number], activation, mask
+            )
 
         for block, (numbers, adds, projection, activation) in enumerate(self.blocks):
-            y = x
-            for number, follower in zip(numbers, [*numbers[1:], None], strict=True):
-                y = convolve(y, number, follower is not None and self.layers[follower].spatial)
-            if projection is not None:
-                x = convolve(x, projection, False)
+            following = self.blocks[block + 1][0][0][0] if block + 1 < len(self.blocks) else None
+            shortcut = None
             if adds:
-                spatial = block + 1 < len(self.blocks) and self.layers[self.blocks[block + 1][0][0]].spatial
-                y = _Add.apply(y, x, activation, masks if spatial else None)
-            x = y
-        return F.conv2d(x, leaves[len(self.layers)])[0].flatten(1)
-
-
-def _activate(y: Tensor, activation: str, masks) -> None:
-    """In place. A masked value is 0, so its gradient is 0 as well."""
-    if activation == "relu":
-        y.relu_()
-    elif activation == "relu6":
-        F.hardtanh_(y, 0.0, 6.0)
-    if masks is not None:
-        y.mul_(masks[y.shape[2] != masks[0].shape[2]])
-
-
-def _activate_backward(gradient: Tensor, y: Tensor, activation: str) -> Tensor:
-    if activation == "relu":
-        return torch.ops.aten.threshold_backward(gradient, y, 0)
-    return torch.ops.aten.hardtanh_backward(gradient, y, 0, 6) if activation == "relu6" else gradient
+                shortcut = x if projection is None else convolve(x, projection)
+            for place, (number, own) in enumerate(numbers):
+                if place + 1 < len(numbers):
+                    x = convolve(x, number, own, before=numbers[place + 1][0])
+                else:
+                    x = convolve(x, number, activation or own, shortcut, following)
+        return F.conv2d(x, leaves[-1])[0].flatten(1)
 
 
 class _Convolve(torch.autograd.Function):
-    """Convolution, bias, activation and the zeros of the gutter."""
+    """Convolution, bias, shortcut, activation and the zeros of the gutter (a masked value has no gradient)."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, layer, masks):
-        padding, padded = layer.padding, x
+    def forward(ctx, x, weight, bias, shortcut, layer, activation, masks):
+        padding = layer.padding
         if padding is None:
-            padding, padded = 0, F.pad(x, (0, 1, 0, 1))
-        y = F.conv2d(padded, weight, bias, layer.stride, padding, 1, layer.groups)
-        _activate(y, layer.activation, masks)
-        ctx.layer = layer
-        ctx.save_for_backward(padded, weight, y if layer.activation else None)
+            padding, x = 0, F.pad(x, (0, 1, 0, 1))
+        y = F.conv2d(x, weight, bias, layer.stride, padding, 1, layer.groups)
+        if activation:
+            mask = None if masks is None else masks[y.shape[2] != masks[0].shape[2]]
+            activate_(y, shortcut, mask, LIMITS[activation])
+        elif shortcut is not None:
+            y.add_(shortcut)
+        ctx.layer, ctx.activation = layer, activation
+        ctx.save_for_backward(x, weight, y if activation else None)
         return y
 
     @staticmethod
     def backward(ctx, gradient):
         x, weight, y = ctx.saved_tensors
         layer, wanted = ctx.layer, ctx.needs_input_grad[0]
-        gradient = _activate_backward(gradient, y, layer.activation)
+        if ctx.activation:
+            gradient, for_bias = activate_backward(gradient, y, LIMITS[ctx.activation])
+        else:
+            for_bias = gradient.sum((0, 2, 3))
+        for_shortcut = gradient if ctx.needs_input_grad[3] else None
         if weight.shape[2] == 1 and layer.stride == 1 and weight.dtype != torch.float32:
-            rows, columns = _matrix(gradient), _matrix(x)
-            for_x = None
+            rows, columns, for_x = _matrix(gradient), _matrix(x), None
             if wanted:
                 for_x = (rows @ weight[:, :, 0, 0]).view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
             for_weight = (rows.T @ columns)[:, :, None, None]
-            return for_x, for_weight, rows.sum(0), None, None
-        padding = 0 if layer.padding is None else layer.padding
-        for_x, for_weight, for_bias = torch.ops.aten.convolution_backward(
-            gradient, x, weight, [len(weight)], [layer.stride] * 2, [padding] * 2, [1, 1], False, [0, 0], layer.groups,
-            [wanted, True, True],
-        )  # fmt: skip
-        if wanted and layer.padding is None:
-            for_x = for_x[:, :, :-1, :-1]
-        return for_x, for_weight, for_bias, None, None
-
-
-class _Add(torch.autograd.Function):
-    """A block's end: y + x, activation, zeros of the gutter; in place of y."""
-
-    @staticmethod
-    def forward(ctx, y, x, activation, masks):
-        y.add_(x)
-        _activate(y, activation, masks)
-        ctx.mark_dirty(y)
-        ctx.activation = activation
-        ctx.save_for_backward(y if activation else None)
-        return y
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = _activate_backward(gradient, *ctx.saved_tensors, ctx.activation)
-        return gradient, gradient, None, None
+        else:
+            padding = 0 if layer.padding is None else layer.padding
+            for_x, for_weight, _ = torch.ops.aten.convolution_backward(
+                gradient, x, weight, [0], [layer.stride] * 2, [padding] * 2, [1, 1], False, [0, 0], layer.groups,
+                [wanted, True, False],
+            )  # fmt: skip
+            if wanted and layer.padding is None:
+                for_x = for_x[:, :, :-1, :-1]
+        return for_x, for_weight, for_bias, for_shortcut, None, None, None
 
 
 def _matrix(x: Tensor) -> Tensor:
@@ -170,14 +138,19 @@ class Weights:
 
     def __init__(self, tail: Tail):
         self.tail = tail
-        self.masters, self.gammas, self.betas = ([torch.empty_like(t) for t in kind] for kind in tail.start)
-        self.velocities = [torch.empty_like(t) for kind in tail.start for t in kind]
-        self._leaves = [torch.empty_like(leaf, requires_grad=True) for leaf in tail.leaves]
+        self._leaves = empty_leaves(tail)
+        for leaf in self._leaves:
+            leaf.requires_grad_()
+        self._layers = [  # as update_folded_ writes them
+            (*(torch.empty_like(t) for t in (*start, *start)), weight.detach(), bias.detach())
+            for start, weight, bias in zip(tail.start, self._leaves[:-1:2], self._leaves[1::2], strict=True)
+        ]
+        self._classifier, self._classifier_velocity = (torch.empty_like(tail.classifier) for _ in range(2))
         self.at_start = True
 
     @property
     def leaves(self) -> list[Tensor]:
-        """The folded weights of every layer, the classifier's, then the biases of every layer."""
+        """The folded weight and bias of every layer, then the classifier's weight."""
         return self.tail.leaves if self.at_start else self._leaves
 
     def reset(self) -> None:
@@ -189,41 +162,28 @@ class Weights:
         return list(torch.autograd.grad(loss * scale, self.leaves))
 
     @torch.no_grad()
-    def update(self, gradients: list[Tensor], rate: Tensor, config, *, scale: float = 1.0) -> None:
-        """A step of SGD on the masters, by the leaves' gradients; rate: of the backbone, () float32."""
-        count = len(self.tail.layers)
-        masters, gammas, betas = self.tail.start if self.at_start else (self.masters, self.gammas, self.betas)
-
-        def move(number, parameter, gradient, rate, out):
-            velocity = self.velocities[number]
-            if self.at_start:
-                torch.add(gradient, parameter, alpha=config.weight_decay, out=velocity)
-            else:
-                velocity.mul_(config.momentum).add_(gradient).add_(parameter, alpha=config.weight_decay)
-            torch.addcmul(parameter, velocity, -rate, out=out)
-
-        for i, layer in enumerate(self.tail.layers):
-            gradient = gradients[i].float() / scale
-            bias = gradients[count + 1 + i].float() / scale
-            for_gamma = layer.inverse * ((gradient * masters[i]).sum((1, 2, 3)) - layer.mean * bias)
-            gradient = gradient * (gammas[i] * layer.inverse)[:, None, None, None]
-            move(i, masters[i], gradient, rate, self.masters[i])
-            move(count + 1 + i, gammas[i], for_gamma, rate, self.gammas[i])
-            move(2 * count + 1 + i, betas[i], bias, rate, self.betas[i])
-        gradient = gradients[count].float() / scale
-        move(count, masters[count], gradient, rate * config.classifier_lr_scale, self.masters[count])
-        fold(self.tail.layers, self.masters, self.gammas, self.betas, self._leaves)
+    def update(self, gradients: list[Tensor], anchor: list[Tensor] | None, rate: Tensor, config, *, scale=1.0) -> None:
+        """A step of SGD on the masters, by the leaves' gradients and the anchor's; rate: the backbone's, ()."""
+        first, tail = self.at_start, self.tail
+        constants = {"momentum": config.momentum, "decay": config.weight_decay}
+        for number, (layer, out) in enumerate(zip(tail.layers, self._layers, strict=True)):
+            pair = slice(2 * number, 2 * number + 2)
+            start, anchors = tail.start[number] if first else out[:2], None if anchor is None else anchor[pair]
+            update_folded_(
+                gradients[pair], anchors, start, layer.norm, out, first=first, rate=rate, scale=scale, **constants
+            )
+        gradient = (gradients[-1].float() + (0 if anchor is None else anchor[-1])) / scale
+        weight, velocity = tail.classifier if first else self._classifier, self._classifier_velocity
+        gradient.add_(weight, alpha=config.weight_decay)
+        velocity.copy_(gradient if first else velocity.mul_(config.momentum).add_(gradient))
+        torch.addcmul(weight, velocity, -rate * config.classifier_lr_scale, out=self._classifier)
+        self._leaves[-1].copy_(self._classifier)
         self.at_start = False
 
 
-@torch.no_grad()
-def fold(layers, masters, gammas, betas, leaves) -> None:
-    """Into leaves: the weights and biases that convolutions take, batch normalisation included."""
-    for i, layer in enumerate(layers):
-        scale = gammas[i] * layer.inverse
-        torch.mul(masters[i], scale[:, None, None, None], out=leaves[i])
-        leaves[len(layers) + 1 + i].copy_(betas[i] - layer.mean * scale)
-    leaves[len(layers)].copy_(masters[len(layers)])
+def empty_leaves(tail: Tail) -> list[Tensor]:
+    like = [part for weight, affine in tail.start for part in (weight, affine[0])] + [tail.classifier]
+    return [torch.empty_like(part, dtype=tail.dtype) for part in like]
 
 
 def _float(tensor: Tensor) -> Tensor:
