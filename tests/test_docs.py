@@ -31,7 +31,7 @@ def test_readme_examples_run(tmp_path):
     import torch
 
     text = (ROOT / "README.md").read_text()
-    code, classifiers, sources, replacement = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    code, classifiers, sources, adapting, replacement = re.findall(r"```python\n(.*?)```", text, flags=re.S)
     sides = {"maps_1x": (24, 32), "maps_05x": (12, 16), "maps_15x": (36, 47), "maps_2x": (47, 63)}
     names = {name: torch.rand(2, 3, *side) for name, side in sides.items()}
     names |= {"maps": torch.randn(2, 3, 24, 32), "present": torch.ones(2, 3, dtype=torch.bool)}
@@ -69,6 +69,12 @@ def test_readme_examples_run(tmp_path):
     names["maps_of"] = maps_of
     exec(sources, names)
     assert names["threshold"] == 0.1 and names["miou"] == 1
+    names = {"classifier": models.cam_classifier("resnet18", 20)}
+    sides = [(round(96 * scale), round(128 * scale)) for scale in (1, 0.5, 1.5, 2)]
+    names |= {"views": [torch.randn(2, 3, *side) for side in sides]}
+    names["others"] = lambda step: (torch.randn(2, 3, 48, 48), torch.arange(20).expand(2, -1) == 5)
+    exec(adapting.replace("steps=10", "steps=3"), names)
+    assert names["result"].high_res.shape == (2, 96, 128) and names["result"].keys == [3, 11]
     names = {"np": np, "width": 12, "height": 9, "photo": np.zeros((9, 12, 3), np.uint8)}
     names["softmax"] = torch.rand(21, 9, 12).softmax(0).numpy()
     exec(replacement, names)

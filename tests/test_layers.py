@@ -80,13 +80,14 @@ def test_store_and_metrics_import_torch_and_numpy():
         assert foreign(PACKAGE / name, ["torch", "numpy", *sys.stdlib_module_names]) == [], name
 
 
-def test_training_sees_what_it_is_made_of():
-    below = ["cams", "config", "data", "metrics", "models", "ops", "processes", "store", "train"]
-    allowed = ["torch", "numpy", *(f"ribfast.{name}" for name in below), *sys.stdlib_module_names]
-    paths = list((PACKAGE / "train").glob("*.py"))
-    assert paths
-    for path in paths:
-        assert foreign(path, allowed) == [], path.name
+def test_training_and_adapting_see_what_they_are_made_of():
+    below = ["cams", "config", "data", "metrics", "models", "ops", "processes", "store"]
+    for room in ("train", "rib"):
+        allowed = ["torch", "numpy", *(f"ribfast.{name}" for name in (*below, room)), *sys.stdlib_module_names]
+        paths = list((PACKAGE / room).glob("*.py"))
+        assert paths
+        for path in paths:
+            assert foreign(path, allowed) == [], path.name
 
 
 def test_single_modules():
