@@ -1,4 +1,7 @@
-"""Runs the CPU benchmarks, ratios against plain torch and pydensecrf: benchmarks/results/cpu.json and the README."""
+"""Runs the CPU benchmarks, ratios against plain torch and pydensecrf: benchmarks/results/cpu.json and the README.
+
+`python run_cpu.py -k rib` runs some of them and puts their rows in place of the old ones, on the same kind of machine.
+"""
 
 import json
 import os
@@ -57,6 +60,15 @@ def main() -> int:
             for b in report["benchmarks"]
         ],
     }
+    if len(sys.argv) > 1:
+        old = json.loads(RESULT.read_text())
+        same = ("machine", "versions", "tier", "compiler")
+        if any(old[name] != result[name] for name in same):
+            print(f"bench: expected the machine and versions of {RESULT.name}, got others; run all of it")
+            return 1
+        new = {row["name"]: row for row in result["benchmarks"]}
+        rows = [new.pop(row["name"], row) for row in old["benchmarks"]]
+        result["benchmarks"] = rows + list(new.values())
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     print(f"\n{'benchmark':<70} {'ratio':>7} {'target':>7}")
     for row in result["benchmarks"]:

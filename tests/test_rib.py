@@ -11,7 +11,7 @@ from test_models import golden_state
 from torch import nn
 from torch.nn import functional as F
 
-from ribfast import data, models, reference
+from ribfast import cli, data, models, reference
 from ribfast.pipeline import AdaptConfig, adapt_maps
 from ribfast.rib import Draws, Engine, RIBConfig, Target, adapt
 from ribfast.rib.canvas import Canvas, arrange
@@ -387,3 +387,44 @@ def test_an_engine_serves_many_calls():
     engine = Engine(model, RIBConfig.released(steps=2, lr=2e-4))
     first, second = (engine.adapt([target], small_others)[0] for _ in range(2))
     assert torch.equal(first.maps[0], second.maps[0])
+
+
+def test_the_callers_modes_change_nothing():
+    model, target, config = small_model(), small_target(), RIBConfig.released(steps=3, lr=2e-4)
+    expected = adapt(model, [target], small_others, config)[0]
+    for mode in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
+        with mode:
+            found = adapt(model, [target], small_others, config)[0]
+        assert torch.equal(found.maps[0], expected.maps[0])
+
+
+def test_watching_the_steps():
+    model, target, config = small_model(), small_target(), RIBConfig.released(steps=4, lr=2e-4, explode_area=None)
+    seen = []
+    engine = Engine(model, config)
+    result = engine.group([1], small_others, watch=lambda step, maps: seen.append((step, maps)))(target)
+    assert [step for step, _ in seen] == [0, 1, 2, 3]
+    assert all(torch.equal(a, b) for a, b in zip(seen[-1][1], result.maps, strict=True))
+    shorter = adapt(model, [target], small_others, dataclasses.replace(config, steps=2, horizon=4))[0]
+    torch.testing.assert_close(seen[1][1][0], shorter.maps[0], rtol=1e-4, atol=1e-5)
+
+
+def test_command_and_a_picture_that_cannot_be_read(tmp_path, capsys):
+    spec = pictures.draw(tmp_path / "pictures", 7, (48, 64))
+    model = small_model(classes=2)
+    model.classes = pictures.CLASSES
+    models.save_checkpoint(tmp_path / "classifier.safetensors", model.state_dict(), model.metadata())
+    (tmp_path / "pictures" / "images" / "p2.png").write_bytes(b"no picture")
+    options = ["--data", spec, "--checkpoint", str(tmp_path / "classifier.safetensors"), "--no-disjoint"]
+    options += ["--steps", "2", "--n-others", "0", "--device", "cpu"]
+    out = tmp_path / "maps"
+    assert cli.main(["rib", *options, "--out", str(out)]) == 1
+    store = MapStore(out)
+    assert store.names() == ["p0", "p1", "p3", "p4", "p5"] and "p2" in capsys.readouterr().err
+    assert "error" in store.records()["p2"] and store.records()["p6"] == {"skipped": "no classes"}
+    assert cli.main(["rib", *options, "--out", str(out), "--lr", "1e-3"]) == 1  # would mix two kinds of maps
+    assert "lr" in capsys.readouterr().err
+    assert (
+        cli.main(["rib", *options, "--out", str(tmp_path / "fast"), "--preset", "fast", "--precision", "float32"]) == 1
+    )
+    assert MapStore(tmp_path / "fast").names() == store.names()

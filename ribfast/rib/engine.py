@@ -54,6 +54,7 @@ def adapt(
 class Engine:
     """A model and a config, prepared once for many calls of `adapt`."""
 
+    @torch.inference_mode(False)
     def __init__(self, model: CamClassifier, config: RIBConfig):
         if not isinstance(model, CamClassifier):
             raise TypeError(f"adapt: expected a classifier of ribfast.models, got {type(model).__name__}")
@@ -93,7 +94,9 @@ class Engine:
 
         def adapt_one(target: Target) -> Result:
             self._check_target(0, target)
-            return self._adapt(target, batches, watch)
+            # whatever mode the caller is in: gradients are taken, and 16 bits are where the config has them
+            with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False):
+                return self._adapt(target, batches, watch)
 
         return adapt_one
 
