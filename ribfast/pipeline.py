@@ -209,7 +209,7 @@ def adapt_maps(
         for loader in _one_ahead(loaders()):
             if loader.empty:
                 for item in loader.items:
-                    fail(item.name, "no other image shares none of its classes; use disjoint=False, or more images")
+                    fail(item.name, "every other image shares a class with it; use --no-disjoint, or more images")
                 continue
             adapt = engine.group(loader.items[0].classes, loader.others if loader.exists else None)
             for item, target in loader.targets():

@@ -379,7 +379,7 @@ def test_what_cannot_be_adapted_is_recorded(source, tmp_path):
     made = adapt_maps(source, small_model(classes=2), store, AdaptConfig.released(**SMALL))
     both = [item.name for item in source if len(item.classes) == 2]
     assert both and set(made.failed) == set(both) and made.made == 9 - len(both)
-    assert "no other image" in store.records()[both[0]]["error"]
+    assert "every other image shares a class" in store.records()[both[0]]["error"]
 
 
 def test_an_engine_serves_many_calls():
@@ -416,11 +416,25 @@ def test_command_and_a_picture_that_cannot_be_read(tmp_path, capsys):
     models.save_checkpoint(tmp_path / "classifier.safetensors", model.state_dict(), model.metadata())
     (tmp_path / "pictures" / "images" / "p2.png").write_bytes(b"no picture")
     options = ["--data", spec, "--checkpoint", str(tmp_path / "classifier.safetensors"), "--no-disjoint"]
-    options += ["--steps", "2", "--n-others", "0", "--device", "cpu"]
+    options += [
+        "--steps",
+        "2",
+        "--n-others",
+        "5",
+        "--others-crop",
+        "40",
+        "--others-long-side",
+        "32,48",
+        "--device",
+        "cpu",
+    ]
     out = tmp_path / "maps"
     assert cli.main(["rib", *options, "--out", str(out)]) == 1
     store = MapStore(out)
-    assert store.names() == ["p0", "p1", "p3", "p4", "p5"] and "p2" in capsys.readouterr().err
+    assert (
+        store.names() == ["p0", "p1", "p3", "p4", "p5"]
+        and "p2, drawn as another image, is left out" in capsys.readouterr().err
+    )
     assert "error" in store.records()["p2"] and store.records()["p6"] == {"skipped": "no classes"}
     assert cli.main(["rib", *options, "--out", str(out), "--lr", "1e-3"]) == 1  # would mix two kinds of maps
     assert "lr" in capsys.readouterr().err

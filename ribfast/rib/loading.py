@@ -1,5 +1,6 @@
 """Images on their way into the engine: a block's targets and the others of its steps, read ahead by threads."""
 
+import logging
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future
 
@@ -11,6 +12,8 @@ from .. import data
 from .config import RIBConfig
 from .engine import Target
 from .others import Draws
+
+log = logging.getLogger("ribfast")
 
 
 class BlockLoader:
@@ -46,11 +49,16 @@ class BlockLoader:
 
     def others(self, step: int) -> tuple[Tensor, Tensor]:
         """(images, present), and the next step's are begun."""
-        for later in (step, step + 1):
-            if later < self.draws.config.steps:
-                self._submit(later)
+        config = self.draws.config
+        self._submit(step)
+        if step + 1 < (config.anchor_batches if config.anchored else config.steps - 1):
+            self._submit(step + 1)
         chosen, crops = self._pending.pop(step)
-        return torch.stack([crop.result() for crop in crops]), self.labels[chosen]
+        crops, present = [crop.result() for crop in crops], self.labels[chosen]
+        for number, crop in enumerate(crops):
+            if crop is None:  # without classes it adds nothing to the loss
+                crops[number], present[number] = torch.zeros(3, *[self.augmentation.crop] * 2), False
+        return torch.stack(crops), present
 
     def _submit(self, step: int) -> None:
         if step not in self._pending:
@@ -63,5 +71,10 @@ class BlockLoader:
         views = data.make_views(image, self.draws.config.scales, self.normalization)
         return Target(views, list(item.classes), image.shape[:2])
 
-    def _crop(self, item: data.Item, generator: np.random.Generator) -> Tensor:
-        return self.augmentation(self.cache.image(item), generator)
+    def _crop(self, item: data.Item, generator: np.random.Generator) -> Tensor | None:
+        """None where the image cannot be read, which must not stop those that are adapted beside it."""
+        try:
+            return self.augmentation(self.cache.image(item), generator)
+        except (OSError, ValueError) as error:
+            log.warning("%s, drawn as another image, is left out: %s", item.name, error)
+            return None
