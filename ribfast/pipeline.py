@@ -211,7 +211,8 @@ def adapt_maps(
                 for item in loader.items:
                     fail(item.name, "every other image shares a class with it; use --no-disjoint, or more images")
                 continue
-            adapt = engine.group(loader.items[0].classes, loader.others if loader.exists else None)
+            others_of_steps = loader.others if loader.exists else None
+            adapt = engine.group(loader.items[0].classes, others_of_steps, shared=len(loader.items) > 1)
             for item, target in loader.targets():
                 if isinstance(target, Exception):
                     fail(item.name, str(target))

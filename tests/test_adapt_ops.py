@@ -135,3 +135,13 @@ def test_bad_input_is_named():
         update(affine=torch.ones(2, 3))
     with pytest.raises(TypeError, match="update_folded_: expected weight in float32"):
         update(weight=weight.double())
+
+
+def test_autograd_hears_of_what_is_written():
+    grad, weight, affine, bias = last(4, 2, 1, 1), last(4, 2, 1, 1), torch.ones(2, 4), torch.ones(4)
+    out = [t.clone() for t in (weight, affine, weight, affine, grad, bias)]
+    versions = [t._version for t in (grad, weight, *out)]
+    constants = {"momentum": 0.1, "decay": 0.1, "scale": 1.0}
+    update_folded_((grad, bias), None, (weight, affine), affine, out, first=True, rate=torch.tensor(0.1), **constants)
+    changed = [t._version > before for t, before in zip((grad, weight, *out), versions, strict=True)]
+    assert changed == [False, False, *[True] * 6]

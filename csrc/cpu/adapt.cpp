@@ -13,8 +13,6 @@
 namespace ribfast::cpu {
 namespace {
 
-
-
 void activate_(at::Tensor y, const std::optional<at::Tensor>& shortcut, const std::optional<at::Tensor>& mask,
                double limit) {
   check_activation("activate_", y, limit);

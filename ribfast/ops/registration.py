@@ -57,10 +57,14 @@ def call_in_backward(op, *args):
 def refuse_gradient(name: str, advice: str) -> None:
     """Asking for the gradient of an operator that has none is an error, not a silent None.
 
-    An operator that writes in place (its name ends in _) also tells autograd that its first argument has changed, so
-    that a backward which needs the old values raises.
+    An operator that writes in place also tells autograd which arguments have changed, so that a backward which needs
+    the old values raises.
     """
     op = getattr(torch.ops.ribfast, name).default
+    arguments = op._schema.arguments
+    written = [
+        i for i, argument in enumerate(arguments) if argument.alias_info is not None and argument.alias_info.is_write
+    ]
 
     def run(*args):
         if torch.is_grad_enabled():
@@ -71,8 +75,8 @@ def refuse_gradient(name: str, advice: str) -> None:
                                            f"got one with requires_grad=True; {advice}")  # fmt: skip
         with torch._C._AutoDispatchBelowAutograd():
             result = op(*args)
-        if name.endswith("_"):
-            for t in args[0] if isinstance(args[0], (list, tuple)) else (args[0],):
+        for arg in (args[i] for i in written):
+            for t in arg if isinstance(arg, (list, tuple)) else (arg,):
                 torch.autograd.graph.increment_version(t)
         return result
 

@@ -32,7 +32,9 @@ class RIBConfig:
     others_crop: int = 512
     others_long_side: tuple[int, int] = (320, 640)
     disjoint: bool = True  # the others share no class with the target
-    anchored: bool = False  # the others' gradient is taken at theta_0 alone, once for all images of a label set
+    anchored: bool = (
+        False  # the others' gradient is taken at theta_0 alone, once for each `share_others` images of a label set
+    )
     anchor_batches: int = 4  # batches of others that an anchored gradient averages
     share_others: int = 8  # images of one label set that see the same others; what they see never depends on timing
     precision: Precision = "float32"  # of everything after the trunk; "auto": 16 bits where the device is fast in them
@@ -85,6 +87,9 @@ class RIBConfig:
         need("precision", self.precision in get_args(Precision), f"to be one of {', '.join(get_args(Precision))}")
         need("scales", len(set(self.scales)) == len(self.scales) > 0, "to be distinct, and one at least")
         need("scales", 1.0 in self.scales and min(self.scales) > 0, "to be above 0 and to hold 1")
+        need("scales", max(self.scales) < float("inf") and all(s == s for s in self.scales), "to be finite")
+        low, high = self.others_long_side
+        need("others_long_side", 1 <= low <= high, "to be two whole numbers, the smaller one first")
         need("loss_scales", self.loss_scales and set(self.loss_scales) <= set(self.scales), "to be among scales")
 
     def rate(self, step: int) -> float:

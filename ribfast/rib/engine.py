@@ -33,7 +33,7 @@ class Target:
 class Result:
     maps: list[Tensor]  # for each scale (C, h, w): rectified maps of the image and its mirror, summed over the steps
     steps: int  # begun, the one that was stopped included
-    stopped: bool  # by one of the stops, before the last step
+    stopped: bool  # by one of the stops
     keys: list[int] = field(default_factory=list)  # present classes
     cam: Tensor | None = None  # (keys, H / 4, W / 4), sums over the scales divided by their maxima
     high_res: Tensor | None = None  # (keys, H, W), likewise
@@ -52,7 +52,7 @@ def adapt(
 
 
 class Engine:
-    """A model and a config, prepared once for many calls of `adapt`."""
+    """A model and a config, prepared once for many calls of `adapt`; the model must not change meanwhile."""
 
     @torch.inference_mode(False)
     def __init__(self, model: CamClassifier, config: RIBConfig):
@@ -95,7 +95,8 @@ class Engine:
         def adapt_one(target: Target) -> Result:
             self._check_target(0, target)
             # whatever mode the caller is in: gradients are taken, and 16 bits are where the config has them
-            with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False):
+            exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+            with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False), exact:
                 return self._adapt(target, batches, watch)
 
         return adapt_one
@@ -122,6 +123,7 @@ class Engine:
             return Result([], 0, False, error="no class is present")
         config, run = self.config, self.run
         views = [view for pair in target.views for view in self.trunk(pair, exact=True)]
+        anchor = batches.anchor(run) if batches is not None and config.steps > 1 else None
         mixes = batches is not None and not config.anchored and config.steps > 2
         layout = self.layout([tuple(view.shape[1:]) for view in views], batches.sizes() if mixes else [])
         features = layout.canvas.empty(views[0].shape[0], self.dtype)
@@ -131,7 +133,6 @@ class Engine:
         sums = torch.zeros(self.n_classes, layout.canvas.own_rows * layout.canvas.columns, device=self.device)
         present = torch.zeros(self.n_classes, dtype=torch.bool, device=self.device)
         present[target.classes] = True
-        anchor = batches.anchor(run) if batches is not None and config.steps > 1 else None
         run.start(present)
         for step in range(config.steps):
             last = step == config.steps - 1  # its update would serve no map, nor do its others
@@ -144,14 +145,14 @@ class Engine:
             with torch.set_grad_enabled(not last):
                 loss = run.observe(canvas, layout, sums, labels)
             if watch is not None:
-                watch(step, layout.maps(sums, config))
+                watch(step, layout.maps(sums))
             if last or not run.alive:
                 break
             run.update(loss, anchor if step == 0 or config.anchored else None)
         steps, keys = int(run.steps), sorted(target.classes)
         if not run.finite or not sums.isfinite().all():
             return Result([], steps, False, keys, error=f"loss or maps are not finite at step {steps - 1}")
-        maps = layout.maps(sums, config)
+        maps = layout.maps(sums)
         cam, high_res = merge_cams([m[None] for m in maps], keys, target.size)
         return Result(maps, steps, not bool(run.alive), keys, cam, high_res)
 
@@ -190,11 +191,11 @@ class Batches:
     def step(self, step: int) -> tuple[Tensor, Tensor]:
         """(features (B, channels, h, w), present (B, C))."""
         if step not in self._steps:
-            if not self.shared:
-                self._steps.clear()
             images, present = self.others(step)
             self._check(step, images, present)
             self._steps[step] = self.engine.trunk(images, exact=False), present.to(self.engine.device)
+        if not self.shared:
+            self._steps = {later: found for later, found in self._steps.items() if later >= step}
         return self._steps[step]
 
     def anchor(self, run: Run) -> list[Tensor]:

@@ -28,15 +28,18 @@ class Draws:
                 sets.setdefault(item.classes, []).append(number)
         size = config.share_others
         self.blocks = [images[i : i + size] for images in sets.values() for i in range(0, len(images), size)]
-        self._pools = {}
+        self._pools = {}  # of the last few label sets, whose blocks follow one another
+        self._numbers = {item.name: number for number, item in enumerate(others)}
 
     def pool(self, block: Sequence[int]) -> np.ndarray:
         """The images that may be drawn: those that share no class with the block's, or all but the block's own."""
         if not self.config.disjoint:
-            own = {self.source[number].name for number in block}
-            return np.array([i for i in self.usable if self.others[int(i)].name not in own], int)
+            own = [self._numbers.get(self.source[number].name, -1) for number in block]
+            return np.setdiff1d(self.usable, own)
         classes = self.source[block[0]].classes
         if classes not in self._pools:
+            if len(self._pools) >= 4:
+                self._pools.pop(next(iter(self._pools)))
             self._pools[classes] = self.usable[~self.labels[self.usable][:, list(classes)].any(1)]
         return self._pools[classes]
 

@@ -59,7 +59,7 @@ class Layout:
         self.own_masks = canvas.masks(own=True, dtype=dtype)
         self.masks = canvas.masks(own=False, dtype=dtype)
 
-    def maps(self, canvas_maps: Tensor, config: RIBConfig) -> list[Tensor]:
+    def maps(self, canvas_maps: Tensor) -> list[Tensor]:
         """Rectified maps (C, cells of the own part) -> for each scale (C, h, w): the image's and its mirror's."""
         canvas = self.canvas
         instances = [canvas_maps[:, canvas.cells(i).to(canvas_maps.device)] for i in range(canvas.n_own)]

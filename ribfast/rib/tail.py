@@ -187,5 +187,5 @@ def empty_leaves(tail: Tail) -> list[Tensor]:
 
 
 def _float(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().float()
+    tensor = tensor.detach().float().clone()
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
