@@ -80,8 +80,9 @@ def classifier(options, source, seed, folder) -> models.CamClassifier:
     path = folder / "classifier.safetensors"
     if not path.exists():
         mobile = options.network == "mobilenet_v2"
-        config = ClassifierConfig.paper(
-            network=options.network, lr=0.03, epochs=8, long_side=(224, 384), crop=288, seed=seed, precision="bfloat16",
+        config = dataclasses.replace(
+            ClassifierConfig.paper(), network=options.network, lr=0.03 if mobile else 0.01, epochs=8,
+            long_side=(224, 384), crop=288, seed=seed, precision="bfloat16",
             tensorflow_padding=mobile, normalization="symmetric" if mobile else "imagenet",
         )  # fmt: skip
         train_classifier(source, config, folder, weights=options.weights)
