@@ -55,15 +55,11 @@ def measure(model, variant, source, others, seed, crop) -> tuple[list[ThresholdS
     with rib.keep_pages(), ThreadPoolExecutor(1) as threads:
         for block in draws.blocks:
             loader = rib.BlockLoader(draws, block, block, normalization, threads, cache)
-            last = []
-
-            def watch(step, maps, last=last):
-                last.append(maps)
-
-            adapt = engine.group(loader.items[0].classes, loader.others, watch=watch)
+            batches = engine.batches(loader.items[0].classes, loader.others, len(loader.items))
             for item, target in loader.targets():
-                last.clear()
-                result = adapt(target)
+                last = []
+                job = rib.Job(target, batches, watch=lambda step, maps, last=last: last.append(maps))
+                ((_, result),) = engine.adapt_all([job])
                 if result.error is not None:
                     raise ArithmeticError(f"{item.name}: {result.error}")
                 steps.append(result.steps)

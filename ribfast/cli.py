@@ -256,31 +256,43 @@ def _rib_arguments(parser: argparse.ArgumentParser) -> None:
 def _cam(options: argparse.Namespace, settings) -> int:
     from .pipeline import make_cams
 
-    return _make_maps(options, settings, make_cams, ("shard", "workers", "device"))
+    source, model = _open(options)
+    begin(options, settings, ("shard", "workers", "device"), checkpoint=options.checkpoint, classifier=model.metadata())
+    return _make_maps(options, settings, make_cams, source, model)
 
 
 def _rib(options: argparse.Namespace, settings) -> int:
+    from .data import open_source
     from .pipeline import adapt_maps
+    from .processes import choose_device
+    from .rib import resolve_precision
 
-    more = {}
-    if options.others is not None:
-        from .data import open_source
+    source, model = _open(options)
+    others = source if options.others is None else open_source(options.data, options.others)
+    begin(
+        options, settings, ("shard", "workers", "device", "cache_mib", "concurrency", "graphs"),
+        checkpoint=options.checkpoint, classifier=model.metadata(), images=source.digest(), others=others.digest(),
+        arithmetic=resolve_precision(settings.precision, choose_device(settings.device)),
+    )  # fmt: skip
+    return _make_maps(options, settings, adapt_maps, source, model, others=others)
 
-        more["others"] = open_source(options.data, options.others)
-    return _make_maps(options, settings, adapt_maps, ("shard", "workers", "device", "cache_mib"), **more)
 
-
-def _make_maps(options: argparse.Namespace, settings, stage: Callable, indifferent: tuple[str, ...], **more) -> int:
+def _open(options: argparse.Namespace) -> tuple:
+    """(source, classifier)"""
     from .data import open_source
     from .models import open_classifier
-    from .store import MapStore
 
     source = open_source(options.data, options.split)
     model = open_classifier(
         options.checkpoint, network=options.network, n_classes=len(source.classes),
         tensorflow_padding=options.tensorflow_padding, normalization=options.normalization,
     )  # fmt: skip
-    begin(options, settings, indifferent, checkpoint=options.checkpoint, classifier=model.metadata())
+    return source, model
+
+
+def _make_maps(options: argparse.Namespace, settings, stage: Callable, source, model, **more) -> int:
+    from .store import MapStore
+
     result = stage(source, model, MapStore(options.out, settings.format), settings, progress=_progress(), **more)
     log.info("%d made, %d there before, %d without classes, %d failed; %s", result.made, result.kept,
              result.without_classes, len(result.failed), options.out)  # fmt: skip

@@ -203,28 +203,42 @@ def adapt_maps(
             result.kept += len(block) - len(wanted)
             if wanted:
                 normalization = data.NORMALIZATIONS[model.normalization]
-                yield rib.BlockLoader(draws, block, wanted, normalization, threads, cache)
+                yield rib.BlockLoader(draws, block, wanted, normalization, threads, cache, pin=device.type == "cuda")
 
-    with rib.keep_pages(), ThreadPoolExecutor(config.workers, "ribfast-rib") as threads:
+    def jobs() -> Iterator[rib.Job]:
         for loader in _one_ahead(loaders()):
             if loader.empty:
                 for item in loader.items:
                     fail(item.name, "every other image shares a class with it; use --no-disjoint, or more images")
                 continue
-            others_of_steps = loader.others if loader.exists else None
-            adapt = engine.group(loader.items[0].classes, others_of_steps, shared=len(loader.items) > 1)
+            others = loader.others if loader.exists else None
+            batches = engine.batches(loader.items[0].classes, others, len(loader.items))
             for item, target in loader.targets():
                 if isinstance(target, Exception):
                     fail(item.name, str(target))
+                else:
+                    yield rib.Job(target, batches, item)
+
+    def save(done: tuple[rib.Job, rib.Result]) -> tuple[str, str | None]:
+        name, found = done[0].tag.name, done[1]
+        if found.error is None:
+            store.save(name, found.keys, found.cam, found.high_res)
+            store.record(name, steps=found.steps, stopped=found.stopped)
+        return name, found.error
+
+    threads = ThreadPoolExecutor(config.workers, "ribfast-rib")
+    try:
+        with rib.keep_pages():
+            for name, error in data.prefetch(save, engine.adapt_all(jobs()), workers=1, ahead=1):
+                if error is not None:
+                    fail(name, error)
                     continue
-                found = adapt(target)
-                if found.error is not None:
-                    fail(item.name, found.error)
-                    continue
-                store.save(item.name, found.keys, found.cam, found.high_res)
-                store.record(item.name, steps=found.steps, stopped=found.stopped)
                 result.made += 1
-                report(item.name)
+                report(name)
+    finally:
+        threads.shutdown(cancel_futures=True)
+    if not result.made and not result.failed:
+        report("")
     return result
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ribfast import cli, data, models, reference
 from ribfast.pipeline import AdaptConfig, adapt_maps
-from ribfast.rib import Draws, Engine, RIBConfig, Target, adapt
+from ribfast.rib import Draws, Engine, Job, RIBConfig, Target, adapt
 from ribfast.rib.canvas import Canvas, arrange
 from ribfast.rib.step import Rows
 from ribfast.store import MapStore
@@ -310,7 +310,7 @@ def test_pooling_of_rows_is_gndrp(divide_by, strict):
     maps[1] = -maps[1].abs() - 0.1
     maps[2] = 0
     cells = [torch.arange(12).view(3, 4), torch.arange(20, 40).view(4, 5)]
-    rows = Rows(cells, "cpu")
+    rows = Rows(cells, 40, "cpu")
     config = RIBConfig.released(divide_by=divide_by, strict=strict)
     present = torch.ones(1, 5, dtype=torch.bool)
     for number, c in enumerate(cells):
@@ -436,7 +436,8 @@ def test_watching_the_steps():
     model, target, config = small_model(), small_target(), RIBConfig.released(steps=4, lr=2e-4, explode_area=None)
     seen = []
     engine = Engine(model, config)
-    result = engine.group([1], small_others, watch=lambda step, maps: seen.append((step, maps)))(target)
+    job = Job(target, engine.batches([1], small_others, 1), watch=lambda step, maps: seen.append((step, maps)))
+    ((_, result),) = engine.adapt_all([job])
     assert [step for step, _ in seen] == [0, 1, 2, 3]
     assert all(torch.equal(a, b) for a, b in zip(seen[-1][1], result.maps, strict=True))
     shorter = adapt(model, [target], small_others, dataclasses.replace(config, steps=2, horizon=4))[0]

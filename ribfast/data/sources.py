@@ -1,6 +1,7 @@
 """Where images, their labels and their masks come from: a folder, PASCAL VOC, COCO."""
 
 import csv
+import hashlib
 import json
 import os
 import xml.etree.ElementTree as ElementTree
@@ -65,6 +66,11 @@ class Source:
         for row, item in zip(labels, self.items, strict=True):
             row[list(item.classes)] = True
         return labels
+
+    def digest(self) -> str:
+        """Of the images' names, their order and their labels."""
+        lines = [self.classes, *((item.name, *item.classes) for item in self.items)]
+        return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
 
     def image(self, item: Item) -> np.ndarray:
         """(H, W, 3) uint8 RGB."""

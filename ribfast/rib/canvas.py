@@ -5,9 +5,20 @@ front of every 3x3 convolution. So each map's values, and their gradients, are t
 """
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Shape(NamedTuple):
+    """What canvases have in common whose maps may lie in each other's place."""
+
+    own_rows: int  # at stride 16, as the others
+    rows: int
+    columns: int
+    own: int  # maps
+    others: int
 
 
 class Canvas:
@@ -15,14 +26,15 @@ class Canvas:
 
     The upper rows are a canvas of their own (`part`), with the same cells. Offsets at stride 8 are even, so that every
     map keeps its own phase under a stride of 2. TensorFlow's padding begins windows at 0 for even sizes and at -1 for
-    odd ones: there odd sizes get odd offsets.
+    odd ones: there odd sizes get odd offsets. few_shapes: spare room, so that many targets' canvases have one shape.
     """
 
-    def __init__(self, own, others=(), *, tensorflow_padding: bool = False, device="cpu"):
+    def __init__(self, own, others=(), *, tensorflow_padding: bool = False, device="cpu", few_shapes: bool = False):
         self.sizes = [tuple(size) for size in (*own, *others)]
-        self.n_own = len(own)
+        self.n_own, self.few_shapes = len(own), few_shapes
         self.small = [((h + 1) // 2, (w + 1) // 2) for h, w in self.sizes]
-        self.small_places, self.own_rows, self.rows, self.columns = arrange(
+        fit = arrange_roomily if few_shapes else arrange
+        self.small_places, self.own_rows, self.rows, self.columns = fit(
             tuple(self.small[: self.n_own]), tuple(self.small[self.n_own :])
         )
         odd = 1 if tensorflow_padding else 0
@@ -32,6 +44,10 @@ class Canvas:
         ]
         self.mask = self._mask(self.places, self.sizes, 2).to(device)
         self.small_mask = self._mask(self.small_places, self.small, 1).to(device)
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.own_rows, self.rows, self.columns, self.n_own, len(self.sizes) - self.n_own)
 
     def _mask(self, places, sizes, factor) -> Tensor:
         mask = torch.zeros(1, 1, factor * self.rows, factor * self.columns)
@@ -71,16 +87,24 @@ def arrange(own, others):
     """
     sizes = own + others
     widest, most = max(w for _, w in sizes), sum(w + 1 for _, w in sizes) - 1
-    best = None
-    for columns in range(widest, min(most, 6 * widest) + 1):
-        upper, own_rows = pack(own, columns)
-        lower, other_rows = pack(others, columns)
-        begin = own_rows + 1 if own and others else own_rows
-        rows = begin + other_rows
-        if best is None or rows * columns < best[0]:
-            places = upper + [(y + begin, x) for y, x in lower]
-            best = rows * columns, (places, own_rows, rows, columns)
-    return best[1]
+    found = (_arrange(own, others, columns) for columns in range(widest, min(most, 6 * widest) + 1))
+    return min(found, key=lambda each: each[2] * each[3])
+
+
+@lru_cache(maxsize=4096)
+def arrange_roomily(own, others):
+    """Likewise, on canvases of few shapes: columns by the others' width, or by 16, and rows of `own` by 16."""
+    pitch = others[0][1] + 1 if others else 16
+    columns = -(-(max(w for _, w in own + others) + 1) // pitch) * pitch - 1
+    return _arrange(own, others, columns, rows_by=16)
+
+
+def _arrange(own, others, columns: int, rows_by: int = 1):
+    upper, own_rows = pack(own, columns)
+    own_rows = -(-own_rows // rows_by) * rows_by
+    lower, other_rows = pack(others, columns)
+    begin = own_rows + 1 if own and others else own_rows
+    return upper + [(y + begin, x) for y, x in lower], own_rows, begin + other_rows, columns
 
 
 def pack(sizes, columns: int):

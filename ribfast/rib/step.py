@@ -3,8 +3,11 @@
 L_RIB = - sum over rows and present classes of the pooled logits, min(margin, .) where there is a margin.
 """
 
+import copy
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .canvas import Canvas
 from .config import RIBConfig
@@ -14,32 +17,45 @@ LOSS_SCALE = 1024.0  # of float16 gradients; the loss is linear in the logits, s
 
 
 class Rows:
-    """The cells of a canvas that form each row that is pooled: (rows, positions), padded, and which are real."""
+    """Which of a canvas's first n cells form each row that is pooled; no two rows share a cell."""
 
-    def __init__(self, cells: list[Tensor], device):
-        longest = max((c.numel() for c in cells), default=0)
-        places = torch.zeros(len(cells), longest, dtype=torch.long)
-        real = torch.zeros(len(cells), longest, dtype=torch.bool)
+    def __init__(self, cells: list[Tensor], n: int, device, positions: int | None = None):
+        """positions: places for each row's cells; None: as many as the longest has."""
+        positions = positions or max((c.numel() for c in cells), default=0)
+        places = torch.zeros(len(cells), positions, dtype=torch.long)
+        real = torch.zeros(len(cells), positions, dtype=torch.bool)
+        row_of = torch.full((n,), len(cells))  # of a cell in none
         for row, c in enumerate(cells):
             places[row, : c.numel()] = c.flatten()
             real[row, : c.numel()] = True
-        self.cells, self.real = places.to(device), real.to(device)
+            row_of[c.flatten()] = row
+        member = F.one_hot(row_of, len(cells) + 1)[:, :-1].float()
+        self.cells, self.real, self.row_of, self.member = (t.to(device) for t in (places, real, row_of, member))
+
+    def clone(self) -> "Rows":
+        own = copy.copy(self)
+        own.cells, own.real, own.row_of, own.member = (tensor.clone() for tensor in self.tensors())
+        return own
+
+    def tensors(self) -> list[Tensor]:
+        return [self.cells, self.real, self.row_of, self.member]
 
     def take(self, maps: Tensor) -> Tensor:
-        """maps (C, cells of the canvas) -> (C, rows, positions)."""
-        return maps[:, self.cells.flatten()].view(len(maps), *self.cells.shape)
+        """maps (C, cells of the canvas) -> (C, rows, positions); where `real` is not, values mean nothing."""
+        return maps[:, self.cells]
 
     def pool(self, maps: Tensor, config: RIBConfig) -> Tensor:
         """maps (C, cells of the canvas) -> (rows, C): what `reference.gndrp` makes of present classes, or the mean."""
-        values, kept, count = self.take(maps), self.real, self.real.sum(1)
+        maps, kept, count = maps[:, : len(self.row_of)], self.row_of < len(self.cells), self.member.sum(0)
         if config.pooling == "gndrp":
-            held = values.detach()
-            top = held.masked_fill(~self.real, -torch.inf).amax(2, keepdim=True) + 0.0  # -0.0 counts as 0.0
+            held = maps.detach()
+            top = self.take(held).masked_fill(~self.real, -torch.inf).amax(2) + 0.0  # -0.0 counts as 0.0
+            top = F.pad(top, (0, 1))[:, self.row_of]
             level = held / top
-            kept = self.real & ((level < config.tau if config.strict else level <= config.tau) | top.isnan())
+            kept = kept & ((level < config.tau if config.strict else level <= config.tau) | top.isnan())
             if config.divide_by == "kept":
-                count = kept.sum(2).clamp(min=1)
-        return (torch.where(kept, values, 0).sum(2) / count).T
+                count = (kept.float() @ self.member).clamp(min=1)
+        return (torch.where(kept, maps, 0) @ self.member / count).T
 
 
 class Layout:
@@ -49,20 +65,51 @@ class Layout:
         self.canvas = canvas
         cells = [canvas.cells(i) for i in range(len(canvas.sizes))]
         pooled = [2 * i + mirror for i, s in enumerate(config.scales) if s in config.loss_scales for mirror in (0, 1)]
-        self.own = Rows([cells[i] for i in pooled], device)
-        self.others = Rows(cells[canvas.n_own :], device)
+        # an image and its mirror are of one size, so that none takes more than half of the own part
+        most = canvas.own_rows * canvas.columns // 2 if canvas.few_shapes else None
+        n_own = canvas.own_rows * canvas.columns
+        self.own = Rows([cells[i] for i in pooled], n_own, device, most)
+        self.others = Rows(cells[canvas.n_own :], canvas.rows * canvas.columns, device)
         first = 2 * config.scales.index(1.0)
-        self.pair = Rows([cells[first], cells[first + 1].flip(1)], device)  # scale 1, its mirrored map turned back
-        at_scale_1 = torch.zeros(canvas.own_rows * canvas.columns)
+        self.pair = Rows(
+            [cells[first], cells[first + 1].flip(1)], n_own, device, most
+        )  # scale 1, the mirror turned back
+        at_scale_1 = torch.zeros(n_own)
         at_scale_1[torch.cat([cells[first].flatten(), cells[first + 1].flatten()])] = 1
         self.at_scale_1 = at_scale_1.to(device)
-        self.own_masks = canvas.masks(own=True, dtype=dtype)
         self.masks = canvas.masks(own=False, dtype=dtype)
+
+    @property
+    def own_masks(self) -> tuple[Tensor, Tensor]:
+        rows = self.canvas.own_rows
+        return self.masks[0][:, :, : 2 * rows], self.masks[1][:, :, :rows]
+
+    def clone(self) -> "Layout":
+        """With tensors of its own."""
+        own = copy.copy(self)
+        own.masks, own.at_scale_1 = tuple(mask.clone() for mask in self.masks), self.at_scale_1.clone()
+        own.own, own.others, own.pair = self.own.clone(), self.others.clone(), self.pair.clone()
+        return own
+
+    def tensors(self) -> list[Tensor]:
+        """All that a step reads of it."""
+        rows = (self.own, self.others, self.pair)
+        return [*self.masks, self.at_scale_1, *(tensor for each in rows for tensor in each.tensors())]
+
+    def copy_(self, other: "Layout") -> None:
+        """The other one's places in this one's tensors; their canvases have one shape."""
+        self.canvas = other.canvas
+        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
+            mine.copy_(theirs)
 
     def maps(self, canvas_maps: Tensor) -> list[Tensor]:
         """Rectified maps (C, cells of the own part) -> for each scale (C, h, w): the image's and its mirror's."""
         canvas = self.canvas
-        instances = [canvas_maps[:, canvas.cells(i).to(canvas_maps.device)] for i in range(canvas.n_own)]
+        on_canvas = canvas_maps.view(len(canvas_maps), canvas.own_rows, canvas.columns)
+        instances = [
+            on_canvas[:, y : y + h, x : x + w]
+            for (y, x), (h, w) in list(zip(canvas.small_places, canvas.small, strict=True))[: canvas.n_own]
+        ]
         return [upright + mirrored.flip(-1) for upright, mirrored in zip(instances[::2], instances[1::2], strict=True)]
 
 
@@ -126,5 +173,9 @@ class Run:
     def update(self, loss: Tensor, anchor: list[Tensor] | None = None) -> None:
         """A step of SGD, if another one follows; anchor: the gradients of others that the loss does not hold."""
         gradients = self.weights.gradients(loss, scale=self.scale)
-        rate = torch.where(self.alive, self.rates[(self.steps - 1).clamp(min=0)], 0.0)
+        if self.tail.dtype == torch.float16:
+            finite = torch.stack(torch._foreach_norm(gradients, torch.inf)).isfinite().all()
+            self.finite.logical_and_(finite | ~self.alive)
+            self.alive.logical_and_(finite)
+        rate = torch.where(self.alive, self.rates.take(self.steps.sub(1).clamp(min=0)), 0.0)
         self.weights.update(gradients, anchor, rate, self.config, scale=self.scale)

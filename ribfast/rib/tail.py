@@ -80,7 +80,23 @@ class Tail:
                     x = convolve(x, number, own, before=numbers[place + 1][0])
                 else:
                     x = convolve(x, number, activation or own, shortcut, following)
-        return F.conv2d(x, leaves[-1])[0].flatten(1)
+        return _Classify.apply(x, leaves[-1])[0].flatten(1)
+
+    def activation_bytes(self, rows: int, columns: int) -> int:
+        """About what a step keeps of a canvas for its backward pass, and the three largest tensors of that pass."""
+        strided, sizes = False, []
+        for numbers, _, projection, _ in self.blocks:
+            here = [number for number, _ in numbers] + ([] if projection is None else [projection])
+            for number in here:
+                strided = strided or self.layers[number].stride == 2
+                cells = rows * columns * (1 if strided else 4)
+                sizes.append(cells * len(self.start[number][0]) * self.dtype.itemsize)
+        return sum(sizes) + 3 * max(sizes)
+
+    def weight_bytes(self) -> int:
+        """Of an adapted image's weights: masters, velocities, folded ones and their gradients."""
+        n = sum(weight.numel() + affine.numel() for weight, affine in self.start) + self.classifier.numel()
+        return n * (8 + 3 * self.dtype.itemsize)
 
 
 class _Convolve(torch.autograd.Function):
@@ -126,6 +142,27 @@ class _Convolve(torch.autograd.Function):
         return for_x, for_weight, for_bias, for_shortcut, None, None, None
 
 
+class _Classify(torch.autograd.Function):
+    """The 1x1 convolution to class maps, by float32 weights in x's type; their gradient is float32.
+
+    It sums over all cells of all rows that are pooled, so that in float16 it is held down to its range.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        weight = weight.to(x.dtype)
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        rows, down = _matrix(gradient), 2.0**-6 if x.dtype == torch.float16 else 1.0
+        for_x = (rows @ weight[:, :, 0, 0]).view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
+        for_weight = ((rows * down).T @ _matrix(x)).float() / down
+        return for_x, for_weight[:, :, None, None]
+
+
 def _matrix(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
@@ -145,12 +182,12 @@ class Weights:
             (*(torch.empty_like(t) for t in (*start, *start)), weight.detach(), bias.detach())
             for start, weight, bias in zip(tail.start, self._leaves[:-1:2], self._leaves[1::2], strict=True)
         ]
-        self._classifier, self._classifier_velocity = (torch.empty_like(tail.classifier) for _ in range(2))
-        self.at_start = True
+        self._classifier_velocity = torch.empty_like(tail.classifier)
+        self.at_start = True  # the next gradients and update are the first
 
     @property
     def leaves(self) -> list[Tensor]:
-        """The folded weight and bias of every layer, then the classifier's weight."""
+        """The folded weight and bias of every layer, then the classifier's weight in float32."""
         return self.tail.leaves if self.at_start else self._leaves
 
     def reset(self) -> None:
@@ -172,18 +209,18 @@ class Weights:
             update_folded_(
                 gradients[pair], anchors, start, layer.norm, out, first=first, rate=rate, scale=scale, **constants
             )
-        gradient = (gradients[-1].float() + (0 if anchor is None else anchor[-1])) / scale
-        weight, velocity = tail.classifier if first else self._classifier, self._classifier_velocity
+        gradient = (gradients[-1] + (0 if anchor is None else anchor[-1])) / scale
+        weight, velocity = self.leaves[-1], self._classifier_velocity
         gradient.add_(weight, alpha=config.weight_decay)
         velocity.copy_(gradient if first else velocity.mul_(config.momentum).add_(gradient))
-        torch.addcmul(weight, velocity, -rate * config.classifier_lr_scale, out=self._classifier)
-        self._leaves[-1].copy_(self._classifier)
+        self._leaves[-1].copy_(weight - rate * config.classifier_lr_scale * velocity)
         self.at_start = False
 
 
 def empty_leaves(tail: Tail) -> list[Tensor]:
-    like = [part for weight, affine in tail.start for part in (weight, affine[0])] + [tail.classifier]
-    return [torch.empty_like(part, dtype=tail.dtype) for part in like]
+    """In the tail's type, but for the classifier's weight, which is its own master."""
+    folded = [torch.empty_like(p, dtype=tail.dtype) for weight, affine in tail.start for p in (weight, affine[0])]
+    return [*folded, torch.empty_like(tail.classifier)]
 
 
 def _float(tensor: Tensor) -> Tensor:
