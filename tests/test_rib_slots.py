@@ -1,0 +1,272 @@
+"""Several images at once, and steps as graphs: what `ribfast.rib.slots` does, with graphs recorded on a CPU."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import tape
+import torch
+from test_rib import check_golden, golden_run, small_model, small_others, small_target, within_a_thousandth
+from test_rib import golden_model as golden_model
+
+from ribfast import reference
+from ribfast.rib import Engine, Job, RIBConfig, adapt, slots
+
+SIZES = [(33, 45), (48, 32), (33, 45), (30, 46)]
+
+
+def graphed(model, config):
+    """An engine whose steps are recorded and replayed, on canvases of few shapes, as on a GPU."""
+    engine = Engine(model, config)
+    made = []
+
+    def capture(step, slot):
+        made.append(tape.record(step))
+        return made[-1]
+
+    engine.capture, engine.made = capture, made
+    return engine
+
+
+def equals_reference(model, target, result, config, others=small_others):
+    maps, steps, stopped = reference.rib(model, target.views, target.classes, others, config)
+    assert (result.steps, result.stopped, result.error) == (steps, stopped, None)
+    for found, expected in zip(result.maps, maps, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.max()))
+
+
+def test_a_tape_does_again_what_was_recorded():
+    x, out = torch.randn(3, requires_grad=True), torch.zeros(3)
+
+    def step():
+        out.add_(torch.autograd.grad((x**2).sum(), x)[0])
+
+    replay = tape.record(step)
+    assert not out.any()
+    with torch.no_grad():
+        x.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    replay(), replay()
+    assert out.tolist() == [4.0, 8.0, 12.0]
+    with pytest.raises(RuntimeError, match="waits for the device"):
+        tape.record(lambda: float(x[0]))
+
+
+@pytest.mark.parametrize("preset, concurrency", [("released", 3), ("paper", 1), ("fast", 3)])
+def test_graphs_equal_the_reference(preset, concurrency):
+    """Images of other sizes, some of which share graphs; the first ones of a shape run without."""
+    model = small_model()
+    config = getattr(RIBConfig, preset)(
+        steps=4, lr=2e-4, disjoint=False, explode_area=None, precision="float32", concurrency=concurrency
+    )
+    config = dataclasses.replace(config, momentum=0.3, weight_decay=0.01)
+    engine = graphed(model, config)
+    targets = [small_target(size, (i % 4,)) for i, size in enumerate(SIZES)]
+    results = engine.adapt(targets, small_others)
+    again = engine.adapt(targets, small_others)  # by graphs alone
+    shapes = {shape for slot in engine._slots for shape in slot.frames}
+    assert len(shapes) < len(set(SIZES)) and engine.made
+    plain = adapt(model, targets, small_others, dataclasses.replace(config, concurrency=1))
+    for target, result, second, expected in zip(targets, results, again, plain, strict=True):
+        if preset != "fast":
+            equals_reference(model, target, result, config)
+        for found, other, wanted in zip(result.maps, second.maps, expected.maps, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.max()))
+            torch.testing.assert_close(found, other, rtol=1e-4, atol=1e-4 * float(wanted.max()))
+
+
+@pytest.mark.parametrize("name, options", [("mobilenet_v2", {}), ("mobilenet_v2", {"tensorflow_padding": True})])
+def test_graphs_of_other_networks(name, options):
+    model = small_model(name, **options)
+    config = RIBConfig.released(steps=3, lr=2e-4, explode_area=None, disjoint=False)
+    engine = graphed(model, config)
+    targets = [small_target(size, (1,)) for size in ((33, 45), (48, 32), (33, 45), (31, 29))]
+    for target, result in zip(targets, engine.adapt(targets, small_others), strict=True):
+        equals_reference(model, target, result, config)
+    assert engine.made
+
+
+@pytest.mark.parametrize("name", ["explode", "stop"])
+def test_golden_runs_as_graphs(golden_model, name):
+    """With both stops: a graph goes through the step in which an image stops, and through those after it."""
+    numbers, target, others, config = golden_run(name)
+    engine = graphed(golden_model, config)
+    for _ in range(2):
+        result = engine.adapt([target], others)[0]
+    assert engine.made
+    check_golden(result, numbers, within_a_thousandth)
+
+
+def test_steps_after_a_stop_change_nothing():
+    model, target = small_model(), small_target()
+    config = RIBConfig.released(steps=5, lr=1e-5, explode_level=0.2, explode_area=0.3)
+    engine = graphed(model, config)
+    results = [engine.adapt([target], small_others)[0] for _ in range(2)]
+    slot = engine.take_slots()[0]
+    slot.begin(Job(target, engine.batches([1], small_others, 1)))
+    for _ in range(config.steps):
+        slot.advance()
+    late = slot.result()
+    for result in (*results, late):
+        equals_reference(model, target, result, config)
+    assert late.steps == 2
+
+
+def test_images_at_once_do_not_change_results():
+    model = small_model()
+    config = RIBConfig.released(steps=4, lr=2e-4, explode_level=0.2, explode_area=0.6)
+    targets = [small_target(size) for size in SIZES]
+    alone = adapt(model, targets, small_others, config)
+    for concurrency in (2, 4):
+        together = adapt(model, targets, small_others, dataclasses.replace(config, concurrency=concurrency))
+        for one, other in zip(alone, together, strict=True):
+            assert (one.steps, one.stopped) == (other.steps, other.stopped)
+            assert all(torch.equal(a, b) for a, b in zip(one.maps, other.maps, strict=True))
+
+
+def test_others_are_asked_for_once_also_for_images_at_once():
+    asked = []
+
+    def others(step):
+        asked.append(step)
+        return small_others(step)
+
+    config = RIBConfig.released(steps=4, explode_area=None, concurrency=3)
+    adapt(small_model(), [small_target()] * 5, others, config)
+    assert asked == [0, 1, 2]
+
+
+def short_of_memory(monkeypatch, most):
+    """Slots run out of memory where more than `most` of them are at work; returns how many began."""
+    began, begin = [], slots.Slot.begin
+
+    def limited(slot, job):
+        begin(slot, job)
+        began.append(slot)
+        if len({*began[-most - 1 :]}) > most:
+            began.clear()
+            raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(slots.Slot, "begin", limited)
+    return began
+
+
+def test_memory_that_runs_out_halves_the_images_at_once(monkeypatch, caplog):
+    model, config = small_model(), RIBConfig.released(steps=3, lr=2e-4, concurrency=4)
+    targets = [small_target(size) for size in SIZES]
+    expected = adapt(model, targets, small_others, dataclasses.replace(config, concurrency=1))
+    short_of_memory(monkeypatch, 2)
+    caplog.set_level("INFO", logger="ribfast")
+    found = adapt(model, targets, small_others, config)
+    assert "memory ran out: from 3 images at once to 1" in caplog.text
+    for one, other in zip(expected, found, strict=True):
+        assert other.error is None and torch.equal(one.maps[0], other.maps[0])
+
+
+def test_memory_that_runs_out_in_a_step_begins_images_anew(monkeypatch):
+    model, config = small_model(), RIBConfig.released(steps=3, lr=2e-4, concurrency=3)
+    targets = [small_target(size) for size in SIZES[:3]]
+    expected = adapt(model, targets, small_others, dataclasses.replace(config, concurrency=1))
+    advance, calls = slots.Slot.advance, []
+
+    def once(slot):
+        calls.append(slot)
+        if len(calls) == 6:
+            raise torch.OutOfMemoryError("no memory")
+        advance(slot)
+
+    monkeypatch.setattr(slots.Slot, "advance", once)
+    found = adapt(model, targets, small_others, config)
+    for one, other in zip(expected, found, strict=True):
+        assert other.error is None and torch.equal(one.maps[0], other.maps[0])
+
+
+def test_an_image_too_large_for_memory_alone_is_recorded(monkeypatch):
+    begin = slots.Slot.begin
+
+    def limited(slot, job):
+        begin(slot, job)
+        if job.target.size == SIZES[1]:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(slots.Slot, "begin", limited)
+    config = RIBConfig.released(steps=2, concurrency=2)
+    results = adapt(small_model(), [small_target(size) for size in SIZES[:3]], small_others, config)
+    assert [result.error is None for result in results] == [True, False, True]
+    assert results[1].error.startswith("out of memory, alone, at 48x32; take smaller scales")
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch):
+    def broken(slot):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(slots.Slot, "advance", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        adapt(small_model(), [small_target()], small_others, RIBConfig.released(steps=2))
+
+
+def test_images_begin_where_memory_has_room(monkeypatch):
+    """By what slots are known to take beforehand."""
+    model, config = small_model(), RIBConfig.released(steps=3, lr=2e-4, concurrency=4)
+    targets = [small_target() for _ in range(5)]
+    engine = Engine(model, config)
+    job = Job(targets[0], engine.batches([1], small_others, 1))
+    one = slots.bytes_of_slot(engine, None, engine.layout_of(job))
+    for room, most in ((0, 1), (2.5 * one, 2), (100 * one, 4)):
+        engine.take_slots()
+        monkeypatch.setattr(engine, "free_memory", lambda room=room: room)
+        assert all(result.error is None for result in engine.adapt(targets, small_others))
+        assert len(engine._slots) == most
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2"])
+def test_bytes_that_a_step_keeps_are_known_beforehand(name):
+    """Against what autograd saves."""
+    model, config = small_model(name), RIBConfig.released(steps=3)
+    engine = Engine(model, config)
+    slot = slots.Slot(engine)
+    slot.begin(Job(small_target(), engine.batches([1], small_others, 1)))
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    weights = {leaf.untyped_storage().data_ptr() for leaf in (*engine.tail.leaves, *slot.run.weights._leaves)}
+    frame = slot.frame
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        slot.run.observe(frame.features, frame.layout, frame.sums, frame.labels)
+    kept = sum(size for place, size in saved.items() if place not in weights)
+    shape = frame.layout.canvas.shape
+    known = engine.tail.activation_bytes(shape.rows, shape.columns)
+    assert kept <= known <= 3 * kept
+
+
+def wide_model():
+    """A classifier whose activations leave float16's range, but not bfloat16's."""
+    model = small_model()
+    with torch.no_grad():
+        for block in model.layer4:
+            block.bn2.weight.mul_(3000)
+        model.classifier.weight.mul_(1e-5)
+    return model
+
+
+def test_an_image_that_float16_does_not_hold_is_adapted_in_bfloat16(caplog):
+    model, target = wide_model(), small_target((32, 32))
+    config = RIBConfig.released(steps=3, lr=0.0, explode_area=None, precision="float16")
+    caplog.set_level("INFO", logger="ribfast")
+    found = adapt(model, [target], small_others, config)[0]
+    assert found.error is None and "32x32 does not fit float16: adapted in bfloat16" in caplog.text
+    expected = adapt(model, [target], small_others, dataclasses.replace(config, precision="float32"))[0]
+    assert np.corrcoef(found.maps[0].ravel(), expected.maps[0].ravel())[0, 1] > 0.99
+
+
+def test_a_classifiers_gradient_fits_float16():
+    """It sums over many rows; 1024 times as large, as float16's gradients are, it would leave the range."""
+    from ribfast.rib.tail import _Classify
+
+    x, weight = torch.full((1, 4, 30, 40), 9.0, dtype=torch.float16), torch.ones(2, 4, 1, 1, requires_grad=True)
+    upstream = torch.full((1, 2, 30, 40), 1024 / 100, dtype=torch.float16)
+    (gradient,) = torch.autograd.grad(_Classify.apply(x, weight), weight, upstream)
+    assert gradient.dtype == torch.float32
+    torch.testing.assert_close(gradient, torch.full_like(gradient, 9.0 * 1200 * 10.24), rtol=1e-3, atol=0)
