@@ -171,8 +171,8 @@ def channels_last(d, shape, dtype):
 
 
 def activation(d):
-    shape, dtype = (1, d.side(), d.side(), d.side()), d.pick(*contract.FLOATS)
-    mask = torch.from_numpy((d.random.random((1, 1, *shape[2:])) < 0.7).astype(np.float64)).to(dtype)
+    shape, dtype = (d.pick(1, 1, 2), d.side(), d.side(), d.side()), d.pick(*contract.FLOATS)
+    mask = torch.from_numpy((d.random.random((shape[0], 1, *shape[2:])) < 0.7).astype(np.float64)).to(dtype)
     y, shortcut = (channels_last(d, shape, dtype) for _ in range(2))
     return [y, d.pick(None, shortcut), d.pick(None, mask), d.number(6.0)], {}
 
@@ -191,7 +191,8 @@ def folded_update(d):
     affine, norm, new_affine, affine_velocity = (d.floats(2, shape[0], dtype=torch.float32) for _ in range(4))
     anchors = d.pick([None, None], [anchor, bias_anchor])
     states = [weight, affine, norm, new_weight, new_affine, velocity, affine_velocity, folded, folded_bias]
-    return [grad, bias_grad, *anchors, *states, d.chance(0.5), *(d.number(0.1) for _ in range(3)), d.number(4.0)], {}
+    rate = torch.tensor(d.number(0.1))
+    return [grad, bias_grad, *anchors, *states, d.chance(0.5), rate, d.number(0.1), d.number(0.1), d.number(4.0)], {}
 
 
 def image_and_energies(d):

@@ -1,10 +1,11 @@
 // What stands between the convolutions of a network that is adapted to an image: activations, and a step of SGD on
 // weights with their batch normalisation folded in (reference.activate, activate_backward, update_folded).
 //
-// Layout: y, shortcut, grad, result (cells, channels), rows one after another (channels last); mask: one element a cell,
-// 0 for the gutter; shortcut and mask may be null, y is written in place. Weights: rows of n elements, one for each
-// output; bias gradients (rows); affine (2, rows) = gamma, beta; norm (2, rows) = 1 / sigma, mean. An access is kVec
-// elements of one cell or row, so channels and n are multiples of kVec. Sums run in a fixed order, without atomics.
+// Layout: y, shortcut, grad, result (cells, channels), one cell after another (channels last); mask: one element a
+// cell, 0 for the gutter; shortcut and mask may be null, y is written in place. Weights: rows of n elements, one for
+// each output; bias gradients (rows); affine (2, rows) = gamma, beta; norm (2, rows) = 1 / sigma, mean. An access is
+// kVec elements of one cell or row, so channels and n are multiples of kVec. Empty: cells = 0 only for
+// sum_strips_kernel, n = 0. Sums run in a fixed order, without atomics.
 #pragma once
 
 #include "common.cuh"
@@ -37,8 +38,7 @@ __global__ void activate_kernel(T* y_, const T* shortcut_, const T* mask, int64_
     for (int k = 0; k < kCellAccesses; ++k) {
       const int64_t i = begin + k * kCellThreads + threadIdx.x, behind = ahead + (i - begin);
       inside[k] = i < accesses;
-      const int64_t more =
-          is_short ? static_cast<uint32_t>(behind) / static_cast<uint32_t>(width) : behind / width;
+      const int64_t more = is_short ? static_cast<uint32_t>(behind) / static_cast<uint32_t>(width) : behind / width;
       open[k] = inside[k] && widen(mask[cell + more]) != S(0);
     }
   } else {
@@ -71,12 +71,12 @@ __global__ void activate_kernel(T* y_, const T* shortcut_, const T* mask, int64_
   }
 }
 
-// How cells and channels are shared out to the blocks of activate_backward: a block takes `across` accesses of each cell
-// of a strip, its threads stand in `rows` of that width.
+// How cells and channels are shared out to the blocks of activate_backward: a block takes `across` accesses of each
+// cell of a strip, its threads stand in `rows` of that width. Follows from the shape alone, and so do results.
 struct Strips {
   int across, rows;
-  int64_t tiles;          // across the channels
-  int64_t cells, count;   // of a strip; strips
+  int64_t tiles;         // across the channels
+  int64_t cells, count;  // of a strip; strips
 };
 
 constexpr int kStripAccesses = 2;  // in flight at once, of grad and of y
@@ -224,26 +224,27 @@ __global__ void __launch_bounds__(kMostRowThreads) update_folded_kernel(FoldedUp
   const float more = u.bias_anchor == nullptr ? 0.0f : widen(u.bias_anchor[o]);
   const float for_beta = (widen(u.bias_grad[o]) + more) * u.unscale;
 
+  const auto sum = [&](const Elements& one, const Elements& other) {
+    Floats both;
+#pragma unroll
+    for (int v = 0; v < kVec; ++v) both.at[v] = widen(one.at[v]) + (anchor == nullptr ? 0.0f : widen(other.at[v]));
+    return both;
+  };
   const auto gradient = [&](int64_t i) {
-    const Elements own = grad[i];
-    Floats sum;
-#pragma unroll
-    for (int v = 0; v < kVec; ++v) sum.at[v] = widen(own.at[v]);
-    if (anchor != nullptr) {
-      const Elements others = anchor[i];
-#pragma unroll
-      for (int v = 0; v < kVec; ++v) sum.at[v] += widen(others.at[v]);
-    }
-    return sum;
+    Elements other{};
+    if (anchor != nullptr) other = anchor[i];
+    return sum(grad[i], other);
   };
 
+  Elements own[kHeld], others[kHeld];
   Floats g[kHeld], w[kHeld], speed[kHeld];
   float dot = 0;
 #pragma unroll
   for (int k = 0; k < kHeld; ++k) {
     const int64_t i = threadIdx.x + static_cast<int64_t>(k) * blockDim.x;
     if (i < accesses) {
-      g[k] = gradient(i), w[k] = weight[i];
+      own[k] = grad[i], w[k] = weight[i];
+      if (anchor != nullptr) others[k] = anchor[i];
       if (!u.first) speed[k] = velocity[i];
     }
   }
@@ -251,6 +252,7 @@ __global__ void __launch_bounds__(kMostRowThreads) update_folded_kernel(FoldedUp
   for (int k = 0; k < kHeld; ++k) {
     const int64_t i = threadIdx.x + static_cast<int64_t>(k) * blockDim.x;
     if (i < accesses) {
+      g[k] = sum(own[k], others[k]);
 #pragma unroll
       for (int v = 0; v < kVec; ++v) dot += g[k].at[v] * w[k].at[v];
     }
