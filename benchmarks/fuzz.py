@@ -183,12 +183,23 @@ def activation_backward(d):
 
 
 def folded_update(d):
-    kernel = d.pick(1, 1, 3)
-    shape, dtype = (d.side(), d.side(), kernel, kernel), d.pick(*contract.FLOATS)
-    grad, anchor, folded = (channels_last(d, shape, dtype) for _ in range(3))
-    weight, new_weight, velocity = (channels_last(d, shape, torch.float32) for _ in range(3))
-    bias_grad, bias_anchor, folded_bias = (d.floats(shape[0], dtype=dtype) for _ in range(3))
-    affine, norm, new_affine, affine_velocity = (d.floats(2, shape[0], dtype=torch.float32) for _ in range(4))
+    """Thirteen tensors: most calls lay all of them out as is demanded, or few would be answered."""
+    kernel, tidy = d.pick(1, 1, 3), d.chance(0.8)
+    shape, dtype = (d.side(), d.side(), kernel, kernel), d.pick(*contract.FLOATS[:3], *contract.FLOATS)
+
+    def weights(dtype):
+        if tidy:
+            return d.floats(*shape, dtype=dtype).clone(memory_format=torch.channels_last)
+        return channels_last(d, shape, dtype)
+
+    def vectors(*shape, dtype=torch.float32):
+        drawn = d.floats(*shape, dtype=dtype)
+        return drawn.clone(memory_format=torch.contiguous_format) if tidy else drawn
+
+    grad, anchor, folded = (weights(dtype) for _ in range(3))
+    weight, new_weight, velocity = (weights(torch.float32) for _ in range(3))
+    bias_grad, bias_anchor, folded_bias = (vectors(shape[0], dtype=dtype) for _ in range(3))
+    affine, norm, new_affine, affine_velocity = (vectors(2, shape[0]) for _ in range(4))
     anchors = d.pick([None, None], [anchor, bias_anchor])
     states = [weight, affine, norm, new_weight, new_affine, velocity, affine_velocity, folded, folded_bias]
     rate = torch.tensor(d.number(0.1))
