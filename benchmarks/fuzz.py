@@ -171,8 +171,8 @@ def channels_last(d, shape, dtype):
 
 
 def activation(d):
-    shape, dtype = (1, d.side(), d.side(), d.side()), d.pick(*contract.FLOATS)
-    mask = torch.from_numpy((d.random.random((1, 1, *shape[2:])) < 0.7).astype(np.float64)).to(dtype)
+    shape, dtype = (d.pick(1, 1, 2), d.side(), d.side(), d.side()), d.pick(*contract.FLOATS)
+    mask = torch.from_numpy((d.random.random((shape[0], 1, *shape[2:])) < 0.7).astype(np.float64)).to(dtype)
     y, shortcut = (channels_last(d, shape, dtype) for _ in range(2))
     return [y, d.pick(None, shortcut), d.pick(None, mask), d.number(6.0)], {}
 
@@ -183,15 +183,27 @@ def activation_backward(d):
 
 
 def folded_update(d):
-    kernel = d.pick(1, 1, 3)
-    shape, dtype = (d.side(), d.side(), kernel, kernel), d.pick(*contract.FLOATS)
-    grad, anchor, folded = (channels_last(d, shape, dtype) for _ in range(3))
-    weight, new_weight, velocity = (channels_last(d, shape, torch.float32) for _ in range(3))
-    bias_grad, bias_anchor, folded_bias = (d.floats(shape[0], dtype=dtype) for _ in range(3))
-    affine, norm, new_affine, affine_velocity = (d.floats(2, shape[0], dtype=torch.float32) for _ in range(4))
+    """Thirteen tensors: most calls lay all of them out as is demanded, or few would be answered."""
+    kernel, tidy = d.pick(1, 1, 3), d.chance(0.8)
+    shape, dtype = (d.side(), d.side(), kernel, kernel), d.pick(*contract.FLOATS[:3], *contract.FLOATS)
+
+    def weights(dtype):
+        if tidy:
+            return d.floats(*shape, dtype=dtype).clone(memory_format=torch.channels_last)
+        return channels_last(d, shape, dtype)
+
+    def vectors(*shape, dtype=torch.float32):
+        drawn = d.floats(*shape, dtype=dtype)
+        return drawn.clone(memory_format=torch.contiguous_format) if tidy else drawn
+
+    grad, anchor, folded = (weights(dtype) for _ in range(3))
+    weight, new_weight, velocity = (weights(torch.float32) for _ in range(3))
+    bias_grad, bias_anchor, folded_bias = (vectors(shape[0], dtype=dtype) for _ in range(3))
+    affine, norm, new_affine, affine_velocity = (vectors(2, shape[0]) for _ in range(4))
     anchors = d.pick([None, None], [anchor, bias_anchor])
     states = [weight, affine, norm, new_weight, new_affine, velocity, affine_velocity, folded, folded_bias]
-    return [grad, bias_grad, *anchors, *states, d.chance(0.5), *(d.number(0.1) for _ in range(3)), d.number(4.0)], {}
+    rate = torch.tensor(d.number(0.1))
+    return [grad, bias_grad, *anchors, *states, d.chance(0.5), rate, d.number(0.1), d.number(0.1), d.number(4.0)], {}
 
 
 def image_and_energies(d):

@@ -8,6 +8,7 @@ Called by benchmarks/gpu.py: `python -m benchmarks.gpu_ops RESULT.json` adds to 
 """
 
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -134,6 +135,58 @@ def normalize_case(shape):
     return 2 * size, calls
 
 
+def channels_last(*shape, dtype=torch.float32):
+    return torch.randn(shape, device="cuda").to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def activate_case(shape, dtype):
+    """With a shortcut and a mask; nothing is read in its gutter, every ninth row."""
+    channels = shape[1]
+    mask = torch.ones(shape[0], 1, *shape[2:], device="cuda", dtype=dtype)
+    mask[:, :, ::9] = 0
+    real, cells = int(mask.count_nonzero()), mask.numel()
+    size = (channels * (cells + 2 * real) + cells) * dtype.itemsize
+    back = 3 * channels * cells * dtype.itemsize + channels * 4
+    sets = [
+        tuple(channels_last(*shape, dtype=dtype) for _ in range(3))
+        for _ in range(sets_for(3 * channels * cells * dtype.itemsize))
+    ]
+    forward, backward = {}, {}
+    for name, op in implementations("activate_").items():
+        forward[name] = [lambda s=s, op=op: op(s[0], s[1], mask, torch.inf) for s in sets]
+    for name, op in implementations("activate_backward").items():
+        backward[name] = [lambda s=s, op=op: op(s[2], s[0], torch.inf) for s in sets]
+    forward["reference"] = [lambda s=s: s[0].copy_(reference.activate(s[0], s[1], mask)) for s in sets]
+    backward["reference"] = [lambda s=s: reference.activate_backward(s[2], s[0]) for s in sets]
+    return (size, forward), (back, backward)
+
+
+def update_case(shape, dtype):
+    """With an anchor and velocities, in place."""
+    count = shape[0]
+    size = math.prod(shape) * (3 * dtype.itemsize + 4 * 4) + count * (3 * dtype.itemsize + 10 * 4)
+    sets, rate = [], torch.tensor(1e-6, device="cuda")
+    for _ in range(sets_for(size)):
+        states = channels_last(*shape), torch.rand(2, count, device="cuda") + 0.5
+        speeds = channels_last(*shape), torch.rand(2, count, device="cuda")
+        pairs = [(channels_last(*shape, dtype=dtype), torch.randn(count, device="cuda").to(dtype)) for _ in range(3)]
+        sets.append((states, speeds, *pairs, torch.rand(2, count, device="cuda") + 0.5))
+
+    def plain(states, speeds, grads, anchors, folded, norm):
+        total = [grad.float() + anchor.float() for grad, anchor in zip(grads, anchors, strict=True)]
+        found = reference.update_folded(*total, *states, norm, *speeds, rate=rate, momentum=0.3, decay=1e-4)
+        for target, value in zip((*states, *speeds, *folded), found, strict=True):
+            target.copy_(value)
+
+    calls = {
+        name: [lambda s=s, op=op: op(*s[2], *s[3], *s[0], s[5], *s[0], *s[1], *s[4], False, rate, 0.3, 1e-4, 1.0)
+               for s in sets]
+        for name, op in implementations("update_folded_").items()
+    }  # fmt: skip
+    calls["reference"] = [lambda s=s: plain(*s) for s in sets]
+    return size, calls
+
+
 PHOTO = Path(__file__).parents[1] / "ribfast" / "assets" / "coffee.jpg"
 TERMS = ([3.0, 3.0], [50.0, 5.0, 10.0])
 
@@ -244,6 +297,12 @@ def cases():
             yield name, 0.8 if shape[0] == 64 else None, lambda s=shape, d=dtype: gndrp_case(s, d)
     yield single, None, lambda: accumulate_case(1)
     yield "normalize_cams (20, 375, 500)", None, lambda: (normalize_case((20, 375, 500)), None)
+    for shape in ((1, 1024, 500, 65), (1, 96, 40, 50)):
+        target = 0.8 if shape[1] == 1024 else None
+        yield f"activate_ {shape} float16", target, lambda s=shape: activate_case(s, torch.float16)
+    for shape in ((512, 512, 3, 3), (2048, 512, 1, 1), (960, 1, 3, 3)):
+        target = 0.8 if shape[0] == 512 else None
+        yield f"update_folded_ {shape} float16", target, lambda s=shape: (update_case(s, torch.float16), None)
 
 
 CRF = [(64, 21, 700), (64, 2, 1400), (1, 21, 400), (1, 2, 400)]  # images, labels, images a second that are asked for
@@ -258,7 +317,8 @@ def main():
         forward, backward = make()
         rows = {name: timed(*forward, bandwidth, target)}
         if backward is not None:
-            rows[f"{name} backward"] = timed(*backward, bandwidth, target if name.startswith("gndrp") else None)
+            asked = target if name.startswith(("gndrp", "activate_")) else None
+            rows[f"{name} backward"] = timed(*backward, bandwidth, asked)
         facts["ops"] |= rows
         path.write_text(json.dumps(facts, indent=1) + "\n")
         for label, row in rows.items():

@@ -3,6 +3,7 @@
 import torch
 
 from ribfast import ops
+from ribfast.ops.adapt import activate_, activate_backward, update_folded_
 
 
 def crf():
@@ -17,6 +18,26 @@ def crf():
         lattice = torch.ops.ribfast.lattice(torch.randn(301, dims, device="cuda"), True)
         torch.ops.ribfast.lattice_filter(torch.rand(301, 3, device="cuda"), lattice, True)
         torch.ops.ribfast.mean_field(torch.rand(3, 301, device="cuda"), lattice, [1.0], [dims % 4], 2, False)
+
+
+def adapted():
+    for dtype in (torch.float32, torch.float16):
+        # single elements and vectors; one strip of cells and several; rows kept in registers and longer ones
+        for shape in ((1, 33, 13, 17), (2, 1, 1, 1), (1, 136, 25, 41)):
+            y, shortcut, grad = (torch.randn(shape, device="cuda", dtype=dtype) for _ in range(3))
+            y, shortcut, grad = (t.contiguous(memory_format=torch.channels_last) for t in (y, shortcut, grad))
+            mask = (torch.rand(shape[0], 1, *shape[2:], device="cuda") < 0.8).to(dtype)
+            activate_(y, shortcut, mask, 6.0)
+            activate_backward(grad, y, 6.0)
+        for count, *rest in ((3, 1, 3, 3), (2, 64, 3, 3), (2, 1030, 3, 3), (1, 911, 3, 3)):
+            weight, velocity = (torch.randn(count, *rest, device="cuda") for _ in range(2))
+            weight, velocity = (t.contiguous(memory_format=torch.channels_last) for t in (weight, velocity))
+            affine, norm, affine_velocity = (torch.rand(2, count, device="cuda") + 0.5 for _ in range(3))
+            grads = weight.to(dtype), affine[0].to(dtype)
+            out = [weight, affine, velocity, affine_velocity, *(t.clone() for t in grads)]
+            constants = {"rate": torch.tensor(0.1, device="cuda"), "momentum": 0.3, "decay": 0.1, "scale": 4.0}
+            for first, anchors in ((True, None), (False, grads)):
+                update_folded_(grads, anchors, (weight, affine), norm, out, first=first, **constants)
 
 
 def main():
@@ -38,6 +59,7 @@ def main():
             ops.accumulate_cams_batch(batch, sizes, out=out)
             turned = torch.zeros(3, 50, 37, device="cuda").transpose(1, 2)
             ops.normalize_cams(ops.accumulate_cams(batch[0], sizes[0], out=turned), inplace=True)
+    adapted()
     crf()
     torch.cuda.synchronize()
     print("sanitize.py: done")

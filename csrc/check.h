@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -186,13 +187,59 @@ inline void check_activation(const char* op, const at::Tensor& y, double limit) 
   RIBFAST_CHECK_VALUE(limit > 0, op, "a limit above 0", limit);
 }
 
-// The gradient of a folded weight, and the weight.
-inline void check_update(const char* op, const at::Tensor& grad, const at::Tensor& weight) {
+// What activate_ adds to y, and its mask.
+inline void check_activate_(const at::Tensor& y, const std::optional<at::Tensor>& shortcut,
+                            const std::optional<at::Tensor>& mask, double limit) {
+  const char* op = "activate_";
+  check_activation(op, y, limit);
+  if (shortcut) check_like(op, "shortcut", *shortcut, y);
+  if (mask) {
+    RIBFAST_CHECK_VALUE(mask->layout() == at::kStrided && mask->dim() == 4 && mask->size(0) == y.size(0) &&
+                            mask->size(1) == 1 && mask->size(2) == y.size(2) && mask->size(3) == y.size(3) &&
+                            mask->is_contiguous(),
+                        op, "a contiguous mask (N, 1, H, W) of y", mask->sizes(), " for ", y.sizes());
+    check_same_type(op, "mask", *mask, y);
+  }
+}
+
+inline void check_activate_backward(const at::Tensor& grad, const at::Tensor& y, double limit) {
+  check_activation("activate_backward", y, limit);
+  check_like("activate_backward", "grad", grad, y);
+}
+
+inline void check_update_folded_(const at::Tensor& grad, const at::Tensor& bias_grad,
+                                 const std::optional<at::Tensor>& anchor, const std::optional<at::Tensor>& bias_anchor,
+                                 const at::Tensor& weight, const at::Tensor& affine, const at::Tensor& norm,
+                                 const at::Tensor& new_weight, const at::Tensor& new_affine, const at::Tensor& velocity,
+                                 const at::Tensor& affine_velocity, const at::Tensor& folded,
+                                 const at::Tensor& folded_bias, const at::Tensor& rate) {
+  const char* op = "update_folded_";
+  check_float(op, "grad", grad);
+  RIBFAST_CHECK_TYPE(grad.scalar_type() != at::kDouble, op, "grad in float32, float16 or bfloat16", "Double");
   check_channels_last(op, "grad", grad);
   check_channels_last(op, "weight", weight);
   RIBFAST_CHECK_VALUE(grad.sizes() == weight.sizes(), op, c10::str("grad of the weight's shape ", weight.sizes()),
                       grad.sizes());
   RIBFAST_CHECK_TYPE(weight.scalar_type() == at::kFloat, op, "weight in float32", c10::toString(weight.scalar_type()));
+  check_same_device(op, grad, weight);
+  for (const at::Tensor* t : {&new_weight, &velocity}) check_like(op, "float32 states", *t, weight);
+  check_like(op, "folded", folded, grad);
+  if (anchor) check_like(op, "anchor", *anchor, grad);
+  const int64_t rows = weight.size(0);
+  for (const at::Tensor* t : {&affine, &norm, &new_affine, &affine_velocity}) {
+    RIBFAST_CHECK_VALUE(t->dim() == 2 && t->size(0) == 2 && t->size(1) == rows && t->is_contiguous() &&
+                            t->scalar_type() == at::kFloat,
+                        op, "contiguous float32 (2, O) tensors", c10::toString(t->scalar_type()), " ", t->sizes());
+    check_same_device(op, *t, grad);
+  }
+  for (const at::Tensor* t : {&bias_grad, bias_anchor ? &*bias_anchor : &bias_grad, &folded_bias}) {
+    RIBFAST_CHECK_VALUE(t->dim() == 1 && t->size(0) == rows && t->is_contiguous(), op, "contiguous biases (O,)",
+                        t->sizes());
+    check_same_type(op, "biases", *t, grad);
+  }
+  RIBFAST_CHECK_VALUE(rate.layout() == at::kStrided && rate.dim() == 0, op, "rate of shape ()", rate.sizes());
+  RIBFAST_CHECK_TYPE(rate.scalar_type() == at::kFloat, op, "rate in float32", c10::toString(rate.scalar_type()));
+  check_same_device(op, rate, grad);
 }
 
 inline void check_normalize_cams(const char* op, const at::Tensor& cams) {

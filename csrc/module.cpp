@@ -20,15 +20,15 @@ TORCH_LIBRARY(ribfast, m) {
   m.def("accumulate_cams_(Tensor(a!)[] out, Tensor[] maps, int[] counts, SymInt[] padded, bool relu) -> ()");
   m.def("accumulate_cams_backward(Tensor[] grads, Tensor[] maps, int[] counts, SymInt[] padded, bool relu) -> Tensor[]");
 
-  // the adapted network's, channels last: y (N, C, H, W) in place, mask (1, 1, H, W); grad, y -> grad's, its sums (C,)
+  // the adapted network's, channels last: y (N, C, H, W) in place, mask (N, 1, H, W); grad, y -> grad's, its sums (C,)
   m.def("activate_(Tensor(a!) y, Tensor? shortcut, Tensor? mask, float limit) -> ()");
   m.def("activate_backward(Tensor grad, Tensor y, float limit) -> (Tensor, Tensor)");
   // a step of SGD on weight (O, I, h, w) and affine (2, O) = gamma, beta by the gradients of the folded weight and bias;
-  // norm (2, O) = 1 / sigma, mean; anchors are added to the gradients; first: there is no velocity yet
+  // norm (2, O) = 1 / sigma, mean; anchors are added to the gradients; first: there is no velocity yet; rate ()
   m.def(
       "update_folded_(Tensor grad, Tensor bias_grad, Tensor? anchor, Tensor? bias_anchor, Tensor weight, Tensor affine, "
       "Tensor norm, Tensor(a!) new_weight, Tensor(b!) new_affine, Tensor(c!) velocity, Tensor(d!) affine_velocity, "
-      "Tensor(e!) folded, Tensor(f!) folded_bias, bool first, float rate, float momentum, float decay, float scale) "
+      "Tensor(e!) folded, Tensor(f!) folded_bias, bool first, Tensor rate, float momentum, float decay, float scale) "
       "-> ()");
 
   // images (H, W, 3) uint8, unary (L, H, W) -> probabilities; labels (K, H, W) uint8 -> labels alike; gaussian: (sxy,

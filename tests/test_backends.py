@@ -12,7 +12,7 @@ import torch
 from ribfast import _ext
 
 TESTS = Path(__file__).parent
-WITHOUT_TRITON = ("dense_crf", "lattice")
+WITHOUT_TRITON = ("adapt", "dense_crf", "lattice")
 OPERATORS = [str(TESTS / f"test_{op}.py") for op in _ext.OPS if op not in WITHOUT_TRITON]
 WITHOUT_COMPILER = "not compiles and not opcheck"
 NO_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -114,6 +114,24 @@ def test_named_backend_refuses_other_devices():
         RIBFAST_BACKEND="triton", TRITON_INTERPRET="1",
     )  # fmt: skip
     assert "ValueError: normalize_cams: expected tensors on cpu, which RIBFAST_BACKEND=triton serves" in result.stderr
+
+
+@NO_TRITON
+def test_named_triton_refuses_what_it_has_not():
+    result = child(
+        ["-c", "import torch\nfrom ribfast.ops.adapt import activate_\n"
+               "activate_(torch.zeros(1, 2, 3, 4).contiguous(memory_format=torch.channels_last))"],
+        RIBFAST_BACKEND="triton", TRITON_INTERPRET="1",
+    )  # fmt: skip
+    assert "ValueError: adapt: expected a backend that has it, got RIBFAST_BACKEND=triton on cpu" in result.stderr
+
+
+def test_plain_torch_serves_an_adapted_network():
+    """RIBFAST_BACKEND=reference: the values of the compiled operators, by the same calls."""
+    cases = "activation or update_is or gutter"
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", cases, str(TESTS / "test_adapt.py")]
+    result = child(command, RIBFAST_BACKEND="reference", RIBFAST_TEST_DEVICE="cpu")
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
 
 
 def test_missing_extension_says_how_to_build(tmp_path):

@@ -1,8 +1,10 @@
 """Every operator can be captured in a CUDA graph, and its replays follow new inputs."""
 
+import os
+
 import pytest
 import torch
-from cases import logits, scales
+from cases import logits, rounding, scales
 
 from ribfast import ops, reference
 
@@ -10,6 +12,7 @@ pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
 ]
+cpp_alone = pytest.mark.skipif(os.environ.get("RIBFAST_BACKEND") == "triton", reason="has no Triton kernels")
 
 
 def replayed(run, inputs):
@@ -116,6 +119,61 @@ def test_normalize_cams_in_place():
     torch.testing.assert_close(result, reference.normalize_cams(cams))
 
 
+def channels_last(*shape, dtype=torch.float32):
+    return torch.randn(shape, device="cuda").to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+@cpp_alone
+@pytest.mark.parametrize("channels", [33, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_activations(channels, dtype):
+    shape = (1, channels, 40, 33)
+    before, shortcut, grad = (channels_last(*shape, dtype=dtype) for _ in range(3))
+    mask = (torch.rand(1, 1, 40, 33, device="cuda") < 0.9).to(dtype)
+    y = torch.empty_like(before)
+
+    def run():
+        y.copy_(before)
+        torch.ops.ribfast.activate_(y, shortcut, mask, 6.0)
+        return torch.ops.ribfast.activate_backward(grad, y, 6.0)
+
+    result, sums = replayed(run, [before, shortcut, grad])
+    torch.testing.assert_close(y, reference.activate(before, shortcut, mask, 6.0), **rounding(dtype))
+    expected, expected_sums = reference.activate_backward(grad, y, 6.0)
+    assert torch.equal(result, expected)
+    torch.testing.assert_close(sums, expected_sums, rtol=1e-4, atol=1e-3)
+    assert torch.equal(sums, run()[1])
+
+
+@cpp_alone
+def test_update_folded():
+    """Replays follow a rate that is only known on the device."""
+    shape, count, rate = (64, 32, 3, 3), 64, torch.zeros((), device="cuda")
+    grads = channels_last(*shape, dtype=torch.bfloat16), torch.randn(count, device="cuda").bfloat16()
+    anchors = channels_last(*shape, dtype=torch.bfloat16), torch.randn(count, device="cuda").bfloat16()
+    weight, velocity = channels_last(*shape), channels_last(*shape)
+    affine, norm, affine_velocity = (torch.rand(2, count, device="cuda") + 0.5 for _ in range(3))
+    states = [torch.empty_like(t) for t in (weight, affine, velocity, affine_velocity)]
+    folded = [torch.empty_like(t) for t in grads]
+
+    def run():
+        for state, value in zip(states, (weight, affine, velocity, affine_velocity), strict=True):
+            state.copy_(value)
+        torch.ops.ribfast.update_folded_(
+            *grads, *anchors, *states[:2], norm, *states, *folded, False, rate, 0.3, 0.1, 4.0
+        )
+
+    replayed(run, [*grads, rate])
+    total = [(g.float() + a.float()) / 4 for g, a in zip(grads, anchors, strict=True)]
+    expected = reference.update_folded(
+        *total, weight, affine, norm, velocity, affine_velocity, rate=rate, momentum=0.3, decay=0.1
+    )
+    assert rate != 0
+    for found, wanted in zip([*states, *folded], expected, strict=True):
+        close = dict(rtol=1e-4, atol=1e-3) if found.dtype == torch.float32 else rounding(found.dtype)
+        torch.testing.assert_close(found, wanted.to(found.dtype), **close)
+
+
 def crf_picture(height, width, labels):
     coarse = torch.rand(1, 3, 4, 5, device="cuda") * 220
     smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")[0].permute(1, 2, 0)
@@ -123,6 +181,7 @@ def crf_picture(height, width, labels):
     return image, torch.rand(labels, height, width, device="cuda") * 3
 
 
+@cpp_alone
 @pytest.mark.parametrize("labels", [1, 2, 5, 21, 40])
 @pytest.mark.parametrize("capacity", [0, 40000])
 def test_dense_crf(labels, capacity):
@@ -140,6 +199,7 @@ def test_dense_crf(labels, capacity):
         assert torch.equal(result, repeated)
 
 
+@cpp_alone
 def test_dense_crf_follows_new_images():
     image, unary = crf_picture(50, 71, 3)
 
@@ -160,6 +220,7 @@ def test_dense_crf_follows_new_images():
     assert torch.equal(result, expected)
 
 
+@cpp_alone
 def test_overflow_is_an_error_or_nan():
     image, unary = crf_picture(50, 71, 3)
 
@@ -175,6 +236,7 @@ def test_overflow_is_an_error_or_nan():
     assert result.isnan().all()
 
 
+@cpp_alone
 def test_lattice_filter():
     features, values = torch.randn(3000, 4, device="cuda") * 2, torch.rand(3000, 6, device="cuda")
 
@@ -188,6 +250,7 @@ def test_lattice_filter():
         assert torch.equal(result, repeated)
 
 
+@cpp_alone
 def test_mean_field_of_points():
     features, unary = torch.randn(2000, 3, device="cuda"), torch.rand(6, 2000, device="cuda") * 3
 

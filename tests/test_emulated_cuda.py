@@ -4,6 +4,7 @@ Threads are scheduled in several orders; a result that depends on the order is a
 """
 
 import ctypes
+import math
 
 import pytest
 import torch
@@ -166,6 +167,123 @@ def test_accumulate_cams(kernels, dtype, views, relu):
         close = rounding(dtype)
         widest = leaf.grad.abs().max().clamp(min=1).item()
         torch.testing.assert_close(got, leaf.grad, rtol=close["rtol"], atol=close["atol"] * widest)
+
+
+def maybe(tensor):
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def cells_of(shape, dtype):
+    """(cells, channels) with what activations have to keep, as (1, channels, cells, 1) channels last."""
+    values = torch.randn(shape).mul_(3).to(dtype)
+    values.view(-1)[:: max(1, values.numel() // 5)] = torch.tensor(torch.nan)
+    values.view(-1)[1 :: max(1, values.numel() // 3)] = torch.tensor(torch.inf)
+    values.view(-1)[2 :: max(1, values.numel() // 4)] = torch.tensor(-torch.inf)
+    return values
+
+
+def on_canvas(values):
+    return values.T[None, :, :, None]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("cells", [0, 1, 63, 129])
+@pytest.mark.parametrize("channels, wide", [(1, False), (7, False), (33, False), (129, False), (8, True), (136, True)])
+def test_activate(kernels, dtype, cells, channels, wide):
+    y, shortcut = cells_of((cells, channels), dtype), cells_of((cells, channels), dtype)
+    covering = (torch.rand(cells) < 0.7).to(dtype)
+    for added in (None, shortcut):
+        for mask in (None, covering):
+            for limit in (torch.inf, 1.25):
+
+                def run(order, added=added, mask=mask, limit=limit):
+                    result = y.clone()
+                    geometry = (ctypes.c_int64(cells), ctypes.c_int64(channels), ctypes.c_double(limit))
+                    kernels.activate(STORAGE[dtype], wide, order, at(result), maybe(added), maybe(mask), *geometry)
+                    return (result,)
+
+                (result,) = same_in_every_order(run)
+                expected = reference.activate(
+                    on_canvas(y),
+                    None if added is None else on_canvas(added),
+                    None if mask is None else mask.view(1, 1, cells, 1),
+                    limit,
+                )
+                torch.testing.assert_close(on_canvas(result), expected, **rounding(dtype), equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("cells", [0, 1, 63, 129, 1100])
+@pytest.mark.parametrize("channels, wide", [(1, False), (7, False), (33, False), (129, False), (8, True), (136, True)])
+def test_activate_backward(kernels, dtype, cells, channels, wide):
+    grad, y = torch.randn(cells, channels).to(dtype), cells_of((cells, channels), dtype)
+    for limit in (torch.inf, 1.25):
+
+        def run(order, limit=limit):
+            result = torch.full_like(grad, torch.nan)
+            sums = torch.full((channels,), torch.nan, dtype=reference.accumulator_dtype(dtype))
+            geometry = (ctypes.c_int64(cells), ctypes.c_int64(channels), ctypes.c_double(limit))
+            strips = kernels.activate_backward(
+                STORAGE[dtype], wide, order, at(grad), at(y), *geometry, at(result), at(sums)
+            )
+            assert strips > 1 or cells < 1100
+            return result, sums
+
+        result, sums = same_in_every_order(run)
+        expected, expected_sums = reference.activate_backward(on_canvas(grad), on_canvas(y), limit)
+        assert torch.equal(on_canvas(result), expected)
+        torch.testing.assert_close(sums, expected_sums, **tolerance(dtype))
+
+
+def test_activate_backward_keeps_what_is_not_finite(kernels):
+    """NaN and infinity of the gradient pass where y is inside, and nothing of them where it is not."""
+    y = torch.ones(70, 4)
+    y[:, 1] = 0
+    grad = torch.ones(70, 4)
+    grad[3, :2], grad[66, 2] = torch.nan, torch.inf
+    result, sums = torch.empty(70, 4), torch.empty(4)
+    geometry = (ctypes.c_int64(70), ctypes.c_int64(4), ctypes.c_double(torch.inf))
+    kernels.activate_backward(1, True, 0, at(grad), at(y), *geometry, at(result), at(sums))
+    torch.testing.assert_close(sums, torch.tensor([torch.nan, 0, torch.inf, 70]), equal_nan=True)
+    assert result[3, 0].isnan() and result[3, 1] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=NAMES.get)
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("n, wide", [(1, False), (9, False), (33, False), (300, False), (8193, False), (4, True),
+                                     (36, True), (1152, True), (8200, True)])  # fmt: skip
+def test_update_folded(kernels, dtype, first, n, wide):
+    rows, scale, constants = 3 if n < 1000 else 2, 4.0, {"momentum": 0.3, "decay": 0.1}
+    grads = torch.randn(rows, n).to(dtype), torch.randn(rows).to(dtype)
+    anchors = torch.randn(rows, n).to(dtype), torch.randn(rows).to(dtype)
+    start, norm, rate = (torch.randn(rows, n), torch.rand(2, rows) + 0.5), torch.rand(2, rows) + 0.5, torch.tensor(0.05)
+    velocities = (torch.full((rows, n), torch.nan), torch.full((2, rows), torch.nan))
+    if not first:
+        velocities = torch.randn(rows, n), torch.randn(2, rows)
+    for added in ((None, None), anchors):
+        total = [g.float() / scale + (0 if a is None else a.float() / scale) for g, a in zip(grads, added, strict=True)]
+        before = (None, None) if first else (velocities[0].view(rows, n, 1, 1), velocities[1])
+        expected = reference.update_folded(
+            total[0].view(rows, n, 1, 1), total[1], start[0].view(rows, n, 1, 1), start[1], norm,
+            *before, rate=rate, **constants,
+        )  # fmt: skip
+
+        def run(order, added=added):
+            now = [t.clone() for t in start]
+            made = [torch.full_like(t, torch.nan) for t in now] if first else [*now]  # later steps are in place
+            made += [*(v.clone() for v in velocities), *(torch.full_like(g, torch.nan) for g in grads)]
+            given = [grads[0], grads[1], *added, *now, norm, rate]
+            kernels.update_folded(
+                STORAGE[dtype], wide, order, (ctypes.c_void_p * 8)(*[t if t is None else t.data_ptr() for t in given]),
+                pointers(made), ctypes.c_int64(rows), ctypes.c_int64(n), ctypes.c_float(constants["momentum"]),
+                ctypes.c_float(constants["decay"]), ctypes.c_float(scale), first,
+            )  # fmt: skip
+            return made
+
+        sums = rounding(torch.float32) | {"atol": 1e-5 * max(1, math.sqrt(n) / 20)}
+        for found, wanted in zip(same_in_every_order(run), expected, strict=True):
+            limits = sums if found.dtype == torch.float32 else rounding(dtype)
+            torch.testing.assert_close(found, wanted.view(found.shape).to(found.dtype), **limits)
 
 
 def test_emulated_kernels_equal_the_cpu_kernels(kernels):

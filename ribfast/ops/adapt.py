@@ -1,6 +1,7 @@
 """What stands between the convolutions of a network that is adapted to an image; for `ribfast.rib`, not for users.
 
-Compiled for the CPU; elsewhere plain torch serves. Tensors (N, C, H, W) are channels last.
+Compiled for the CPU and CUDA, without Triton kernels. Tensors (N, C, H, W) are channels last. Nothing here waits for
+the device, so all of it can be captured in a CUDA graph.
 """
 
 import math
@@ -11,9 +12,11 @@ from torch import Tensor
 from .. import _ext, reference
 from .registration import refuse_gradient, run_as_is_under_autocast
 
+_OP = "adapt"
+
 
 def _compiled(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and _ext.requested in ("auto", "cpp")
+    return _ext.backend(_OP, tensor.device).name == "cpp"
 
 
 def activate_(y: Tensor, shortcut: Tensor | None = None, mask: Tensor | None = None, limit: float = math.inf) -> Tensor:
@@ -42,10 +45,12 @@ def update_folded_(
     velocities begin here; rate: () float32. `reference.update_folded` has the formulas.
     """
     if _compiled(start[0]):
+        # convolutions may hand their gradients back in another layout
+        pairs = [(None, None) if pair is None else (pair[0].contiguous(memory_format=torch.channels_last), pair[1])
+                 for pair in (grads, anchors)]  # fmt: skip
         torch.ops.ribfast.update_folded_.default(
-            grads[0].contiguous(memory_format=torch.channels_last), grads[1], *(anchors or (None, None)), *start, norm,
-            *out, first, float(rate), momentum, decay, scale,
-        )  # fmt: skip
+            *pairs[0], *pairs[1], *start, norm, *out, first, rate, momentum, decay, scale
+        )
         return
     grads = [grad.float() / scale for grad in grads]
     if anchors is not None:

@@ -108,6 +108,7 @@ class _Convolve(torch.autograd.Function):
         if padding is None:
             padding, x = 0, F.pad(x, (0, 1, 0, 1))
         y = F.conv2d(x, weight, bias, layer.stride, padding, 1, layer.groups)
+        y = y.contiguous(memory_format=torch.channels_last)  # some of CUDA's convolutions answer in another layout
         if activation:
             mask = None if masks is None else masks[y.shape[2] != masks[0].shape[2]]
             activate_(y, shortcut, mask, LIMITS[activation])

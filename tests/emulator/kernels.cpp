@@ -3,6 +3,7 @@
 #include "cuda_on_cpu.h"
 
 #include "../../csrc/cuda/accumulate_cams.cuh"
+#include "../../csrc/cuda/adapt.cuh"
 #include "../../csrc/cuda/gndrp.cuh"
 #include "../../csrc/cuda/normalize_cams.cuh"
 
@@ -136,6 +137,64 @@ void accumulate_cams_backward(int storage, unsigned order, int count, const void
       blocks += accumulate_backward_blocks(batch.entries[i]);
     }
     emulator::launch(blocks, kWarp * kGatherWarps, order, [&] { accumulate_backward_kernel<T, kEntries>(batch); });
+  });
+}
+
+// shortcut and mask may be null
+void activate(int storage, bool wide, unsigned order, void* y, const void* shortcut, const void* mask, int64_t cells,
+              int64_t channels, double limit) {
+  with_element(storage, [&](auto element) {
+    using T = decltype(element);
+    with_vector<T>(wide, [&](auto vec) {
+      emulator::launch(activate_blocks(cells, channels, vec.value), kCellThreads, order, [&] {
+        activate_kernel<T, vec.value>(static_cast<T*>(y), static_cast<const T*>(shortcut), static_cast<const T*>(mask),
+                                      cells, channels / vec.value, limit);
+      });
+    });
+  });
+}
+
+// Returns the number of strips whose sums were added up.
+int64_t activate_backward(int storage, bool wide, unsigned order, const void* grad, const void* y, int64_t cells,
+                          int64_t channels, double limit, void* result, void* sums_) {
+  int64_t strips = 0;
+  with_element(storage, [&](auto element) {
+    using T = decltype(element);
+    auto* sums = static_cast<Acc<T>*>(sums_);
+    with_vector<T>(wide, [&](auto vec) {
+      const Strips s = share_strips(cells, channels, vec.value);
+      strips = s.count;
+      std::vector<Acc<T>> partial(s.count * channels, static_cast<Acc<T>>(NAN));
+      emulator::launch(s.count * s.tiles, kCellThreads, order, [&] {
+        activate_backward_kernel<T, vec.value>(static_cast<const T*>(grad), static_cast<const T*>(y), cells, channels,
+                                               s, limit, static_cast<T*>(result), s.count == 1 ? sums : partial.data());
+      });
+      if (s.count == 1) return;
+      emulator::launch((channels + kWarp - 1) / kWarp, kSumThreads, order,
+                       [&] { sum_strips_kernel<Acc<T>>(partial.data(), s.count, channels, sums); });
+    });
+  });
+  return strips;
+}
+
+// given: grad, its bias', the anchor, its bias' (which may be null), weight, affine, norm, rate; made: new weight and
+// affine, velocities, the folded weight and bias. Storage: not float64.
+void update_folded(int storage, bool wide, unsigned order, const void** given, void** made, int64_t rows, int64_t n,
+                   float momentum, float decay, float scale, bool first) {
+  with_element(storage, [&](auto element) {
+    using T = decltype(element);
+    if constexpr (!std::is_same_v<T, double>) {
+      const auto elements = [&](int i) { return static_cast<const T*>(given[i]); };
+      const auto floats = [&](int i) { return static_cast<const float*>(given[i]); };
+      const auto state = [&](int i) { return static_cast<float*>(made[i]); };
+      const FoldedUpdate<T> update{
+          elements(0), elements(1), elements(2), elements(3), floats(4), floats(5), floats(6), floats(7), state(0),
+          state(1),    state(2),    state(3),    static_cast<T*>(made[4]),   static_cast<T*>(made[5]),   rows, n,
+          momentum,    decay,       1 / scale,   first};
+      emulator::launch(rows, update_threads(n), order, [&] {
+        wide ? update_folded_kernel<T, 4>(update) : update_folded_kernel<T, 1>(update);
+      });
+    }
   });
 }
 
