@@ -1,9 +1,10 @@
 """Everything that a GPU can check and measure, in one call under ten minutes and without a network.
 
 Builds with CUDA into the source tree, runs the operators' tests on the device (CUDA C++ and Triton) and their CUDA
-graphs, measures CUDA, Triton and plain torch side by side, and runs compute-sanitizer on small cases. What is known is
-written after every phase and row to RESULTS/gpu-DEVICE.json, the whole output of a phase to RESULTS/gpu-PHASE.log, so
-that nothing is lost when something fails or the time is up. Exits with 1 where a check failed.
+graphs, measures CUDA, Triton and plain torch side by side and RIB against the released procedure, and runs
+compute-sanitizer on small cases. What is known is written after every phase and row to RESULTS/gpu-DEVICE.json, the
+whole output of a phase to RESULTS/gpu-PHASE.log, so that nothing is lost when something fails or the time is up. Exits
+with 1 where a check failed.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+PHASES = ("build", "tests", "measure", "rib", "sanitize")
 # what these test does not need a GPU, and is shown without one
 WITHOUT_GPU = (
     "cuda_compile", "demo", "emulated_crf", "emulated_cuda", "info", "layers", "packaging", "triton_compile",
@@ -112,9 +114,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
     parser.add_argument("--seconds", type=float, default=570, help="for everything (default: 570)")
-    parser.add_argument("--only", choices=["build", "tests", "measure", "sanitize"], nargs="+", help="phases to run")
+    parser.add_argument("--only", choices=PHASES, nargs="+", help="phases to run")
     options = parser.parse_args()
-    wanted = set(options.only or ["build", "tests", "measure", "sanitize"])
+    wanted = set(options.only or PHASES)
 
     import torch
 
@@ -147,6 +149,10 @@ def main():
     if "measure" in wanted:
         run.phase("measure", [sys.executable, "-m", "benchmarks.gpu_ops", str(run.path)], 150)
         run.facts |= json.loads(run.path.read_text())  # rows that the phase added
+        run.save()
+    if "rib" in wanted:
+        run.phase("rib", [sys.executable, "-m", "benchmarks.gpu_rib", str(run.path)], 200)
+        run.facts |= json.loads(run.path.read_text())
         run.save()
     if "tests" in wanted:
         run.phase("triton", [*pytest, "tests/test_backends.py", "-k", "triton_on_the_device"], 150)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -145,13 +146,13 @@ class AdaptConfig(RIBConfig):
     seed: int = 0  # of the others that are drawn
     format: Literal["irn", "pmm"] = "irn"  # of the files
     shard: str | None = None  # i/n: the i-th of n shares, from 0; none: torchrun's, else everything
-    workers: int = 2  # threads that decode
+    workers: int | None = None  # threads that decode; None: 2, or, for a GPU, one a core, up to 16
     cache_mib: int = 1024  # of decoded images that are kept
     device: str = "auto"  # auto, cpu, cuda or cuda:N
 
     def __post_init__(self):
         super().__post_init__()
-        if self.workers < 1 or self.cache_mib < 0:
+        if (self.workers is not None and self.workers < 1) or self.cache_mib < 0:
             raise ValueError(f"AdaptConfig: expected workers of at least 1 and cache_mib of at least 0, got "
                              f"{self.workers} and {self.cache_mib}")  # fmt: skip
         choose_shard(self.shard)
@@ -226,7 +227,8 @@ def adapt_maps(
             store.record(name, steps=found.steps, stopped=found.stopped)
         return name, found.error
 
-    threads = ThreadPoolExecutor(config.workers, "ribfast-rib")
+    workers = config.workers or (2 if device.type == "cpu" else min(16, os.cpu_count()))
+    threads = ThreadPoolExecutor(workers, "ribfast-rib")
     try:
         with rib.keep_pages():
             for name, error in data.prefetch(save, engine.adapt_all(jobs()), workers=1, ahead=1):

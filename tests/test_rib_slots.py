@@ -48,7 +48,7 @@ def test_a_tape_does_again_what_was_recorded():
     replay(), replay()
     assert out.tolist() == [4.0, 8.0, 12.0]
     with pytest.raises(RuntimeError, match="waits for the device"):
-        tape.record(lambda: float(x[0]))
+        tape.record(lambda: float(x.detach()[0]))
 
 
 @pytest.mark.parametrize("preset, concurrency", [("released", 3), ("paper", 1), ("fast", 3)])
@@ -85,10 +85,9 @@ def test_graphs_of_other_networks(name, options):
     assert engine.made
 
 
-@pytest.mark.parametrize("name", ["explode", "stop"])
-def test_golden_runs_as_graphs(golden_model, name):
-    """With both stops: a graph goes through the step in which an image stops, and through those after it."""
-    numbers, target, others, config = golden_run(name)
+def test_golden_run_as_graphs(golden_model):
+    """With a stop: a graph goes through the step in which the image stops, and through those after it."""
+    numbers, target, others, config = golden_run("stop")
     engine = graphed(golden_model, config)
     for _ in range(2):
         result = engine.adapt([target], others)[0]
@@ -270,3 +269,44 @@ def test_a_classifiers_gradient_fits_float16():
     (gradient,) = torch.autograd.grad(_Classify.apply(x, weight), weight, upstream)
     assert gradient.dtype == torch.float32
     torch.testing.assert_close(gradient, torch.full_like(gradient, 9.0 * 1200 * 10.24), rtol=1e-3, atol=0)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2"])
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_cuda_graphs_equal_the_reference(name, concurrency):
+    model = small_model(name).cuda()
+    config = RIBConfig.released(steps=4, lr=2e-5, disjoint=False, concurrency=concurrency)
+    targets = [small_target(size, (i % 4,)) for i, size in enumerate(SIZES)]
+    engine = Engine(model, config)
+
+    def others(step):
+        images, present = small_others(step)
+        return images.cuda(), present.cuda()
+
+    for _ in range(3):
+        results = engine.adapt(targets, small_others)
+    assert any(frame.replays for slot in engine._slots for frame in slot.frames.values())
+    plain = adapt(model, targets, small_others, dataclasses.replace(config, graphs=False))
+    for target, result, one in zip(targets, results, plain, strict=True):
+        target = dataclasses.replace(target, views=[view.cuda() for view in target.views])
+        maps, steps, stopped = reference.rib(model, target.views, target.classes, others, config)
+        assert (result.steps, result.stopped) == (one.steps, one.stopped) == (steps, stopped)
+        for found, other, expected in zip(result.maps, one.maps, maps, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.max()))
+            torch.testing.assert_close(other, expected, rtol=1e-3, atol=1e-3 * float(expected.max()))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_cuda_graphs_in_16_bits(golden_model, precision):
+    numbers, target, others, config = golden_run("gndrp_one_class")
+    config = dataclasses.replace(config, precision=precision, concurrency=2)
+    results = Engine(golden_model.cuda(), config).adapt([target] * 6, others)
+    golden_model.cpu()
+    for result in results:
+        found, expected = result.high_res.cpu().numpy(), numbers["high_res"]
+        assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.999
+        assert ((found > 0.3) == (expected > 0.3)).mean() > 0.99
