@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ribfast import cli, data, models, reference
 from ribfast.pipeline import AdaptConfig, adapt_maps
 from ribfast.rib import Draws, Engine, Job, RIBConfig, Target, adapt
-from ribfast.rib.canvas import Canvas, arrange
+from ribfast.rib.canvas import Canvas, arrange, arrange_roomily
 from ribfast.rib.step import Rows
 from ribfast.store import MapStore
 
@@ -259,9 +259,10 @@ def test_presets():
     assert [round(RIBConfig.released().rate(k) / 8e-6, 4) for k in (0, 5)] == [1, round(0.5**0.9, 4)]
 
 
-def test_canvas_keeps_every_map_apart():
+@pytest.mark.parametrize("arrange", [arrange, arrange_roomily])
+def test_canvas_keeps_every_map_apart(arrange):
     rng = np.random.default_rng(0)
-    for _ in range(60):
+    for _ in range(40):
         own, others = (
             tuple((int(h), int(w)) for h, w in rng.integers(1, 30, (rng.integers(low, 9), 2))) for low in (1, 0)
         )
@@ -271,6 +272,17 @@ def test_canvas_keeps_every_map_apart():
             assert y >= 0 and x >= 0 and x + w <= columns and y + h <= (own_rows if number < len(own) else rows)
             taken[y : y + h + 1, x : x + w + 1] += 1  # with its gutter
         assert taken.max() == 1
+
+
+def test_images_of_many_sizes_share_few_canvases_with_little_room_to_spare():
+    scales, shapes = RIBConfig().scales, set()
+    sizes = [(375, 500), (500, 375), (333, 500), (500, 333), (334, 500), (332, 500), (400, 500), (281, 500), (500, 400)]
+    for size in sizes:
+        own = [tuple(-(-round(side * s) // 8) for side in size) for s in scales for _ in range(2)]
+        canvas = Canvas(own, [(64, 64)] * 20, few_shapes=True)
+        shapes.add(canvas.shape)
+        assert canvas.small_mask.mean() > 0.85
+    assert len(shapes) <= 6
 
 
 def test_canvas_gives_each_map_what_it_has_alone():

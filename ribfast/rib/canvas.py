@@ -95,8 +95,9 @@ def arrange(own, others):
 def arrange_roomily(own, others):
     """Likewise, on canvases of few shapes: columns by the others' width, or by 16, and rows of `own` by 16."""
     pitch = others[0][1] + 1 if others else 16
-    columns = -(-(max(w for _, w in own + others) + 1) // pitch) * pitch - 1
-    return _arrange(own, others, columns, rows_by=16)
+    least = -(-(max(w for _, w in own + others) + 1) // pitch)
+    found = (_arrange(own, others, pitch * count - 1, rows_by=16) for count in range(least, least + 3))
+    return min(found, key=lambda each: each[2] * each[3])
 
 
 def _arrange(own, others, columns: int, rows_by: int = 1):

@@ -19,7 +19,7 @@ from .step import Layout, Run
 
 log = logging.getLogger("ribfast")
 MOST_AT_ONCE = 8  # large images fill a GPU with fewer; small ones gain little beyond
-FRAMES = 8  # shapes of canvas that a slot keeps buffers and graphs of
+FRAMES = 12  # shapes of canvas that a slot keeps buffers and graphs of
 OUT_OF_MEMORY = "out of memory, alone, at {}x{}; take smaller scales, fewer or smaller others, or 16 bits"
 
 
