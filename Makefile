@@ -3,6 +3,8 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 PYTEST_ARGS ?=
 FUZZ_ARGS ?= --calls 10000
+# files of tests in two processes, whose idle threads must not spin; in one, where there is no pytest-xdist
+SIDE_BY_SIDE = $(shell $(PYTHON) -c 'import xdist; print("-n 2 --dist loadfile")' 2>/dev/null)
 
 ifeq ($(VENV),none)
 PYTHON ?= python3
@@ -34,7 +36,7 @@ demo: build  ## the operators on a bundled picture, written to demo/
 	$(PYTHON) -m ribfast.demo --out demo
 
 test: build
-	$(PYTHON) -m pytest $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest $(SIDE_BY_SIDE) $(PYTEST_ARGS)
 
 test-tiers: build  ## the operators' tests under each CPU tier
 	$(PYTHON) -m pytest tests/test_backends.py -k tier $(PYTEST_ARGS)

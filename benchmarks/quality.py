@@ -59,8 +59,12 @@ def measure(model, variant, source, others, seed, crop) -> tuple[list[ThresholdS
     with rib.keep_pages(), ThreadPoolExecutor(1) as threads:
         for block in draws.blocks:
             loader = rib.BlockLoader(draws, block, block, normalization, threads, cache)
+            if loader.empty:
+                raise ValueError(f"every other image shares a class with {loader.items[0].name}")
             batches = engine.batches(loader.items[0].classes, loader.others, len(loader.items))
             for item, target in loader.targets():
+                if isinstance(target, Exception):
+                    raise target
                 last = []
                 job = rib.Job(target, batches, watch=lambda step, maps, last=last: last.append(maps))
                 ((_, result),) = engine.adapt_all([job])

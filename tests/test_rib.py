@@ -424,9 +424,12 @@ def test_others_are_asked_for_once_a_step_in_order(count, preset, expected):
     assert asked == expected
 
 
-def test_the_guard_stops_where_the_reference_does():
-    model, target = small_model(), small_target()
-    config = RIBConfig.released(steps=5, lr=1e-5, explode_level=0.2, explode_area=0.3)
+@pytest.mark.parametrize("scales", [(1.0, 0.5, 1.5, 2.0), (0.5, 1.0, 1.5)])
+def test_the_guard_stops_where_the_reference_does(scales):
+    model, target = small_model(), small_target(scales=scales)
+    config = RIBConfig.released(
+        steps=5, lr=1e-5, explode_level=0.2, explode_area=0.3, scales=scales, loss_scales=(1.0, 1.5)
+    )
     result = adapt(model, [target], small_others, config)[0]
     maps, steps, stopped = reference.rib(model, target.views, target.classes, small_others, config)
     assert (result.steps, result.stopped) == (steps, stopped) == (2, True)

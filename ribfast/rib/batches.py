@@ -62,7 +62,7 @@ class Batches:
     def _gradients(self, step: int, run: Run) -> list[Tensor]:
         engine, (features, present) = self.engine, self._features(step)
         canvas = Canvas([], [features.shape[2:]] * len(features), tensorflow_padding=engine.tail.tensorflow_padding)
-        on_canvas = canvas.empty(features.shape[1], engine.dtype).to(engine.device)
+        on_canvas = canvas.empty(features.shape[1], engine.dtype, engine.device)
         for number, image in enumerate(features):
             canvas.write(on_canvas, number, image)
         cells = [canvas.cells(i) for i in range(len(features))]

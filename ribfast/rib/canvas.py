@@ -29,7 +29,7 @@ class Canvas:
     odd ones: there odd sizes get odd offsets. few_shapes: spare room, so that many targets' canvases have one shape.
     """
 
-    def __init__(self, own, others=(), *, tensorflow_padding: bool = False, device="cpu", few_shapes: bool = False):
+    def __init__(self, own, others=(), *, tensorflow_padding: bool = False, few_shapes: bool = False):
         self.sizes = [tuple(size) for size in (*own, *others)]
         self.n_own, self.few_shapes = len(own), few_shapes
         self.small = [((h + 1) // 2, (w + 1) // 2) for h, w in self.sizes]
@@ -42,8 +42,8 @@ class Canvas:
             (2 * y + odd * (h % 2), 2 * x + odd * (w % 2))
             for (y, x), (h, w) in zip(self.small_places, self.sizes, strict=True)
         ]
-        self.mask = self._mask(self.places, self.sizes, 2).to(device)
-        self.small_mask = self._mask(self.small_places, self.small, 1).to(device)
+        self.mask = self._mask(self.places, self.sizes, 2)
+        self.small_mask = self._mask(self.small_places, self.small, 1)
 
     @property
     def shape(self) -> Shape:
@@ -60,10 +60,10 @@ class Canvas:
         rows = self.own_rows if own else self.rows
         return self.mask[:, :, : 2 * rows].to(dtype), self.small_mask[:, :, :rows].to(dtype)
 
-    def empty(self, channels: int, dtype: torch.dtype) -> Tensor:
+    def empty(self, channels: int, dtype: torch.dtype, device="cpu") -> Tensor:
         """Zeros (1, channels, 2 rows, 2 columns), to write features into."""
         shape = (1, 2 * self.rows, 2 * self.columns, channels)
-        return torch.zeros(shape, dtype=dtype, device=self.mask.device).permute(0, 3, 1, 2)
+        return torch.zeros(shape, dtype=dtype, device=device).permute(0, 3, 1, 2)
 
     def part(self, features: Tensor) -> Tensor:
         """The target's own part of a canvas of features."""

@@ -106,10 +106,8 @@ class Engine:
         if key not in self._layouts:
             if len(self._layouts) >= 64:
                 self._layouts.pop(next(iter(self._layouts)))
-            canvas = Canvas(
-                *key, tensorflow_padding=self.tail.tensorflow_padding, device=self.device,
-                few_shapes=self.capture is not None,
-            )  # fmt: skip
+            few = self.capture is not None
+            canvas = Canvas(*key, tensorflow_padding=self.tail.tensorflow_padding, few_shapes=few)
             self._layouts[key] = Layout(canvas, self.config, self.dtype, self.device)
         return self._layouts[key]
 

@@ -30,7 +30,7 @@ class Frame:
         self.graphed = engine.capture is not None
         self.layout, self.source = layout.clone() if self.graphed else layout, layout
         canvas, device = layout.canvas, engine.device
-        self.features = canvas.empty(channels, engine.dtype)
+        self.features = canvas.empty(channels, engine.dtype, device)
         self.sums = torch.zeros(engine.n_classes, canvas.own_rows * canvas.columns, device=device)
         n_others = len(canvas.sizes) - canvas.n_own
         self.labels = torch.zeros(n_others, engine.n_classes, dtype=torch.bool, device=device)
@@ -39,6 +39,9 @@ class Frame:
 
     def prepare(self, layout: Layout) -> None:
         """For an image with this layout."""
+        if self.sums.is_cuda:  # slots share layouts, which may be let go meanwhile
+            for tensor in layout.tensors():
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
         if layout is not self.source:
             if self.graphed:
                 self.layout.copy_(layout)

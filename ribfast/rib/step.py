@@ -74,10 +74,10 @@ class Layout:
         self.pair = Rows(
             [cells[first], cells[first + 1].flip(1)], n_own, device, most
         )  # scale 1, the mirror turned back
-        at_scale_1 = torch.zeros(n_own)
-        at_scale_1[torch.cat([cells[first].flatten(), cells[first + 1].flatten()])] = 1
-        self.at_scale_1 = at_scale_1.to(device)
-        self.masks = canvas.masks(own=False, dtype=dtype)
+        until_scale_1 = torch.zeros(n_own)
+        until_scale_1[torch.cat([c.flatten() for c in cells[: first + 2]])] = 1
+        self.until_scale_1 = until_scale_1.to(device)
+        self.masks = tuple(mask.to(device) for mask in canvas.masks(own=False, dtype=dtype))
 
     @property
     def own_masks(self) -> tuple[Tensor, Tensor]:
@@ -87,14 +87,14 @@ class Layout:
     def clone(self) -> "Layout":
         """With tensors of its own."""
         own = copy.copy(self)
-        own.masks, own.at_scale_1 = tuple(mask.clone() for mask in self.masks), self.at_scale_1.clone()
+        own.masks, own.until_scale_1 = tuple(mask.clone() for mask in self.masks), self.until_scale_1.clone()
         own.own, own.others, own.pair = self.own.clone(), self.others.clone(), self.pair.clone()
         return own
 
     def tensors(self) -> list[Tensor]:
         """All that a step reads of it."""
         rows = (self.own, self.others, self.pair)
-        return [*self.masks, self.at_scale_1, *(tensor for each in rows for tensor in each.tensors())]
+        return [*self.masks, self.until_scale_1, *(tensor for each in rows for tensor in each.tensors())]
 
     def copy_(self, other: "Layout") -> None:
         """The other one's places in this one's tensors; their canvases have one shape."""
@@ -141,8 +141,8 @@ class Run:
         maps = self.tail(features, layout.own_masks if others is None else layout.masks, self.weights).float()
         rectified = maps.detach()[:, : sums.shape[1]].relu()
         stop = self._exploded(rectified, layout)
-        # of a step in which the map runs away only scale 1 counts: the stop comes before the other scales
-        counted = torch.where(stop, layout.at_scale_1, 1.0)
+        # the guard looks at scale 1: of a step in which it stops, the scales after that one do not count
+        counted = torch.where(stop, layout.until_scale_1, 1.0)
         sums.add_(torch.where(self.alive, rectified * counted, 0))
         own = torch.where(self.present, layout.own.pool(maps, config), 0)
         if config.stop_logit is not None:
