@@ -1,10 +1,10 @@
 """RIB on a GPU: against the released procedure written straight, by images at once, without graphs and in float32.
 
-Random weights, stops off, so that every image takes all K steps; images of one label set share their others by eights,
-as they do by default. `arithmetic`: views and others lie on the device; `loading`: JPEG files on disk, maps written.
-Operations are counted, two a multiply-add, of what has to be computed: `rate_share` is their rate over that of one
-large 16-bit matrix product. Called by benchmarks/gpu.py: `python -m benchmarks.gpu_rib RESULT.json` adds to that file
-after every row.
+Random weights, stops off, so that every image takes all K steps; images of one label set share their others, as many
+as by default (8; 64 with the fast preset). Without loading, views and others lie on the device; with it, there are JPEG
+files on disk, and maps are written. Operations are counted, two a multiply-add, of what has to be computed:
+`rate_share` is their rate over that of one large 16-bit matrix product. Called by benchmarks/gpu.py:
+`python -m benchmarks.gpu_rib RESULT.json` adds to that file after every row.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from ribfast.pipeline import AdaptConfig, adapt_maps
 from ribfast.rib import Engine, Job, RIBConfig, Target
 from ribfast.store import MapStore
 
-CLASSES, OWN, SHARED = 20, 3, 8
+CLASSES, OWN = 20, 3
 VOC_IMAGES = 10582
 AT_ONCE = (1, 2, 4, 8, 16)
 TARGETS = {"arithmetic": 10, "loading": 25, "fast arithmetic": 25, "fast loading": 60, "rate_share": 0.45}
@@ -41,7 +41,7 @@ KINDS = {  # of kernels, by parts of their names; the first that fits
         "sm80_",
         "sm90_",
     ),
-    "activations": ("activat",),
+    "activations": ("activat", "sum_strips"),
     "updates": ("update_folded",),
     "copies": ("memcpy", "copy", "memset", "fill"),
     "layout changes": ("nchw", "nhwc", "transpose"),
@@ -115,7 +115,8 @@ def matrix_rate(device, n=8192):
 
 
 def operations(case: Case, config) -> float:
-    """Of one image, when nothing is computed twice; the others' forward pass at theta_0 and trunk, once for SHARED."""
+    """Of one image, when nothing is computed twice; the others' trunk, and they at theta_0, once for all that share."""
+    shared = config.share_others
     with torch.device("meta"):
         model = models.cam_classifier(case.network, CLASSES)
 
@@ -133,8 +134,8 @@ def operations(case: Case, config) -> float:
     updates = case.steps - 1
     total = sum(trunk + case.steps * tail for trunk, tail in own.values())
     total += 2 * updates * sum(own[scale][1] for scale in config.loss_scales)
-    batches = config.anchor_batches / SHARED if config.anchored else updates - 1 + 1 / SHARED
-    drawn = (config.anchor_batches if config.anchored else updates) / SHARED
+    batches = config.anchor_batches / shared if config.anchored else updates - 1 + 1 / shared
+    drawn = (config.anchor_batches if config.anchored else updates) / shared
     return total + 3 * others * batches + trunk_of_others * drawn
 
 
@@ -146,8 +147,8 @@ def ours(case: Case, config, count: int):
         batches, found = None, []
         jobs = []
         for number in range(images):
-            if number % SHARED == 0:
-                batches = engine.batches([OWN], others, min(SHARED, images - number))
+            if number % config.share_others == 0:
+                batches = engine.batches([OWN], others, min(config.share_others, images - number))
             jobs.append(Job(target, batches))
         for _, result in engine.adapt_all(jobs):
             if result.error is not None:
@@ -266,56 +267,59 @@ def measure(save, case: Case, small: Case, networks=("resnet50", "mobilenet_v2")
             facts[name] = make()
         except Exception as error:  # one row's failure must not cost the others
             facts[name] = {"error": f"{type(error).__name__}: {error}"[:500]}
-            if case.device.type == "cuda":
-                torch.cuda.empty_cache()
+        if case.device.type == "cuda":
+            torch.cuda.empty_cache()
         save(name, facts[name])
+        return facts[name]
 
-    rate = matrix_rate(case.device, 8192 if case.device.type == "cuda" else 256)
-    save("matrix_TFLOPs", round(rate / 1e12, 3))
-    config = case.config()
-    baseline, expected = straight(case, config)
-    save("released", {"seconds": baseline})
-    most = max(at_once)
+    on_gpu = case.device.type == "cuda"
+    rate = row("matrix", lambda: {"TFLOPs": matrix_rate(case.device, 8192 if on_gpu else 256) / 1e12}).get("TFLOPs")
+    expected = []
 
-    def arithmetic(of: Case, preset, images, base=None, exact=None, **changes):
+    def baseline():
+        took, maps = straight(case, case.config())
+        expected[:] = maps
+        return {"seconds": took}
+
+    before, most = row("released", baseline).get("seconds"), max(at_once)
+
+    def arithmetic(of: Case, preset, images, compared=False, **changes):
         chosen = of.config(preset, **changes)
         took, found = ours(of, chosen, images)
         work = operations(of, chosen)
-        result = {"seconds": took, "TFLOP": work / 1e12, "rate_share": work / took / rate}
-        if base is not None:
-            asked = TARGETS["fast arithmetic" if preset == "fast" else "arithmetic"]
-            result |= {"ratio": base / took, "asked": asked, "voc_minutes": VOC_IMAGES * took / 60}
-        return result | (agreement(found.maps, exact, of.target(chosen)) if exact is not None else {})
+        result = {"seconds": took, "TFLOP": work / 1e12, "rate_share": rate and work / took / rate / 1e12}
+        if not compared or before is None:
+            return result
+        asked = TARGETS["fast arithmetic" if preset == "fast" else "arithmetic"]
+        result |= {"ratio": before / took, "asked": asked, "voc_minutes": VOC_IMAGES * took / 60}
+        return result | agreement(found.maps, expected, of.target(chosen))
 
-    for preset in ("released", "fast"):
-        row(preset_name(preset), lambda p=preset: arithmetic(case, p, 2 * SHARED, baseline, expected, concurrency=8))
-
-    def loading(preset):
-        took, before = with_loading(case, preset, 2 * SHARED * (3 if preset == "fast" else 1), workers)
+    def loading(preset, images):
+        took, released = with_loading(case, preset, images, workers)
         asked = TARGETS["fast loading" if preset == "fast" else "loading"]
-        facts = {"seconds": took, "released_seconds": before, "ratio": before / took, "asked": asked}
-        return facts | {"voc_minutes": VOC_IMAGES * took / 60}
+        result = {"seconds": took, "released_seconds": released, "ratio": released / took, "asked": asked}
+        return result | {"voc_minutes": VOC_IMAGES * took / 60}
 
-    for preset in ("released", "fast"):
-        row(f"{preset_name(preset)} with loading", lambda p=preset: loading(p))
-    if case.device.type == "cuda":
+    images = {"released": 2 * most, "fast": 4 * most}
+    names = {"released": "exact", "fast": "fast"}
+    for preset, name in names.items():
+        row(name, lambda p=preset: arithmetic(case, p, images[p], True, concurrency=min(8, most)))
+    for preset, name in names.items():
+        row(f"{name} with loading", lambda p=preset: loading(p, images[p]))
+    if on_gpu:
         row("kernels", lambda: kernel_classes(case, case.config(concurrency=1)))
     for graphs, precision in ((False, "auto"), (True, "float32")):
+        changes = {"graphs": graphs, "precision": precision, "concurrency": min(4, most)}
         name = f"graphs {'on' if graphs else 'off'}, {precision}"
-        row(name, lambda g=graphs, p=precision: arithmetic(
-            case, "released", SHARED, baseline, expected, concurrency=4, graphs=g, precision=p))  # fmt: skip
+        row(name, lambda c=changes: arithmetic(case, "released", most, True, **c))
     for of in (case, small):
         for network in networks:
             for n in at_once:
+                one = dataclasses.replace(of, network=network)
+                count = max(4, min(2 * n, most))
                 name = f"{network} {of.size[0]}x{of.size[1]}, {n} at once"
-                row(name, lambda of=of, network=network, n=n: arithmetic(
-                    dataclasses.replace(of, network=network), "released", max(4, min(2 * n, most)), concurrency=n
-                ))  # fmt: skip
+                row(name, lambda one=one, n=n, c=count: arithmetic(one, "released", c, concurrency=n))
     return facts
-
-
-def preset_name(preset: str) -> str:
-    return {"released": "exact", "fast": "fast"}[preset]
 
 
 def main():

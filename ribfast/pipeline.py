@@ -146,7 +146,7 @@ class AdaptConfig(RIBConfig):
     seed: int = 0  # of the others that are drawn
     format: Literal["irn", "pmm"] = "irn"  # of the files
     shard: str | None = None  # i/n: the i-th of n shares, from 0; none: torchrun's, else everything
-    workers: int | None = None  # threads that decode; None: 2, or, for a GPU, one a core, up to 16
+    workers: int | None = None  # threads that decode; None: 2, or, for a GPU, one for each core of its share, up to 16
     cache_mib: int = 1024  # of decoded images that are kept
     device: str = "auto"  # auto, cpu, cuda or cuda:N
 
@@ -220,18 +220,27 @@ def adapt_maps(
                 else:
                     yield rib.Job(target, batches, item)
 
-    def save(done: tuple[rib.Job, rib.Result]) -> tuple[str, str | None]:
-        name, found = done[0].tag.name, done[1]
+    def results() -> Iterator[tuple[str, rib.Result]]:
+        """On the CPU, before another thread has them."""
+        for job, found in engine.adapt_all(jobs()):
+            if found.error is None:
+                found = dataclasses.replace(found, maps=[], cam=found.cam.cpu(), high_res=found.high_res.cpu())
+            yield job.tag.name, found
+
+    def save(made: tuple[str, rib.Result]) -> tuple[str, str | None]:
+        name, found = made
         if found.error is None:
             store.save(name, found.keys, found.cam, found.high_res)
             store.record(name, steps=found.steps, stopped=found.stopped)
         return name, found.error
 
-    workers = config.workers or (2 if device.type == "cpu" else min(16, os.cpu_count()))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes on this machine
+    workers = config.workers or (2 if device.type == "cpu" else max(2, min(16, cores)))
     threads = ThreadPoolExecutor(workers, "ribfast-rib")
     try:
         with rib.keep_pages():
-            for name, error in data.prefetch(save, engine.adapt_all(jobs()), workers=1, ahead=1):
+            for name, error in data.prefetch(save, results(), workers=1, ahead=1):
                 if error is not None:
                     fail(name, error)
                     continue

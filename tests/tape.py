@@ -6,7 +6,15 @@ As a capture does, it refuses what waits for the device, and leaves no effect of
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-WAITING = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "unique", "masked_select", "item"}
+# sizes or values that the host has to know; tensors made from the host's values
+WAITING = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "item", "lift_fresh", "lift"}
+
+
+def _waits(func, args) -> bool:
+    name = func._schema.name.rpartition("::")[2]
+    if name in ("index", "index_put", "index_put_"):  # by a mask
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    return name in WAITING or name.lstrip("_").startswith("unique")
 
 
 class _Recorder(TorchDispatchMode):
@@ -16,8 +24,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        name = func._schema.name.rpartition("::")[2]
-        if name in WAITING:
+        if _waits(func, args):
             raise RuntimeError(f"{func} waits for the device, which a graph cannot")
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 
@@ -50,3 +51,18 @@ def test_no_phase_starts_without_time(gpu, tmp_path):
     run = gpu.Run(tmp_path, "x", 2)
     run.phase("late", python("print('never')"), 30)
     assert json.loads(run.path.read_text())["checks"]["late"] == {"ok": None, "reason": "no time was left"}
+
+
+def test_every_row_of_rib_is_measured():
+    """On the CPU and small; a row that fails on a GPU alone says how."""
+    pytest.importorskip("cv2")
+    sys.path.insert(0, str(SCRIPT.parents[1]))
+    try:
+        from benchmarks import gpu_rib
+    finally:
+        sys.path.pop(0)
+    case = gpu_rib.Case(torch.device("cpu"), (32, 40), 32, 2, 3, "resnet18")
+    rows = gpu_rib.measure(lambda name, row: None, case, case, networks=(), at_once=(1,), workers=1)
+    assert not [(name, row) for name, row in rows.items() if "error" in row]
+    assert {"matrix", "released", "exact", "fast with loading", "graphs on, float32"} <= set(rows)
+    assert rows["exact"]["correlation"] > 0.99 and rows["exact"]["ratio"] > 0

@@ -298,7 +298,7 @@ def test_canvas_gives_each_map_what_it_has_alone():
         canvas.write(together, number, feature)
     tail = Tail(model, torch.float32)
     weights = Weights(tail)
-    maps = tail(together, canvas.masks(own=False, dtype=torch.float32), weights)
+    maps = tail(together, canvas.masks(torch.float32), weights)
     loss = 0
     for number, feature in enumerate(features):
         alone = model.maps(feature[None])[0]

@@ -5,8 +5,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from .canvas import Canvas
-from .step import Rows, Run
+from .step import Run
 
 Others = Callable[[int], tuple[Tensor, Tensor]]
 
@@ -19,17 +18,21 @@ class Batches:
 
     def __init__(self, engine, classes: Iterable[int], others: Others, users: int):
         self.engine, self.others, self.classes, self.users = engine, others, set(classes), users
+        self.token = object()  # stands for these batches where they need not be kept
         self._steps, self._takers, self._shape, self._anchor, self._elsewhere = {}, {}, None, None, None
+        self._home = torch.cuda.current_stream(engine.device) if engine.device.type == "cuda" else None
 
     def sizes(self) -> list[tuple[int, int]]:
         """Of the features of a step, at stride 8."""
-        shape = self._features(1)[0].shape
-        return [tuple(shape[2:])] * shape[0]
+        if self._shape is None:
+            self._features(0)
+        count, _, height, width = self._shape
+        return [(-(-height // 8), -(-width // 8))] * count
 
     def step(self, step: int) -> tuple[Tensor, Tensor]:
         """(features (B, channels, h, w), present (B, C))."""
         found = self._features(step)
-        self._takers[step] = self._takers.get(step, 0) + 1
+        self._takers[step] += 1
         if self._takers[step] >= self.users:
             del self._steps[step]
         return found
@@ -53,21 +56,32 @@ class Batches:
 
     def _features(self, step: int) -> tuple[Tensor, Tensor]:
         if step not in self._steps:
-            images, present = self.others(step)
+            device = self.engine.device
+            images, present = self._ask(step)
             self._check(step, images, present)
             features = self.engine.trunk(images, exact=False)
-            self._steps[step] = Shared(features, present.to(self.engine.device, non_blocking=True))
+            self._steps[step], self._takers[step] = Shared(features, present.to(device, non_blocking=True)), 0
         return self._steps[step].take()
+
+    def _ask(self, step: int) -> tuple[Tensor, Tensor]:
+        """On the caller's stream, whose tensors may live no longer than their last name."""
+        if self._home is None:
+            return self.others(step)
+        here = torch.cuda.current_stream(self.engine.device)
+        with torch.cuda.stream(self._home):
+            images, present = self.others(step)
+        here.wait_stream(self._home)
+        for tensor in (images, present):
+            if isinstance(tensor, Tensor) and tensor.is_cuda:
+                tensor.record_stream(here)
+        return images, present
 
     def _gradients(self, step: int, run: Run) -> list[Tensor]:
         engine, (features, present) = self.engine, self._features(step)
-        canvas = Canvas([], [features.shape[2:]] * len(features), tensorflow_padding=engine.tail.tensorflow_padding)
+        canvas, rows, masks = engine.layout_of_others(tuple(self.sizes()))
         on_canvas = canvas.empty(features.shape[1], engine.dtype, engine.device)
         for number, image in enumerate(features):
             canvas.write(on_canvas, number, image)
-        cells = [canvas.cells(i) for i in range(len(features))]
-        rows = Rows(cells, canvas.rows * canvas.columns, engine.device)
-        masks = [mask.to(engine.device) for mask in canvas.masks(own=False, dtype=engine.dtype)]
         del self._steps[step]  # no other step has these images
         logits = rows.pool(engine.tail(on_canvas, masks, run.weights).float(), engine.config)
         return run.weights.gradients(run.loss(torch.where(present, logits, 0)), scale=run.scale)

@@ -18,7 +18,7 @@ class Shape(NamedTuple):
     rows: int
     columns: int
     own: int  # maps
-    others: int
+    others: tuple[tuple[int, int], ...]  # sizes of the others' maps at stride 8
 
 
 class Canvas:
@@ -47,7 +47,7 @@ class Canvas:
 
     @property
     def shape(self) -> Shape:
-        return Shape(self.own_rows, self.rows, self.columns, self.n_own, len(self.sizes) - self.n_own)
+        return Shape(self.own_rows, self.rows, self.columns, self.n_own, tuple(self.sizes[self.n_own :]))
 
     def _mask(self, places, sizes, factor) -> Tensor:
         mask = torch.zeros(1, 1, factor * self.rows, factor * self.columns)
@@ -55,10 +55,9 @@ class Canvas:
             mask[..., y : y + h, x : x + w] = 1
         return mask
 
-    def masks(self, *, own: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(1, 1, rows, columns) at stride 8 and at stride 16, of the target's own part or of everything."""
-        rows = self.own_rows if own else self.rows
-        return self.mask[:, :, : 2 * rows].to(dtype), self.small_mask[:, :, :rows].to(dtype)
+    def masks(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(1, 1, rows, columns) at stride 8 and at stride 16: 0 in the gutter."""
+        return self.mask.to(dtype), self.small_mask.to(dtype)
 
     def empty(self, channels: int, dtype: torch.dtype, device="cpu") -> Tensor:
         """Zeros (1, channels, 2 rows, 2 columns), to write features into."""

@@ -37,7 +37,7 @@ class RIBConfig:
     )
     anchor_batches: int = 4  # batches of others that an anchored gradient averages
     share_others: int = 8  # images of one label set that see the same others; what they see never depends on timing
-    concurrency: int | None = None  # images at once; None: as many as fit a GPU's memory, up to 8, and 1 on a CPU
+    concurrency: int | None = None  # images at once; None: up to 8 that fit a GPU's memory, and 1 on a CPU
     graphs: bool = True  # steps as CUDA graphs, on a GPU
     precision: Precision = "float32"  # of everything after the trunk; "auto": 16 bits where the device is fast in them
 
@@ -76,7 +76,8 @@ class RIBConfig:
         for name in ("steps", "anchor_batches", "share_others", "others_crop"):
             value = getattr(self, name)
             need(name, isinstance(value, int) and value >= 1, "to be a whole number of at least 1")
-        need("concurrency", self.concurrency is None or self.concurrency >= 1, "of at least 1, or None")
+        whole = type(self.concurrency) is int and self.concurrency >= 1
+        need("concurrency", self.concurrency is None or whole, "to be a whole number of at least 1, or None")
         need("n_others", isinstance(self.n_others, int) and self.n_others >= 0, "to be a whole number of at least 0")
         need("horizon", self.horizon is None or self.horizon >= self.steps - 1, "of at least steps - 1, or None")
         for name in ("lr", "power", "classifier_lr_scale", "weight_decay", "momentum", "tau", "explode_level"):

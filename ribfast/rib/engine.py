@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from ..models import CamClassifier
+from . import modes
 from .batches import Batches, Others
 from .canvas import Canvas
 from .config import RIBConfig
 from .job import Job, Result, Target
 from .memory import keep_pages
-from .slots import Slot, adapt_all, capture_graph
-from .step import Layout
+from .slots import OUT_OF_MEMORY, Slot, adapt_all, capture_graph, lacks_memory
+from .step import Layout, Rows
 from .tail import Tail
 
 log = logging.getLogger("ribfast")
@@ -28,8 +29,8 @@ def adapt(
     """Adapts the model to each target by itself and sums its maps along the way; the model stays as it is.
 
     others(step) -> images (B, 3, h, w), present (B, C) bool: the other images of a step, the same for all targets
-    of one call. It is called once for each step that uses them, and again, for the same images, where targets begin
-    anew since memory ran out or float16 did not hold them. None: no other images.
+    of one call. It is called once for each step that uses them, in order, and again, for the same images, where targets
+    begin anew since memory ran out or float16 did not hold them. None: no other images.
     """
     return Engine(model, config or RIBConfig.released()).adapt(targets, others)
 
@@ -51,7 +52,7 @@ class Engine:
         self.channels = self.tail.start[0][0].shape[1]  # of the trunk's features
         # what makes a graph of a step, or None: steps are run one operation after another
         self.capture = capture_graph if self.device.type == "cuda" and config.graphs else None
-        self._slots, self._layouts, self._wider = [], {}, None
+        self._slots, self._layouts, self._layouts_of_others, self._wider = [], {}, {}, None
 
     def adapt(self, targets: Sequence[Target], others: Others | None) -> list[Result]:
         targets = list(targets)
@@ -81,18 +82,29 @@ class Engine:
                 self._check_target(number, job.target)
                 yield job
 
+        late = []
         for job, result in adapt_all(self, checked()):
             if self.dtype == torch.float16 and result.error is not None and "not finite" in result.error:
-                result = self._in_bfloat16(job)
+                log.info("an image of %dx%d does not fit float16: adapted in bfloat16", *job.target.size)
+                wider = self._in_bfloat16(job)
+                if wider is None:  # no memory beside the slots
+                    late.append(job)
+                    continue
+                result = wider
             yield job, result
+        if late:
+            self._slots = []
+        for job in late:
+            memory = Result([], 0, False, sorted(job.target.classes), error=OUT_OF_MEMORY.format(*job.target.size))
+            yield job, self._in_bfloat16(job) or memory
 
     def trunk(self, images: Tensor, *, exact: bool) -> Tensor:
         """Features at stride 8 in the tail's dtype; exact: in float32, as maps need it and gradients do not."""
-        images = images.to(self.device, torch.float32, non_blocking=True).contiguous(memory_format=torch.channels_last)
         reduced = not exact and self.dtype != torch.float32
-        as_they_come = torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False)  # of any size
-        with torch.no_grad(), torch.autocast(self.device.type, self.dtype, enabled=reduced), as_they_come:
-            return self.model.trunk(images).to(self.dtype)
+        mode = torch.autocast(self.device.type, self.dtype, enabled=reduced, cache_enabled=False)
+        with modes.plain(self.device), torch.no_grad(), mode:
+            images = images.to(self.device, torch.float32, non_blocking=True)
+            return self.model.trunk(images.contiguous(memory_format=torch.channels_last)).to(self.dtype)
 
     def mixes(self, job: Job) -> bool:
         """Whether others lie on the canvas beside the target's views."""
@@ -111,6 +123,17 @@ class Engine:
             self._layouts[key] = Layout(canvas, self.config, self.dtype, self.device)
         return self._layouts[key]
 
+    @torch.inference_mode(False)
+    def layout_of_others(self, sizes: tuple) -> tuple[Canvas, Rows, list[Tensor]]:
+        """A canvas of others alone, their rows and its masks."""
+        if sizes not in self._layouts_of_others:
+            canvas = Canvas([], sizes, tensorflow_padding=self.tail.tensorflow_padding)
+            cells = [canvas.cells(i) for i in range(len(sizes))]
+            rows = Rows(cells, canvas.rows * canvas.columns, self.device)
+            masks = [mask.to(self.device) for mask in canvas.masks(self.dtype)]
+            self._layouts_of_others[sizes] = canvas, rows, masks
+        return self._layouts_of_others[sizes]
+
     def take_slots(self) -> list[Slot]:
         """Those of earlier calls."""
         slots, self._slots = self._slots, []
@@ -126,14 +149,19 @@ class Engine:
         kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return 0.85 * (torch.cuda.mem_get_info(self.device)[0] + kept)
 
-    def _in_bfloat16(self, job: Job) -> Result:
-        log.info("an image of %dx%d does not fit float16: adapted in bfloat16", *job.target.size)
-        if self._wider is None:
-            changes = {"precision": "bfloat16", "concurrency": 1, "graphs": False}
-            self._wider = Engine(self.model, dataclasses.replace(self.config, **changes))
+    def _in_bfloat16(self, job: Job) -> Result | None:
+        """None where there is no memory for it."""
+        try:
+            if self._wider is None:
+                changes = {"precision": "bfloat16", "concurrency": 1, "graphs": False}
+                self._wider = Engine(self.model, dataclasses.replace(self.config, **changes))
+        except RuntimeError as error:
+            if not lacks_memory(error):
+                raise
+            return None
         batches = None if job.batches is None else job.batches.elsewhere(self._wider)
         ((_, result),) = adapt_all(self._wider, [dataclasses.replace(job, batches=batches)])
-        return result
+        return None if result.error is not None and "out of memory" in result.error else result
 
     def _check_target(self, number: int, target: Target) -> None:
         def need(holds, expected, got):

@@ -31,7 +31,8 @@ class Result:
 class Job:
     """A target, the batches of others that it is adapted with, and what its owner calls it.
 
-    watch(step, maps): is shown the maps as they are summed so far after each step.
+    watch(step, maps): is shown the maps as they are summed so far after each step, on the stream that makes them; from
+    step 0 again where the image begins anew, and, on a GPU, of a step after the last one too, which changes nothing.
     """
 
     target: Target

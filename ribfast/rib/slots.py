@@ -6,6 +6,7 @@ in few shapes, and all that differs between images of one shape is data.
 
 import contextlib
 import logging
+import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..cams import merge_cams
+from . import modes
 from .batches import Batches
 from .job import Job, Result
 from .step import Layout, Run
@@ -21,6 +23,7 @@ log = logging.getLogger("ribfast")
 MOST_AT_ONCE = 8  # large images fill a GPU with fewer; small ones gain little beyond
 FRAMES = 12  # shapes of canvas that a slot keeps buffers and graphs of
 OUT_OF_MEMORY = "out of memory, alone, at {}x{}; take smaller scales, fewer or smaller others, or 16 bits"
+LACKS = ("out of memory", "ALLOC_FAILED", "DefaultCPUAllocator")  # what errors that are not OutOfMemoryError say
 
 
 class Frame:
@@ -35,7 +38,7 @@ class Frame:
         n_others = len(canvas.sizes) - canvas.n_own
         self.labels = torch.zeros(n_others, engine.n_classes, dtype=torch.bool, device=device)
         self.replays: dict[str, Callable[[], None]] = {}
-        self.seen = set()  # kinds of steps that ran
+        self.seen = set()  # kinds of steps that ran, and in which thread
 
     def prepare(self, layout: Layout) -> None:
         """For an image with this layout."""
@@ -55,16 +58,16 @@ class Frame:
 class Slot:
     """Adapts one image at a time."""
 
-    @torch.inference_mode(False)
     def __init__(self, engine):
         self.engine, self.stream, self.pool = engine, None, None
         if engine.device.type == "cuda":
             self.stream, self.pool = torch.cuda.Stream(engine.device), torch.cuda.graph_pool_handle()
             self.stream.wait_stream(torch.cuda.current_stream(engine.device))  # which made theta_0
-        self.run = Run(engine.tail, engine.config, engine.n_classes, engine.device)
-        self.frames: OrderedDict[tuple, Frame] = OrderedDict()
+        self.frames: OrderedDict[tuple, Frame] = OrderedDict()  # by shape, and whether others' gradients are added
         self.job = None
         self._anchor, self._anchor_of = None, None  # where graphs read it
+        with self._here():
+            self.run = Run(engine.tail, engine.config, engine.n_classes, engine.device)
 
     def begin(self, job: Job) -> None:
         """Features of the target's views, and theta_0."""
@@ -72,7 +75,10 @@ class Slot:
         engine = self.engine
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(engine.device))  # which may have made the views
+        present = torch.zeros(engine.n_classes, dtype=torch.bool)
+        present[job.target.classes] = True
         with self._here():
+            self.run.start(present)  # first, since this copy waits for what is before it
             views = [view for pair in job.target.views for view in engine.trunk(pair, exact=True)]
             wanted = job.batches is not None and engine.config.steps > 1
             self.anchor = self._take_anchor(job.batches) if wanted else None
@@ -81,9 +87,6 @@ class Slot:
             self.frame.prepare(layout)
             for number, view in enumerate(views):
                 layout.canvas.write(self.frame.features, number, view)
-            present = torch.zeros(engine.n_classes, dtype=torch.bool)
-            present[job.target.classes] = True
-            self.run.start(present)
 
     def goes_on(self, behind: int = 0) -> bool:
         """Whether the image has steps left, as far as is known without waiting for the last so many."""
@@ -113,8 +116,9 @@ class Slot:
         self.step += 1
 
     def result(self) -> Result:
-        """Of the steps so far; waits for them."""
+        """Of the steps so far; waits for them, and ends with the image."""
         run, frame, job = self.run, self.frame, self.job
+        self.job = None
         with self._here():
             finite = run.finite & frame.sums.isfinite().all()
             steps, alive, finite = torch.stack([run.steps, run.alive.long(), finite.long()]).tolist()
@@ -136,24 +140,27 @@ class Slot:
             return anchor
         if self._anchor is None:
             self._anchor = [torch.empty_like(part) for part in anchor]
-        if self._anchor_of is not batches:
+        if self._anchor_of is not batches.token:
             torch._foreach_copy_(self._anchor, anchor)
-            self._anchor_of = batches
+            self._anchor_of = batches.token
         return self._anchor
 
     def _frame(self, layout: Layout, channels: int) -> Frame:
-        shape = layout.canvas.shape
-        if shape not in self.frames:
+        key = layout.canvas.shape, self.anchor is not None
+        if key not in self.frames:
             while len(self.frames) >= (FRAMES if self.engine.capture is not None else 1):
                 self.frames.popitem(last=False)
-            self.frames[shape] = Frame(layout, channels, self.engine)
-        self.frames.move_to_end(shape)
-        return self.frames[shape]
+            self.frames[key] = Frame(layout, channels, self.engine)
+        self.frames.move_to_end(key)
+        return self.frames[key]
 
     def _perform(self, kind: str) -> None:
-        """A step: from its second time on as a graph, since what runs first may still allocate and choose."""
-        frame, capture = self.frame, self.engine.capture
-        if capture is not None and kind in frame.seen and kind not in frame.replays:
+        """A step: from its second time on as a graph, since what runs first may still allocate and choose.
+
+        Chosen convolutions are known to the thread that tried them out.
+        """
+        frame, capture, here = self.frame, self.engine.capture, (kind, threading.get_ident())
+        if capture is not None and here in frame.seen and kind not in frame.replays:
             at_start = self.run.weights.at_start
             frame.replays[kind] = capture(lambda: self._compute(kind), self)
             self.run.weights.at_start = at_start
@@ -162,7 +169,7 @@ class Slot:
             self.run.weights.at_start = False
         else:
             self._compute(kind)
-            frame.seen.add(kind)
+            frame.seen.add(here)
 
     def _compute(self, kind: str) -> None:
         """Reads and writes the frame and the run alone."""
@@ -171,8 +178,10 @@ class Slot:
         features = frame.features if mixed else frame.layout.canvas.part(frame.features)
         with torch.set_grad_enabled(kind != "last"):
             loss = run.observe(features, frame.layout, frame.sums, frame.labels if mixed else None)
-        if kind == "last" or (engine.capture is None and not run.alive):
-            return  # the update would serve no map
+        if kind == "last":
+            return  # its update would serve no map
+        if engine.capture is None and self.stream is None and not run.alive:
+            return
         run.update(loss, self.anchor if kind == "first" or engine.config.anchored else None)
 
     def _report(self) -> None:
@@ -186,14 +195,9 @@ class Slot:
 
     @contextlib.contextmanager
     def _here(self):
-        """On the slot's stream, in the modes in which images are adapted, whatever the caller's."""
-        graphed = self.engine.capture is not None  # shapes are few, so that it pays to try out convolutions
-        with contextlib.ExitStack() as modes:
-            modes.enter_context(torch.inference_mode(False))
-            modes.enter_context(torch.autocast(self.engine.device.type, enabled=False))
-            modes.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=graphed, allow_tf32=False))
-            if self.stream is not None:
-                modes.enter_context(torch.cuda.stream(self.stream))
+        """On the slot's stream, in the modes in which images are adapted."""
+        on_stream = contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+        with modes.plain(self.engine.device, benchmark=self.engine.capture is not None), on_stream:
             yield
 
 
@@ -205,22 +209,33 @@ def capture_graph(step: Callable[[], None], slot: Slot) -> Callable[[], None]:
     return graph.replay
 
 
-def bytes_of_slot(engine, slot: Slot | None, layout: Layout | None = None) -> int:
-    """About what a slot, or a new one, holds on the device, once it has adapted an image with this layout."""
-    shapes = set() if slot is None else {*slot.frames}
-    if layout is not None:
-        shapes.add(layout.canvas.shape)
-    frames = sum(4 * shape.rows * shape.columns * engine.channels * engine.dtype.itemsize for shape in shapes)
-    activations = max((engine.tail.activation_bytes(shape.rows, shape.columns) for shape in shapes), default=0)
-    return engine.tail.weight_bytes() + frames + activations
+def bytes_of_slot(engine, slot: Slot | None, layout: Layout | None = None, *, working: bool = True) -> int:
+    """About what a slot, or a new one, holds on the device, once it has adapted an image with this layout.
+
+    working: with what its steps allocate, which is free to its own steps alone.
+    """
+    keys = set() if slot is None else {*slot.frames}
+    if layout is not None and layout.canvas.shape not in {shape for shape, _ in keys}:
+        keys.add((layout.canvas.shape, True))
+    shapes = [shape for shape, _ in keys]
+    frames = [4 * shape.rows * shape.columns * engine.channels * engine.dtype.itemsize for shape in shapes]
+    activations = [engine.tail.activation_bytes(shape.rows, shape.columns) for shape in shapes]
+    # twice the largest canvas: features of others that wait for their step
+    steps = 2 * max(frames, default=0) + max(activations, default=0) if working else 0
+    return engine.tail.weight_bytes() + sum(frames) + steps
 
 
 def adapt_all(engine, jobs: Iterable[Job]) -> Iterator[tuple[Job, Result]]:
-    """Each job and its result, as they are done: as many at once as memory holds, half as many where it ran out."""
+    """Each job and its result, as they are done: as many at once as memory holds.
+
+    Where it ran out, half as many, and more again after a while that doubles each time. The images that were on their
+    way begin anew; one that was alone and lacked memory has no maps.
+    """
     jobs, again = iter(jobs), deque()
     idle, busy = engine.take_slots(), deque()
-    most = engine.config.concurrency or (MOST_AT_ONCE if engine.device.type == "cuda" else 1)
-    room = engine.free_memory() + sum(bytes_of_slot(engine, slot) for slot in idle)
+    limit = most = engine.config.concurrency or (MOST_AT_ONCE if engine.device.type == "cuda" else 1)
+    room = engine.free_memory() + sum(bytes_of_slot(engine, slot, working=False) for slot in idle)
+    patience, done, alone = 2 * limit, 0, None
     while True:
         job = None
         if len(busy) < most:
@@ -228,13 +243,15 @@ def adapt_all(engine, jobs: Iterable[Job]) -> Iterator[tuple[Job, Result]]:
         if job is not None and not job.target.classes:
             yield job, Result([], 0, False, error="no class is present")
             continue
+        slot = None
         try:
             if job is not None and busy and not _fits(engine, engine.layout_of(job), idle, busy, room):
                 again.appendleft(job)
                 job = None
             if job is not None:
-                busy.append(idle.pop() if idle else Slot(engine))
-                busy[-1].begin(job)
+                slot = idle.pop() if idle else Slot(engine)
+                slot.begin(job)
+                busy.append(slot)
                 continue
             if not busy:
                 engine.give_slots(idle)
@@ -243,29 +260,43 @@ def adapt_all(engine, jobs: Iterable[Job]) -> Iterator[tuple[Job, Result]]:
             job = slot.job
             # alone, a slot begins a step before it is known whether the one before was the last
             if slot.goes_on(behind=1 if most == 1 and slot.stream is not None else 0):
-                busy.append(slot)
                 slot.advance()
+                busy.append(slot)
                 continue
             result = slot.result()
         except RuntimeError as error:  # torch.OutOfMemoryError is one
-            if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            if not lacks_memory(error):
                 raise
         else:
             idle.append(slot)
+            done += 1
+            if most < limit and done >= patience:
+                most, done = most + 1, 0
             yield job, result
             continue
-        beside = [other.job for other in busy if other.job is not job]
+        beside = [other.job for other in busy]
         slot = None
         idle.clear()
         busy.clear()
         if engine.device.type == "cuda":
+            torch.cuda.synchronize(engine.device)
             torch.cuda.empty_cache()
-        if not beside:
+        if alone is job:  # with nothing else there
             yield job, Result([], 0, False, sorted(job.target.classes), error=OUT_OF_MEMORY.format(*job.target.size))
             continue
-        again.extendleft(reversed([job, *beside]))  # which begin anew
-        most = (1 + len(beside)) // 2
-        log.info("memory ran out: from %d images at once to %d", 1 + len(beside), most)
+        alone = None if beside else job
+        again.extendleft(reversed([job, *beside]))
+        if beside:
+            most, done, patience = (1 + len(beside)) // 2, 0, 2 * patience
+            log.info("memory ran out: from %d images at once to %d", 1 + len(beside), most)
+
+
+def lacks_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, is a lack of memory: not all of them are OutOfMemoryError."""
+    if error is None:
+        return False
+    found = isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in LACKS)
+    return found or lacks_memory(error.__context__)
 
 
 def _fits(engine, layout: Layout, idle: list[Slot], busy: Iterable[Slot], room: float) -> bool:

@@ -77,7 +77,7 @@ class Layout:
         until_scale_1 = torch.zeros(n_own)
         until_scale_1[torch.cat([c.flatten() for c in cells[: first + 2]])] = 1
         self.until_scale_1 = until_scale_1.to(device)
-        self.masks = tuple(mask.to(device) for mask in canvas.masks(own=False, dtype=dtype))
+        self.masks = tuple(mask.to(device) for mask in canvas.masks(dtype))
 
     @property
     def own_masks(self) -> tuple[Tensor, Tensor]:
