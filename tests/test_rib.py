@@ -488,6 +488,11 @@ def test_command_and_a_picture_that_cannot_be_read(tmp_path, capsys):
     assert "error" in store.records()["p2"] and store.records()["p6"] == {"skipped": "no classes"}
     assert cli.main(["rib", *options, "--out", str(out), "--lr", "1e-3"]) == 1  # would mix two kinds of maps
     assert "lr" in capsys.readouterr().err
+    (tmp_path / "pictures" / "some.txt").write_text("p0\np1\np3\n")
+    assert cli.main(["rib", *options, "--out", str(out), "--others", "some"]) == 1  # drawn from elsewhere
+    assert "another others" in capsys.readouterr().err
+    assert cli.main(["rib", *options, "--out", str(out), "--concurrency", "2"]) == 1  # p2 alone is tried again
+    assert "0 made, 5 there before" in capsys.readouterr().err
     assert (
         cli.main(["rib", *options, "--out", str(tmp_path / "fast"), "--preset", "fast", "--precision", "float32"]) == 1
     )
