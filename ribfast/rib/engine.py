@@ -15,7 +15,7 @@ from .canvas import Canvas
 from .config import RIBConfig
 from .job import Job, Result, Target
 from .memory import keep_pages
-from .slots import OUT_OF_MEMORY, Slot, adapt_all, capture_graph, lacks_memory
+from .slots import OUT_OF_MEMORY, Slot, capture_graph, lacks_memory, schedule
 from .step import Layout, Rows
 from .tail import Tail
 
@@ -83,7 +83,7 @@ class Engine:
                 yield job
 
         late = []
-        for job, result in adapt_all(self, checked()):
+        for job, result in schedule(self, checked()):
             if self.dtype == torch.float16 and result.error is not None and "not finite" in result.error:
                 log.info("an image of %dx%d does not fit float16: adapted in bfloat16", *job.target.size)
                 wider = self._in_bfloat16(job)
@@ -160,7 +160,7 @@ class Engine:
                 raise
             return None
         batches = None if job.batches is None else job.batches.elsewhere(self._wider)
-        ((_, result),) = adapt_all(self._wider, [dataclasses.replace(job, batches=batches)])
+        ((_, result),) = schedule(self._wider, [dataclasses.replace(job, batches=batches)])
         return None if result.error is not None and "out of memory" in result.error else result
 
     def _check_target(self, number: int, target: Target) -> None:
@@ -184,7 +184,7 @@ class Engine:
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """ "auto" is the 16-bit type that the device multiplies fast, else float32."""
+    """What auto stands for: the 16-bit type that the device multiplies fast, else float32."""
     if precision != "auto":
         return precision
     if device.type == "cuda":

@@ -225,7 +225,7 @@ def bytes_of_slot(engine, slot: Slot | None, layout: Layout | None = None, *, wo
     return engine.tail.weight_bytes() + sum(frames) + steps
 
 
-def adapt_all(engine, jobs: Iterable[Job]) -> Iterator[tuple[Job, Result]]:
+def schedule(engine, jobs: Iterable[Job]) -> Iterator[tuple[Job, Result]]:
     """Each job and its result, as they are done: as many at once as memory holds.
 
     Where it ran out, half as many, and more again after a while that doubles each time. The images that were on their
