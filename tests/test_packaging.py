@@ -29,7 +29,7 @@ def run(command, **options):
 def sdist(tmp_path_factory):
     out = tmp_path_factory.mktemp("sdist")
     source = tmp_path_factory.mktemp("source") / "ribfast"
-    ignored = shutil.ignore_patterns(".git", ".venv*", "build", "*.so", "*.egg-info", "__pycache__", "dist")
+    ignored = shutil.ignore_patterns(".git", ".*_cache", ".venv*", "build", "*.so", "*.egg-info", "__pycache__", "dist")
     shutil.copytree(ROOT, source, ignore=ignored)
     run([sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", out, source])
     (archive,) = out.glob("*.tar.gz")
