@@ -34,7 +34,7 @@ VARIANTS = {
     "released": lambda: RIBConfig.released(**SHARED),
     "paper": lambda: RIBConfig.paper(precision="auto", n_others=8),
     "gap": lambda: RIBConfig.released(pooling="gap", **SHARED),
-    "paper, gap": lambda: RIBConfig.paper(pooling="gap", precision="auto", n_others=8),  # without stops
+    "paper_gap": lambda: RIBConfig.paper(pooling="gap", precision="auto", n_others=8),  # without stops
     "fast": lambda: RIBConfig.fast(**SHARED),
 }
 ABOUT = """\
