@@ -11,10 +11,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from bench_crf import photograph
-from conftest import seconds
 from torch import nn
 
+from benchmarks.bench_crf import photograph
+from benchmarks.conftest import seconds
 from ribfast import data, models, reference
 from ribfast.cams import merge_cams
 from ribfast.pipeline import AdaptConfig, adapt_maps
