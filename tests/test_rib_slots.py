@@ -62,6 +62,7 @@ def test_graphs_equal_the_reference(preset, concurrency):
     )
     config = dataclasses.replace(config, momentum=0.3, weight_decay=0.01)
     engine = graphed(model, config)
+    torch.manual_seed(6)  # no cell is so near to tau that rounding would tell whether it is pooled
     targets, before = [small_target(size, (i % 4,)) for i, size in enumerate(SIZES)], 0
     results = engine.adapt(targets, small_others)
     while not engine.made or len(engine.made) > before:
@@ -398,7 +399,8 @@ def test_a_classifiers_gradient_fits_float16():
 @pytest.mark.parametrize("concurrency", [1, 3])
 def test_cuda_graphs_equal_the_reference(name, concurrency):
     model = small_model(name).cuda()
-    config = RIBConfig.released(steps=4, lr=2e-5, disjoint=False, concurrency=concurrency)
+    # pooling all cells: rounding may tell otherwise whether one that is near to tau is pooled
+    config = RIBConfig.released(steps=4, lr=2e-5, disjoint=False, concurrency=concurrency, pooling="gap")
     targets = [small_target(size, (i % 4,)) for i, size in enumerate(SIZES)]
     engine = Engine(model, config)
 
