@@ -7,14 +7,13 @@ what sees the same others by default; 24 where the others' gradient serves a who
 
 import functools
 
-import cv2
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from benchmarks.bench_crf import photograph
 from benchmarks.conftest import seconds
+from benchmarks.photographs import picture, write
 from ribfast import data, models, reference
 from ribfast.cams import merge_cams
 from ribfast.pipeline import AdaptConfig, adapt_maps
@@ -42,33 +41,13 @@ def classifier(name):
     return model
 
 
-def picture(seed, size):
-    """Another view of the bundled photograph."""
-    rng = np.random.default_rng(seed)
-    image = photograph()
-    h, w = (int(rng.integers(side // 2, side)) for side in image.shape[:2])
-    y, x = (int(rng.integers(side - part)) for side, part in zip(image.shape[:2], (h, w), strict=True))
-    part = cv2.resize(image[y : y + h, x : x + w], size[::-1], interpolation=cv2.INTER_CUBIC)
-    return np.clip(part.astype(np.int16) + rng.integers(-30, 30, 3), 0, 255).astype(np.uint8)
-
-
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     """(images to adapt, the others): JPEG files, the others of 375x500 pixels."""
 
-    def write(folder, images, label):
-        (folder / "images").mkdir(parents=True)
-        rows = ["image,labels"]
-        for number, image in enumerate(images):
-            cv2.imwrite(str(folder / "images" / f"{number}.jpg"), image[:, :, ::-1])
-            rows.append(f"{number}.jpg,{label(number)}")
-        (folder / "labels.csv").write_text("\n".join(rows) + "\n")
-        (folder / "classes.txt").write_text("\n".join(map(str, range(CLASSES))) + "\n")
-        return data.open_source(f"folder:{folder}")
-
     root = tmp_path_factory.mktemp("rib")
-    own = write(root / "own", (picture(i, (SIDE, SIDE)) for i in range(max(IMAGES.values()))), lambda i: OWN)
-    others = write(root / "others", (picture(100 + i, (375, 500)) for i in range(60)), lambda i: 4 + i % 8)
+    own = write(root / "own", (picture(i, (SIDE, SIDE)) for i in range(max(IMAGES.values()))), lambda i: OWN, CLASSES)
+    others = write(root / "others", (picture(100 + i, (375, 500)) for i in range(60)), lambda i: 4 + i % 8, CLASSES)
     return own, others
 
 

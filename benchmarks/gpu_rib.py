@@ -209,30 +209,15 @@ def kernel_classes(case: Case, config):
     }
 
 
-def pictures(case: Case, folder: Path, count: int, label):
-    """JPEG files of a bundled photograph's parts, as a data set."""
-    import cv2
-
-    image = cv2.imread(str(Path(__file__).parents[1] / "ribfast" / "assets" / "coffee.jpg"))
-    (folder / "images").mkdir(parents=True)
-    rows, rng = ["image,labels"], np.random.default_rng(0)
-    for number in range(count):
-        h, w = (int(rng.integers(side // 2, side)) for side in image.shape[:2])
-        y, x = (int(rng.integers(side - part)) for side, part in zip(image.shape[:2], (h, w), strict=True))
-        part = cv2.resize(image[y : y + h, x : x + w], case.size[::-1], interpolation=cv2.INTER_CUBIC)
-        cv2.imwrite(str(folder / "images" / f"{number}.jpg"), part)
-        rows.append(f"{number}.jpg,{label(number)}")
-    (folder / "labels.csv").write_text("\n".join(rows) + "\n")
-    (folder / "classes.txt").write_text("\n".join(map(str, range(CLASSES))) + "\n")
-    return data.open_source(f"folder:{folder}")
-
-
 def with_loading(case: Case, preset: str, count: int, workers: int):
     """(seconds an image of ours, of the released procedure), from files to files."""
+    from benchmarks.photographs import picture, write  # which needs OpenCV
+
     with tempfile.TemporaryDirectory() as folder:
         folder, model = Path(folder), case.model()
-        own = pictures(case, folder / "own", count, lambda i: OWN)
-        others = pictures(case, folder / "others", 200, lambda i: 4 + i % 8)
+        own = write(folder / "own", (picture(i, case.size) for i in range(count)), lambda i: OWN, CLASSES)
+        many = (picture(1000 + i, case.size) for i in range(200))
+        others = write(folder / "others", many, lambda i: 4 + i % 8, CLASSES)
         fields = dataclasses.asdict(case.config(preset))
         config = AdaptConfig(**fields, workers=workers, device=str(case.device))
         adapt_maps(own, model, MapStore(folder / "warm"), config, others=others)

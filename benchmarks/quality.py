@@ -45,10 +45,14 @@ CAM alone. 8 others an image, at 192 pixels. An image that was stopped keeps the
 K = 10; `best on val`: with the threshold that is best there."""
 
 
+def constants(model, variant, crop) -> RIBConfig:
+    sizes = {"others_crop": crop, "others_long_side": (round(0.8 * crop), round(1.4 * crop))}
+    return dataclasses.replace(VARIANTS[variant](), lr=RATES.get(model.name, 8e-6), **sizes)
+
+
 def measure(model, variant, source, others, seed, crop) -> tuple[list[ThresholdSweep], dict]:
     """A sweep for each number of maps, over the images of source; an image that was stopped keeps its last maps."""
-    sizes = {"others_crop": crop, "others_long_side": (round(0.8 * crop), round(1.4 * crop))}
-    config = dataclasses.replace(VARIANTS[variant](), lr=RATES.get(model.name, 8e-6), **sizes)
+    config = constants(model, variant, crop)
     engine, draws = rib.Engine(model, config), rib.Draws(source, others, config, seed)
     sweeps = [ThresholdSweep(len(source.classes), THRESHOLDS) for _ in range(STEPS)]
     for item in source:
@@ -86,10 +90,7 @@ def precision(model, source, others, seed, crop) -> dict:
     found = {"correlations": [], "agreements": []}
     maps = {}
     for kind in ("float32", "auto"):
-        sizes = {"others_crop": crop, "others_long_side": (round(0.8 * crop), round(1.4 * crop))}
-        config = dataclasses.replace(
-            VARIANTS["released"](), lr=RATES.get(model.name, 8e-6), precision=kind, steps=10, **sizes
-        )
+        config = dataclasses.replace(constants(model, "released", crop), precision=kind, steps=10)
         with tempfile.TemporaryDirectory() as folder:
             store = MapStore(folder)
             adapt_maps(source, model, store, AdaptConfig(**dataclasses.asdict(config), seed=seed), others=others)
