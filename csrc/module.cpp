@@ -48,6 +48,17 @@ TORCH_LIBRARY(ribfast, m) {
       "mean_field(Tensor unary, Tensor[] lattices, float[] strengths, int[] normalizations, int iterations, "
       "bool exact) -> Tensor");
 
+  // boundary (N, h, w) -> (N, P, h, w) float32 of the pairs of pixels closer than radius
+  m.def("path_affinity(Tensor boundary, int radius, float beta) -> Tensor");
+  m.def("path_affinity_backward(Tensor grad, Tensor boundary, int radius, float beta) -> Tensor");
+  // displacement (N, 2, h, w), labels (N, h, w) uint8 -> (8,) float32: five sums, three counts
+  m.def("pair_losses(Tensor boundary, Tensor displacement, Tensor labels, int radius) -> Tensor");
+  m.def(
+      "pair_losses_backward(Tensor grad, Tensor boundary, Tensor displacement, Tensor labels, int radius) "
+      "-> (Tensor, Tensor)");
+  // each image's cams (C, h, w) and weights (P, h, w) of its pairs -> (C, h, w) float32
+  m.def("random_walk(Tensor[] cams, Tensor[] weights, int radius, int steps) -> Tensor[]");
+
   // (..., H, W)
   m.def("normalize_cams(Tensor cams, float eps) -> Tensor");
   m.def("normalize_cams_(Tensor(a!) cams, float eps) -> ()");

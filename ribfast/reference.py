@@ -267,3 +267,77 @@ def dense_crf_labels(image, labels, n_labels, *, confidence=0.7, unsure=None, **
     for given, out in zip(labels, result, strict=True):
         out.copy_(dense_crf(image, unary_of_labels(given, n_labels, confidence, unsure), **options).argmax(0))
     return result
+
+
+def pair_offsets(radius: int) -> list[tuple[int, int]]:
+    """(y, x) from a pixel to its neighbours closer than radius, those that come after it in the order of rows."""
+    square = [(y, x) for y in range(radius) for x in range(1 - radius, radius) if y * y + x * x < radius * radius]
+    return [(y, x) for y, x in square if y > 0 or x > 0]
+
+
+def path(y: int, x: int) -> list[tuple[int, int]]:
+    """The pixels between (0, 0) and (y, x), both included: those of their bounding box that are closer than 1 to the
+    line, row by row."""
+    columns = range(min(x, 0), max(x, 0) + 1)
+    return [(v, u) for v in range(y + 1) for u in columns if (y * u - x * v) ** 2 < y * y + x * x]
+
+
+def path_affinity(boundary, radius: int = 5, beta: float = 1.0):
+    """boundary (N, h, w) in [0, 1] -> (N, P, h, w): of each pixel and its p-th neighbour (`pair_offsets`),
+    (1 - the largest boundary on the path between them) ** beta; 0 for neighbours outside the map."""
+    boundary = boundary.to(accumulator_dtype(boundary.dtype))
+    height, width = boundary.shape[1:]
+    side = radius - 1
+    padded = F.pad(boundary, (side, side, 0, side), value=1.0)
+    planes = []
+    for pair in pair_offsets(radius):
+        cells = [padded[:, y : y + height, side + x : side + x + width] for y, x in path(*pair)]
+        planes.append((1 - torch.stack(cells).max(0).values).clamp(min=0))  # of equals, the first has the gradient
+    return torch.stack(planes, 1) ** beta
+
+
+def random_walk(cams, affinity, steps: int = 256):
+    """cams (C, h, w), affinity (P, h, w) of `pair_offsets` -> cams T^steps, T: the symmetric affinities of all pixels
+    with 1 on the diagonal, each column divided by its sum."""
+    height, width = cams.shape[1:]
+    radius = next(r for r in range(1, 65) if len(pair_offsets(r)) == len(affinity))
+    pixels = torch.arange(height * width, device=cams.device).view(height, width)
+    matrix = torch.eye(height * width, dtype=accumulator_dtype(cams.dtype), device=cams.device)
+    for (y, x), plane in zip(pair_offsets(radius), affinity, strict=True):
+        rows, columns = slice(0, max(0, height - y)), slice(max(0, -x), max(0, width - max(x, 0)))
+        here = pixels[rows, columns].flatten()
+        there = here + y * width + x
+        matrix[here, there] = matrix[there, here] = plane[rows, columns].flatten().to(matrix.dtype)
+    matrix = matrix / matrix.sum(0)
+    return (cams.to(matrix.dtype).flatten(1) @ torch.linalg.matrix_power(matrix, steps)).view(cams.shape)
+
+
+def pair_losses(boundary, displacement, labels, radius: int = 10):
+    """What IRN's loss is made of: sums over pairs of pixels closer than radius, and how many of each kind there are.
+
+    boundary (N, h, w) in [0, 1]; displacement (N, 2, h, w): y, x; labels (N, h, w) uint8, 0 background, 255 unknown.
+    Pairs begin at the pixels whose `pair_offsets` are all inside. Returns (8,): of pairs of background, of one class,
+    and of two labels the sum of -log(a + 1e-5), the same, and -log(1 + 1e-5 - a) with a their `path_affinity`; of pairs
+    of one class the L1 distance between D(i) - D(j) and j - i, of background between it and 0; the three counts.
+    """
+    height, width = labels.shape[1:]
+    side = radius - 1
+    rows, columns = max(0, height - side), max(0, width - 2 * side)
+    affinity = path_affinity(boundary, radius)
+    sums = [affinity.new_zeros(()) for _ in range(8)]
+    displacement = displacement.to(affinity.dtype)
+    for number, (y, x) in enumerate(pair_offsets(radius)):
+        here = (..., slice(0, rows), slice(side, side + columns))
+        there = (..., slice(y, y + rows), slice(side + x, side + x + columns))
+        known = (labels[here] != 255) & (labels[there] != 255)
+        alike = known & (labels[here] == labels[there])
+        background, foreground, other = alike & (labels[here] == 0), alike & (labels[here] != 0), known & ~alike
+        a = affinity[:, number][here]
+        move = displacement[here] - displacement[there]
+        wanted = move.new_tensor([y, x]).view(1, 2, 1, 1)
+        far, still = (move - wanted).abs().sum(1), move.abs().sum(1)
+        terms = [(-(a + 1e-5).log(), background), (-(a + 1e-5).log(), foreground), (-(1 + 1e-5 - a).log(), other)]
+        terms += [(far, foreground), (still, background)]
+        terms += [(torch.ones_like(a), kind) for kind in (background, foreground, other)]
+        sums = [total + torch.where(kind, value, 0).sum() for total, (value, kind) in zip(sums, terms, strict=True)]
+    return torch.stack(sums)

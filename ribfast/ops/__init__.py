@@ -5,6 +5,9 @@ from .dense_crf import dense_crf, dense_crf_labels, mean_field
 from .gndrp import gndrp
 from .lattice import Lattice
 from .normalize_cams import normalize_cams
+from .pair_losses import pair_losses
+from .path_affinity import pair_offsets, path_affinity
+from .random_walk import random_walk
 
 __all__ = [
     "Lattice",
@@ -15,4 +18,8 @@ __all__ = [
     "gndrp",
     "mean_field",
     "normalize_cams",
+    "pair_losses",
+    "pair_offsets",
+    "path_affinity",
+    "random_walk",
 ]
