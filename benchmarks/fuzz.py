@@ -299,6 +299,53 @@ def field_over_lattices_raw(unary, features, strengths, normalizations=(), itera
                                         iterations, exact)  # fmt: skip
 
 
+def boundary_of(d, *shape):
+    """Mostly between 0 and 1, where affinities are asked for."""
+    values = d.floats(*shape)
+    return values.sigmoid() if d.chance(0.8) else values
+
+
+def paths(d):
+    beta = d.pick(1.0, 10.0, d.number(2))
+    return [boundary_of(d, d.count(3), d.side(), d.side()), d.pick(2, 3, 5, 10, 16), beta], {}
+
+
+def paths_backward(d):
+    (boundary, radius, beta), _ = paths(d)
+    count, height, width = boundary.shape
+    return [d.floats(count, len(ops.pair_offsets(radius)), height, width), boundary, radius, beta], {}
+
+
+def pairs_of_labels(d):
+    count, height, width, radius = d.count(3), d.side(), d.side(), d.pick(2, 3, 5, 10)
+    labels = d.bytes(count, height, width)
+    if d.chance(0.8):
+        labels = torch.where(labels < 200, labels % 3, 255).to(torch.uint8)
+    return [boundary_of(d, count, height, width), d.floats(count, 2, height, width), labels, radius], {}
+
+
+def walked(d):
+    """One image or several; log2_steps where it is not too slow."""
+    options = dict(beta=d.pick(10.0, d.number(2)), log2_steps=d.pick(0, 1, 5, 8), radius=d.pick(2, 5, 5, 9))
+    sizes = [(d.count(5), d.side(), d.side()) for _ in range(d.count(3))]
+    cams, edges = [d.floats(*size) for size in sizes], [boundary_of(d, *size[1:]) for size in sizes]
+    if d.chance(0.3):
+        cams, edges = cams[0], edges[0]
+    if d.chance(0.3):
+        pairs = len(ops.pair_offsets(options["radius"]))
+        each = edges if isinstance(edges, list) else [edges]
+        weights = [boundary_of(d, pairs, *edge.shape) for edge in each]
+        return [cams], options | {"affinity": weights if isinstance(edges, list) else weights[0]}
+    return [cams, edges], options
+
+
+def walked_raw(d):
+    radius = d.pick(2, 5, 9, 16)
+    sizes = [(d.count(5), d.side(), d.side()) for _ in range(d.count(3))]
+    weights = [boundary_of(d, len(ops.pair_offsets(radius)), *size[1:]) for size in sizes]
+    return [[d.floats(*size) for size in sizes], weights, radius, d.pick(1, 2, 3, 64, 256)], {}
+
+
 def pooled_raw_backward(d):
     n, c, h, w = d.count(4), d.count(6), d.side(), d.side()
     maps = d.floats(n, c, h, w)
@@ -333,6 +380,20 @@ def rows():
         "dense_crf_labels": (ops.dense_crf_labels, label_fields),
         "Lattice": (filtered, lattice_and_values),
         "mean_field": (field_over_lattices, lattices_of_field),
+        "path_affinity": (ops.path_affinity, paths),
+        "path_affinity, backward": (with_gradient(ops.path_affinity), paths),
+        "pair_losses": (ops.pair_losses, pairs_of_labels),
+        "pair_losses, backward": (with_gradient(ops.pair_losses), pairs_of_labels),
+        "random_walk": (ops.random_walk, walked),
+        "pair_offsets": (ops.pair_offsets, lambda d: ([d.pick(2, 3, 5, 10, 16)], {})),
+        "ribfast::path_affinity": (raw.path_affinity, paths),
+        "ribfast::pair_losses": (raw.pair_losses, pairs_of_labels),
+        "ribfast::path_affinity_backward": (raw.path_affinity_backward, paths_backward),
+        "ribfast::pair_losses_backward": (
+            raw.pair_losses_backward,
+            lambda d: ([d.floats(8), *pairs_of_labels(d)[0]], {}),
+        ),
+        "ribfast::random_walk": (raw.random_walk, walked_raw),
         "ribfast::gndrp": (raw.gndrp, lambda d: ([*pooled(d)[0], d.number(0.5), d.chance(0.5), d.chance(0.5)], {})),
         "ribfast::gndrp_backward": (raw.gndrp_backward, pooled_raw_backward),
         "ribfast::accumulate_cams": (raw.accumulate_cams, merged_raw),

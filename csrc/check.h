@@ -13,6 +13,8 @@
 #include <utility>
 #include <vector>
 
+#include "math.h"
+
 #define RIBFAST_CHECK_VALUE(cond, op, expected, ...) \
   TORCH_CHECK_VALUE(cond, op, ": expected ", expected, ", got ", __VA_ARGS__)
 #define RIBFAST_CHECK_TYPE(cond, op, expected, ...) \
@@ -308,6 +310,65 @@ inline void check_mean_field(const char* op, size_t lattices, size_t each, at::A
     RIBFAST_CHECK_VALUE(normalizations[i] >= 0 && normalizations[i] <= 3, op, "normalizations from 0 to 3",
                         normalizations);
   }
+}
+
+inline void check_radius(const char* op, int64_t radius) {
+  RIBFAST_CHECK_VALUE(radius >= 2 && radius <= kLargestRadius, op, "a radius from 2 to 16", radius);
+}
+
+inline void check_path_affinity(const char* op, const at::Tensor& boundary, int64_t radius, double beta) {
+  check_float(op, "boundary", boundary);
+  RIBFAST_CHECK_VALUE(boundary.dim() == 3 && boundary.size(1) > 0 && boundary.size(2) > 0 &&
+                          boundary.size(1) < (1 << 24) && boundary.size(2) < (1 << 24),
+                      op, "boundary (N, h, w) with 1 <= h, w < 2^24", boundary.sizes());
+  check_radius(op, radius);
+  RIBFAST_CHECK_VALUE(beta > 0 && std::isfinite(static_cast<float>(beta)), op, "a finite beta above 0", beta);
+}
+
+inline void check_pair_gradient(const at::Tensor& grad, const at::Tensor& boundary, int64_t radius) {
+  const char* op = "path_affinity_backward";
+  check_float(op, "grad", grad);
+  RIBFAST_CHECK_VALUE(grad.dim() == 4 && grad.size(0) == boundary.size(0) &&
+                          grad.size(1) == count_pairs(static_cast<int32_t>(radius)) &&
+                          grad.size(2) == boundary.size(1) && grad.size(3) == boundary.size(2),
+                      op, "grad (N, P, h, w) of the boundary's pairs", grad.sizes());
+  check_same_device(op, grad, boundary);
+}
+
+inline void check_pair_losses(const char* op, const at::Tensor& boundary, const at::Tensor& displacement,
+                              const at::Tensor& labels, int64_t radius) {
+  check_path_affinity(op, boundary, radius, 1);
+  check_float(op, "displacement", displacement);
+  RIBFAST_CHECK_TYPE(labels.scalar_type() == at::kByte, op, "labels in uint8", c10::toString(labels.scalar_type()));
+  RIBFAST_CHECK_VALUE(labels.sizes() == boundary.sizes() && displacement.dim() == 4 &&
+                          displacement.size(0) == boundary.size(0) && displacement.size(1) == 2 &&
+                          displacement.size(2) == boundary.size(1) && displacement.size(3) == boundary.size(2),
+                      op, "displacement (N, 2, h, w) and labels (N, h, w) of the boundary", displacement.sizes(),
+                      " and ", labels.sizes(), " for ", boundary.sizes());
+  check_same_device(op, boundary, displacement);
+  check_same_device(op, boundary, labels);
+}
+
+inline void check_loss_gradient(const at::Tensor& grad, const at::Tensor& boundary) {
+  check_float("pair_losses_backward", "grad", grad);
+  RIBFAST_CHECK_VALUE(grad.dim() == 1 && grad.size(0) == 8, "pair_losses_backward", "grad (8,)", grad.sizes());
+  check_same_device("pair_losses_backward", grad, boundary);
+}
+
+// One image of random_walk and the weights of its pairs.
+inline void check_random_walk(const char* op, const at::Tensor& cams, const at::Tensor& weights, int64_t radius,
+                              int64_t steps) {
+  check_float(op, "cams", cams);
+  check_float(op, "weights", weights);
+  check_radius(op, radius);
+  RIBFAST_CHECK_VALUE(cams.dim() == 3 && cams.size(1) > 0 && cams.size(2) > 0 && cams.size(1) < (1 << 24) &&
+                          cams.size(2) < (1 << 24),
+                      op, "cams (C, h, w) with 1 <= h, w < 2^24", cams.sizes());
+  RIBFAST_CHECK_VALUE(weights.dim() == 3 && weights.size(0) == count_pairs(static_cast<int32_t>(radius)) &&
+                          weights.size(1) == cams.size(1) && weights.size(2) == cams.size(2),
+                      op, "weights (P, h, w) of the radius and the cams", weights.sizes());
+  RIBFAST_CHECK_VALUE(steps >= 1 && steps <= (1 << 16), op, "steps from 1 to 65536", steps);
+  check_same_device(op, cams, weights);
 }
 
 }  // namespace ribfast

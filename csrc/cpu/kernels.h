@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "lattice.h"
+#include "pairs.h"
 
 namespace ribfast::cpu {
 
@@ -73,6 +74,15 @@ struct Kernels {
                                        void* result, void* sums);
   float (*folded_dot[kStorages])(const FoldedRow& row);  // not of double
   void (*folded_move[kStorages])(const FoldedRow& row);
+  // Pairs of pixels, a row at a time (pairs.h, pairs.inl).
+  void (*path_affinity)(const PairTable& pairs, const float* row, int64_t width, double beta, float* out,
+                        int64_t plane);
+  void (*path_affinity_backward)(const PairTable& pairs, const float* row, int64_t width, double beta,
+                                 const float* grad, int64_t plane, float* result);
+  void (*pair_losses)(const PairTable& pairs, const PairRow& row, double* sums);
+  void (*pair_losses_backward)(const PairTable& pairs, const PairRow& row, const float* grads, float* boundary,
+                               float* displacement_y, float* displacement_x);
+  void (*walk[kClassesTogether])(const WalkJob& job, int64_t begin, int64_t end);  // rows, of 1, 2, ... classes
   // The lattice's (lattice.h has the layouts).
   void (*embed)(const EmbedJob& job);
   // found[i]: the vertex of keys[i] + move, or 0
