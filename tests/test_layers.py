@@ -90,6 +90,15 @@ def test_training_and_adapting_see_what_they_are_made_of():
             assert foreign(path, allowed) == [], path.name
 
 
+def test_masks_are_made_of_maps_and_networks():
+    below = ["cams", "data", "models", "ops", "reference"]
+    paths = list((PACKAGE / "masks").glob("*.py"))
+    assert paths
+    for path in paths:
+        allowed = ["torch", "numpy", *(f"ribfast.{name}" for name in (*below, "masks")), *sys.stdlib_module_names]
+        assert foreign(path, allowed) == [], path.name
+
+
 def test_single_modules():
     standard = [*sys.stdlib_module_names]
     assert foreign(PACKAGE / "config.py", standard) == []

@@ -67,22 +67,38 @@ def make_views(
     return views
 
 
+class _Crop(NamedTuple):
+    """A training image's size, where the crop of it begins along each axis and lies in the result, and its length."""
+
+    size: tuple[int, int]
+    rows: tuple[int, int, int]
+    columns: tuple[int, int, int]
+    mirrored: bool
+
+
 @dataclass(frozen=True)
 class Augmentation:
     """Random size, mirror and crop of a training image; the same numpy Generator gives the same crops.
 
-    The longer side becomes an integer of long_side, both ends included; flip mirrors every second image. The crop x
-    crop box is normalised first and padded with zeros afterwards: along each axis it begins anywhere within an image
-    that is larger, and a smaller image lies anywhere within it.
+    The longer side becomes an integer of long_side, both ends included; or, where that is None, both sides are
+    multiplied by a number between the two of rescale. flip mirrors every second image. The crop x crop box is
+    normalised first and padded with zeros afterwards: along each axis it begins anywhere within an image that is
+    larger, and a smaller image lies anywhere within it.
     """
 
-    long_side: tuple[int, int] = (320, 640)
+    long_side: tuple[int, int] | None = (320, 640)
     crop: int = 512
     flip: bool = True
     normalization: Normalization = IMAGENET
+    rescale: tuple[float, float] | None = None
 
     def __post_init__(self):
-        low, high = self.long_side
+        if (self.long_side is None) == (self.rescale is None):
+            raise ValueError(f"Augmentation: expected either long_side or rescale, got {self.long_side} and "
+                             f"{self.rescale}")  # fmt: skip
+        if self.rescale is not None and not 0 < self.rescale[0] <= self.rescale[1] < float("inf"):
+            raise ValueError(f"Augmentation: expected 0 < rescale[0] <= rescale[1], got {self.rescale}")
+        low, high = self.long_side or (1, 1)
         if not 1 <= low <= high or self.crop < 1:
             raise ValueError(f"Augmentation: expected 1 <= long_side[0] <= long_side[1] and a crop of at least 1, got "
                              f"long_side {self.long_side} and crop {self.crop}")  # fmt: skip
@@ -90,16 +106,40 @@ class Augmentation:
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> Tensor:
         """(H, W, 3) uint8 -> float32 (3, crop, crop)."""
         _check_image(image, "Augmentation")
-        long_side = int(rng.integers(self.long_side[0], self.long_side[1] + 1))
+        return self._image(image, self._draw(image.shape[:2], rng))
+
+    def with_labels(self, image: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Also labels (H, W) uint8 -> (crop, crop) uint8: the nearest to each pixel's centre, 255 beyond the image."""
+        _check_image(image, "Augmentation")
+        if labels.dtype != np.uint8 or labels.shape != image.shape[:2]:
+            raise ValueError(f"Augmentation: expected labels in uint8 of the image's size {image.shape[:2]}, got "
+                             f"{labels.dtype} {labels.shape}")  # fmt: skip
+        drawn = self._draw(image.shape[:2], rng)
+        (y, top, height), (x, left, width) = drawn.rows, drawn.columns
+        rows, columns = (_nearest(*sides) for sides in zip(labels.shape, drawn.size, strict=True))
+        part = labels[rows[y : y + height, None], columns[x : x + width]]
+        out = np.full((self.crop, self.crop), 255, np.uint8)
+        out[top : top + height, left : left + width] = part[:, ::-1] if drawn.mirrored else part
+        return self._image(image, drawn), torch.from_numpy(out)
+
+    def _draw(self, size: tuple[int, int], rng: np.random.Generator) -> _Crop:
+        if self.long_side is None:
+            scale = rng.uniform(*self.rescale)
+        else:
+            scale = int(rng.integers(self.long_side[0], self.long_side[1] + 1)) / max(size)
         mirrored = self.flip and rng.random() < 0.5
-        planes = _planes(image, scaled_size(image.shape[:2], long_side / max(image.shape[:2])))
-        (y, top, height), (x, left, width) = (self._place(side, rng) for side in planes.shape[1:])
+        size = scaled_size(size, scale)
+        rows, (x, left, width) = (self._place(side, rng) for side in size)
         if mirrored:  # cropped from the mirror, at the mirrored place
-            x = planes.shape[2] - x - width
+            x = size[1] - x - width
+        return _Crop(size, rows, (x, left, width), mirrored)
+
+    def _image(self, image: np.ndarray, drawn: _Crop) -> Tensor:
+        planes, (y, top, height), (x, left, width) = _planes(image, drawn.size), drawn.rows, drawn.columns
         table, out = self.normalization.table(), np.zeros((3, self.crop, self.crop), np.float32)
         for channel in range(3):
             part = planes[channel, y : y + height, x : x + width]
-            part = cv2.flip(part, 1) if mirrored else part
+            part = cv2.flip(part, 1) if drawn.mirrored else part
             cv2.LUT(part, table[channel], dst=out[channel, top : top + height, left : left + width])
         return torch.from_numpy(out)
 
@@ -120,6 +160,11 @@ def _check_image(image: np.ndarray, op: str) -> None:
 def _tensor(image: np.ndarray) -> Tensor:
     """Cached images are read-only, which torch would warn of."""
     return torch.from_numpy(np.require(image, requirements=["C", "W"]))
+
+
+def _nearest(side: int, wanted: int) -> np.ndarray:
+    """Of `side` pixels, those in which the centres of `wanted` pixels lie."""
+    return ((2 * np.arange(wanted) + 1) * side // (2 * wanted)).astype(np.intp)
 
 
 def _bicubic(pixels: Tensor, size: tuple[int, int]) -> Tensor:

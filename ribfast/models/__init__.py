@@ -1,12 +1,14 @@
-"""Networks: the CAM classifiers, and the formats of their checkpoints."""
+"""Networks: the CAM classifiers, IRN's, and the formats of their checkpoints."""
 
 import json
 import os
+from collections.abc import Mapping
 
 from torch import Tensor
 
 from .checkpoint import load_checkpoint, load_into, read_metadata, save_checkpoint
 from .classifier import CamClassifier
+from .irn import IRNet
 from .mobilenet import MobileNetV2
 from .resnet import LAYERS, ResNet
 
@@ -43,21 +45,17 @@ def open_classifier(
     its tensors' names. n_classes: what the data has; a classifier of another number is refused. normalization: of the
     network's input, "imagenet" or "symmetric" (the default where padding is TensorFlow's).
     """
-    state, known = load_checkpoint(path), read_metadata(path)
+    op, state, known = "open_classifier", load_checkpoint(path), read_metadata(path)
     if "classifier.weight" not in state:
-        raise ValueError(f"open_classifier: expected a trained classifier, got {path}, a backbone without "
-                         f"classifier.weight; train one on it first")  # fmt: skip
+        kind = "IRN's network" if "fc_edge6.weight" in state else "a backbone"
+        raise ValueError(f"{op}: expected a trained classifier, got {path}, {kind} without classifier.weight; train "
+                         f"one on it first")  # fmt: skip
     has = len(state["classifier.weight"])
     if n_classes is not None and has != n_classes:
-        raise ValueError(f"open_classifier: expected a classifier of the data's {n_classes} classes, got {has} in "
-                         f"{path}; train one on this data")  # fmt: skip
-    if tensorflow_padding is None:
-        tensorflow_padding = known.get("tensorflow_padding") == "true"
-    default = "symmetric" if tensorflow_padding else "imagenet"
-    normalization = normalization or known.get("normalization") or default
-    if normalization not in ("imagenet", "symmetric"):
-        raise ValueError(f"open_classifier: expected normalization of imagenet or symmetric, got {normalization!r}")
-    name = network or known.get("network") or _network(state, path)
+        raise ValueError(f"{op}: expected a classifier of the data's {n_classes} classes, got {has} in {path}; train "
+                         f"one on this data")  # fmt: skip
+    name = network or known.get("network") or _network(op, state, path)
+    tensorflow_padding, normalization = _input(op, known, tensorflow_padding, normalization)
     model = cam_classifier(name, has, tensorflow_padding=tensorflow_padding)
     load_into(model, state)
     model.normalization = normalization
@@ -66,7 +64,46 @@ def open_classifier(
     return model
 
 
-def _network(state: dict[str, Tensor], path) -> str:
+def irn_network(name: str, *, tensorflow_padding: bool = False) -> IRNet:
+    """IRN's network on one of the backbones of NAMES, its branches with random weights."""
+    return IRNet(cam_classifier(name, 1, tensorflow_padding=tensorflow_padding)).eval()
+
+
+def open_irn(
+    path: str | os.PathLike,
+    *,
+    network: str | None = None,
+    tensorflow_padding: bool | None = None,
+    normalization: str | None = None,
+) -> IRNet:
+    """The trained network that a checkpoint holds, ours or IRN's own res50_irn.pth; arguments as of open_classifier."""
+    op, state, known = "open_irn", load_checkpoint(path), read_metadata(path)
+    if "fc_edge6.weight" not in state:
+        kind = "a classifier" if "classifier.weight" in state else "a backbone or another network"
+        raise ValueError(f"{op}: expected IRN's network, with fc_edge6.weight, got {path}, {kind}; train IRN on it "
+                         f"first")  # fmt: skip
+    name = network or known.get("network") or _network(op, state, path)
+    tensorflow_padding, normalization = _input(op, known, tensorflow_padding, normalization)
+    model = irn_network(name, tensorflow_padding=tensorflow_padding)
+    model.fill(state)
+    model.backbone.normalization = normalization
+    return model
+
+
+def _input(
+    op: str, known: Mapping[str, str], tensorflow_padding: bool | None, normalization: str | None
+) -> tuple[bool, str]:
+    """Padding and normalization: as they are asked for, else as a file's metadata says, else the usual ones."""
+    if tensorflow_padding is None:
+        tensorflow_padding = known.get("tensorflow_padding") == "true"
+    default = "symmetric" if tensorflow_padding else "imagenet"
+    normalization = normalization or known.get("normalization") or default
+    if normalization not in ("imagenet", "symmetric"):
+        raise ValueError(f"{op}: expected normalization of imagenet or symmetric, got {normalization!r}")
+    return tensorflow_padding, normalization
+
+
+def _network(op: str, state: dict[str, Tensor], path) -> str:
     """Told by the names of its tensors."""
     if "features.0.0.weight" in state:
         return "mobilenet_v2"
@@ -75,16 +112,19 @@ def _network(state: dict[str, Tensor], path) -> str:
     for name, layers in LAYERS.items():
         if layers == counts and bottlenecks == (name != "resnet18"):
             return name
-    raise ValueError(f"open_classifier: expected the tensors of one of {', '.join(NAMES)}, got others in {path}")
+    raise ValueError(f"{op}: expected the tensors of one of {', '.join(NAMES)}, got others in {path}")
 
 
 __all__ = [
     "NAMES",
     "CamClassifier",
+    "IRNet",
     "cam_classifier",
+    "irn_network",
     "load_checkpoint",
     "load_into",
     "open_classifier",
+    "open_irn",
     "read_metadata",
     "save_checkpoint",
 ]

@@ -1,4 +1,4 @@
-"""Checkpoints of classifiers: torchvision's, the released codes' and safetensors; never a pickle's code."""
+"""Checkpoints of networks: torchvision's, the released codes' and safetensors; never a pickle's code."""
 
 import json
 import os
@@ -10,6 +10,11 @@ from torch import Tensor
 
 _STAGES = {"stage1.0": "conv1", "stage1.1": "bn1", "stage1.4": "layer1", "stage2.0": "layer2", "stage3.0": "layer3",
            "stage4.0": "layer4"}  # fmt: skip
+_IRN_STAGES = {"stage1.0": "conv1", "stage1.1": "bn1", "stage2.0": "layer1", "stage3.0": "layer2", "stage4.0": "layer3",
+               "stage5.0": "layer4"}  # fmt: skip
+# of IRN's files: lists of modules, which name tensors again, indices of pixels, and what a mean needs no more
+_COPIES = ("backbone.", "newly_added.", "edge_layers.", "dp_layers.")
+_IRN_BESIDE = ("path_indices", "ind_from", "ind_to", "disp_target", "fc_dp7.4.running_var", "fc_dp7.4.num_batches")
 _HEADS = ("fc.", "classifier.1.")  # ImageNet's, of torchvision's ResNets and MobileNetV2
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
            "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
@@ -19,8 +24,8 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 def load_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     """The tensors of a checkpoint under torchvision's names (and classifier.weight), whoever wrote it.
 
-    Knows torchvision's state dicts (their ImageNet head is left out), IRN's and RIB's res50_cam.pth with its copies of
-    every tensor, and safetensors.
+    Knows torchvision's state dicts (their ImageNet head is left out), IRN's and RIB's res50_cam.pth and res50_irn.pth
+    with their copies of every tensor, and safetensors.
     """
     path = Path(path)
     if not path.is_file():
@@ -39,7 +44,9 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         kind = f"a {type(state).__name__}" if not isinstance(state, dict) else f"a dict of {_some(state)}"
         raise ValueError(f"load_checkpoint: expected a dict of tensors, got {kind} in {path}")
-    return {name: value for key, value in state.items() if (name := _torchvision_name(key)) is not None}
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    stages = _IRN_STAGES if any(key.startswith("fc_edge") for key in state) else _STAGES
+    return {name: value for key, value in state.items() if (name := _torchvision_name(key, stages)) is not None}
 
 
 def load_into(model: torch.nn.Module, state: dict[str, Tensor], *, classifier: bool = True) -> None:
@@ -128,13 +135,14 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"load_checkpoint: expected a safetensors file, got {path}: {error}") from error
 
 
-def _torchvision_name(name: str) -> str | None:
-    """None for what a classifier has no use for: ImageNet's heads, and copies of tensors under other names."""
-    name = name.removeprefix("module.")
-    if name.startswith(("backbone.", "newly_added.")):  # IRN keeps lists of its modules, which name tensors again
+def _torchvision_name(name: str, stages: dict[str, str]) -> str | None:
+    """None for what a network has no use for: ImageNet's heads, and copies of tensors under other names."""
+    if name.startswith((*_COPIES, *_IRN_BESIDE)):
         return None
+    if name == "fc_dp7.4.running_mean":
+        return "mean_shift.running_mean"
     name = name.removeprefix("resnet50.")
-    for stage, layer in _STAGES.items():
+    for stage, layer in stages.items():
         if name.startswith(stage + "."):
             name = layer + name.removeprefix(stage)
     return None if name.startswith(_HEADS) else name

@@ -59,6 +59,15 @@ class CamClassifier(nn.Module, ABC):
     def tail(self, trunk: Tensor) -> Tensor:
         """The trunk's output -> the features that are classified, at stride 16."""
 
+    @property
+    @abstractmethod
+    def stage_channels(self) -> tuple[int, ...]:
+        """Of `stages`."""
+
+    @abstractmethod
+    def stages(self, images: Tensor) -> list[Tensor]:
+        """The features of five depths, at strides 4, 4, 8, 16 and 16; the last ones are what is classified."""
+
     @abstractmethod
     def tail_blocks(self) -> list[Block]:
         """What the tail computes, block by block, for those who compute it in another way."""

@@ -8,6 +8,7 @@ from .classifier import Block, CamClassifier, Layer
 # expansion, channels, blocks, stride; the last stride of 2 is 1 here, which keeps stride 16
 STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 1), (6, 320, 1, 1))
 TRUNK = 7  # features up to stride 8
+DEPTHS = (3, 4, 7, 14, 19)  # features up to where `stages` ends each
 
 
 class SamePadded(nn.Conv2d):
@@ -68,6 +69,19 @@ class MobileNetV2(CamClassifier):
 
     def tail(self, trunk: Tensor) -> Tensor:
         return self.features[TRUNK:](trunk)
+
+    @property
+    def stage_channels(self) -> tuple[int, ...]:
+        return 24, 24, 32, 96, self.classifier.in_channels
+
+    def stages(self, images: Tensor) -> list[Tensor]:
+        """Those of 24 channels (both blocks'), 32, 96 and 1280."""
+        found, begin = [], 0
+        for end in DEPTHS:
+            images = self.features[begin:end](images)
+            found.append(images)
+            begin = end
+        return found
 
     def tail_blocks(self) -> list[Block]:
         blocks = []

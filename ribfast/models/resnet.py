@@ -78,6 +78,18 @@ class ResNet(CamClassifier):
     def tail(self, trunk: Tensor) -> Tensor:
         return self.layer4(self.layer3(trunk))
 
+    @property
+    def stage_channels(self) -> tuple[int, ...]:
+        last = self.classifier.in_channels
+        return self.conv1.out_channels, last // 8, last // 4, last // 2, last
+
+    def stages(self, images: Tensor) -> list[Tensor]:
+        """The stem's, and the four layers'."""
+        found = [self.maxpool(self.bn1(self.conv1(images)).relu_())]
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            found.append(layer(found[-1]))
+        return found
+
     def tail_blocks(self) -> list[Block]:
         blocks = []
         for block in [*self.layer3, *self.layer4]:

@@ -1,28 +1,24 @@
 """Training the classifier of image-level labels whose maps everything starts from."""
 
-import functools
 import json
 import logging
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 from torch.nn import functional as F
 
-from .. import config as configuration
 from .. import data, metrics, models
 from ..processes import Processes, processes
-from .journal import Journal
+from . import loop
 
 log = logging.getLogger("ribfast")
-CHECKPOINT, UNFINISHED = "classifier.safetensors", "unfinished.safetensors"
-INDIFFERENT = ("workers", "device")  # fields that may change when a training goes on
+CHECKPOINT = "classifier.safetensors"
 
 
 @dataclass(frozen=True)
@@ -50,12 +46,12 @@ class ClassifierConfig:
     device: str = "auto"  # auto, cpu, cuda or cuda:N
 
     def __post_init__(self):
-        for name in ("epochs", "batch", "crop"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"ClassifierConfig: expected {name} of at least 1, got {getattr(self, name)}")
-        for name in ("lr", "classifier_lr_scale", "weight_decay", "momentum", "power", "seed", "workers"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"ClassifierConfig: expected {name} of at least 0, got {getattr(self, name)}")
+        loop.check(self)
+        if self.crop < 1:
+            raise ValueError(f"ClassifierConfig: expected crop of at least 1, got {self.crop}")
+        if not 0 <= self.classifier_lr_scale < math.inf:
+            raise ValueError(f"ClassifierConfig: expected classifier_lr_scale of at least 0, got "
+                             f"{self.classifier_lr_scale}")  # fmt: skip
         self.augmentation()
         if self.tensorflow_padding and self.network != "mobilenet_v2":
             raise ValueError(f"ClassifierConfig: expected tensorflow_padding with mobilenet_v2, got {self.network}")
@@ -88,12 +84,12 @@ def train_classifier(
     goes on after the last whole epoch in `out`, if there is one. Under torchrun the processes share each batch.
     Writes classifier.safetensors and metrics.jsonl.
     """
-    out = Path(out)
     labels = _labels(source)
     if validation is not None and validation.classes != source.classes:
         raise ValueError("train_classifier: expected a validation split of the same classes, got others")
+    task = _Classifier(source, labels, config, weights, validation)
     with processes(config.device) as here:
-        return _Training(source, labels, config, out, weights, validation, resume, here).run(progress)
+        return loop.train(task, Path(out), here, resume=resume, progress=progress)
 
 
 def _labels(source: data.Source) -> Tensor:
@@ -108,202 +104,82 @@ def _labels(source: data.Source) -> Tensor:
     return labels.float()
 
 
-class _Training:
-    def __init__(self, source, labels, config, out, weights, validation, resume, here: Processes):
-        self.source, self.labels, self.config, self.out, self.here = source, labels, config, out, here
-        self.validation, self.resume, self.weights = validation, resume, weights
-        if config.batch % here.world:
-            raise ValueError(f"train_classifier: expected a batch that {here.world} processes can share, got "
-                             f"{config.batch}")  # fmt: skip
-        self.batch = min(config.batch, len(source) // here.world * here.world)
-        if not self.batch:
-            raise ValueError(f"train_classifier: expected an image for each of {here.world} processes, got "
-                             f"{len(source)}")  # fmt: skip
-        self.per_epoch = len(source) // self.batch
-        self.steps = config.epochs * self.per_epoch
+class _Classifier:
+    """The task of `loop`."""
 
-    def run(self, progress) -> Path:
-        self.out.mkdir(parents=True, exist_ok=True)
-        checkpoint, unfinished = self.out / CHECKPOINT, self.out / UNFINISHED
-        if self.resume and checkpoint.is_file() and not unfinished.is_file():
-            self._refuse_another_run(checkpoint)
-            log.info("%s is there: nothing to train", checkpoint)
-            return checkpoint
-        goes_on = self.resume and unfinished.is_file()
-        self.model = self._new_model(filled=goes_on).to(self.here.device, memory_format=torch.channels_last).train()
-        backbone, head = self.model.trained_parameters()
-        groups = [{"params": backbone, "scale": 1.0}, {"params": head, "scale": self.config.classifier_lr_scale}]
-        c = self.config
-        self.optimizer = torch.optim.SGD(groups, c.lr, momentum=c.momentum, weight_decay=c.weight_decay)
-        first = self._restore(unfinished) if goes_on else 0
-        if self.here.rank == 0 and not self.resume:  # or another run's would be taken for this one's
-            checkpoint.unlink(missing_ok=True)
-            unfinished.unlink(missing_ok=True)
-        journal = Journal(self.out / "metrics.jsonl" if self.here.rank == 0 else None, first)
-        try:
-            self._run(first, journal, progress or (lambda done, total, text: None), unfinished)
-        finally:
-            journal.close()
-        if self.here.rank == 0:
-            models.save_checkpoint(checkpoint, _state(self.model), self._metadata())
-            unfinished.unlink(missing_ok=True)
-        if self.here.world > 1:
-            distributed.barrier()
-        return checkpoint
+    name, checkpoint = "train_classifier", CHECKPOINT
 
-    def _new_model(self, filled: bool) -> models.CamClassifier:
-        """filled: whether an unfinished training's weights will replace these."""
+    def __init__(self, source, labels, config, weights, validation):
+        self.source, self.labels, self.config, self.images = source, labels, config, len(source)
+        self.validation, self.weights, self.augmentation = validation, weights, config.augmentation()
+
+    def begin(self, filled: bool) -> None:
         c = self.config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(c.seed)
             padding = c.tensorflow_padding
-            model = models.cam_classifier(c.network, len(self.source.classes), tensorflow_padding=padding)
-        model.classes, model.normalization = self.source.classes, c.normalization
+            self.model = models.cam_classifier(c.network, len(self.source.classes), tensorflow_padding=padding)
+        self.model.classes, self.model.normalization = self.source.classes, c.normalization
         if filled:
-            return model
+            return
         if self.weights is None:
             log.warning("no weights to start from: the layers up to stride 8 stay random")
         else:
-            models.load_into(model, models.load_checkpoint(self.weights), classifier=False)
-        return model
+            models.load_into(self.model, models.load_checkpoint(self.weights), classifier=False)
 
-    def _run(self, first: int, journal: Journal, progress, unfinished: Path) -> None:
-        c, here, forward, start = self.config, self.here, self.model, time.perf_counter()
-        if here.world > 1:
-            devices = [here.device] if here.device.type == "cuda" else None
-            forward = nn.parallel.DistributedDataParallel(self.model, devices, broadcast_buffers=False)
-        before = None  # a step's loss is read once the next step is on its way, so that a GPU does not wait
-        for step, (images, targets) in enumerate(self._batches(first), first):
-            rate = c.lr * (1 - step / self.steps) ** c.power
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate * group["scale"]
-            images = images.to(here.device, memory_format=torch.channels_last, non_blocking=True)
-            with self._autocast():
-                maps = forward(images)
-            loss = F.multilabel_soft_margin_loss(maps.float().mean((2, 3)), targets.to(here.device, non_blocking=True))
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self.optimizer.step()
-            loss = loss.detach()
-            if here.world > 1:
-                distributed.all_reduce(loss)
+    def groups(self) -> list[dict]:
+        backbone, head = self.model.trained_parameters()
+        return [{"params": backbone, "scale": 1.0}, {"params": head, "scale": self.config.classifier_lr_scale}]
 
-            def report(step=step, rate=rate, loss=loss):
-                value = loss.item() / here.world
-                if not math.isfinite(value):
-                    raise FloatingPointError(f"train_classifier: expected a finite loss, got {value} in step {step}; "
-                                             f"lower lr ({c.lr})")  # fmt: skip
-                epoch, seconds = step // self.per_epoch, round(time.perf_counter() - start, 3)
-                journal.write(step=step, epoch=epoch, loss=value, lr=rate, seconds=seconds)
-                progress(step + 1, self.steps, f"epoch {epoch + 1} of {c.epochs}, loss {value:.4f}")
+    def load(self, index: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        return self.augmentation(self.source.image(self.source[index]), rng), self.labels[index]
 
-            if before is not None:
-                before()
-            before = report
-            if (step + 1) % self.per_epoch == 0:
-                report()
-                before = None
-                self._end_epoch(step, journal, unfinished)
-
-    def _end_epoch(self, step: int, journal: Journal, unfinished: Path) -> None:
-        epoch = step // self.per_epoch
-        if not all(torch.isfinite(p).all() for group in self.optimizer.param_groups for p in group["params"]):
-            raise FloatingPointError(f"train_classifier: expected finite weights, got others after step {step}; lower "
-                                     f"lr ({self.config.lr})")  # fmt: skip
-        if self.here.rank == 0 and step + 1 < self.steps:
-            self._save(unfinished, epoch + 1)
-        if self.validation is not None:
-            found = self._validate()
-            journal.write(step=step, epoch=epoch, **found)
-            if self.here.rank == 0:
-                loss, precision = found["validation_loss"], found["validation_map"]
-                log.info("epoch %d: validation loss %.4f, mAP %.4f", epoch + 1, loss, precision)
-
-    def _autocast(self):
-        bfloat16 = self.config.precision == "bfloat16"
-        return torch.autocast(self.here.device.type, torch.bfloat16, enabled=bfloat16)
-
-    def _batches(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's share of each batch. A crop depends on the seed, the epoch and its place in it alone."""
-        c, share, augmentation = self.config, self.batch // self.here.world, self.config.augmentation()
-
-        @functools.lru_cache(2)
-        def order(epoch: int) -> np.ndarray:
-            return np.random.default_rng([c.seed, epoch]).permutation(len(self.source))
-
-        def load(step: int) -> tuple[Tensor, Tensor]:
-            epoch, begin = step // self.per_epoch, step % self.per_epoch * self.batch + self.here.rank * share
-            indices, images = order(epoch)[begin : begin + share], []
-            for place, index in enumerate(indices.tolist(), begin + 1):  # from 1: [seed, epoch, 0] is [seed, epoch]
-                image = self.source.image(self.source[index])
-                images.append(augmentation(image, np.random.default_rng([c.seed, epoch, place])))
-            batch = torch.stack(images), self.labels[indices]
-            return tuple(t.pin_memory() for t in batch) if self.here.device.type == "cuda" else batch
-
-        return data.prefetch(load, range(first, self.steps), workers=c.workers, ahead=max(2, c.workers))
+    def losses(self, forward, batch, here: Processes) -> dict[str, Tensor]:
+        images, targets = batch
+        with loop.autocast(self.config, here):
+            maps = forward(images)
+        return {"loss": F.multilabel_soft_margin_loss(maps.float().mean((2, 3)), targets)}
 
     @torch.no_grad()
-    def _validate(self) -> dict[str, float]:
-        """Photographs whole, at their size unless it exceeds the training's, with their mirrors."""
+    def end_epoch(self, here: Processes) -> dict[str, float]:
+        """Of the validation's photographs whole, at their size unless it exceeds the training's, with their mirrors."""
+        if self.validation is None:
+            return {}
         largest, normalization = self.config.long_side[1], data.NORMALIZATIONS[self.config.normalization]
 
         def load(index: int) -> Tensor:
             image = self.validation.image(self.validation[index])
             return data.make_views(image, (min(1.0, largest / max(image.shape[:2])),), normalization)[0]
 
-        mine, scores = range(self.here.rank, len(self.validation), self.here.world), []
+        mine, scores = range(here.rank, len(self.validation), here.world), []
         for views in data.prefetch(load, mine, workers=self.config.workers):
-            views = views.to(self.here.device, memory_format=torch.channels_last)
-            with self._autocast():
+            (views,) = loop.to_device((views,), here)
+            with loop.autocast(self.config, here):
                 scores.append(self.model(views).float().mean((0, 2, 3)).cpu())
         gathered = [(list(mine), scores)]
-        if self.here.world > 1:
-            gathered = [None] * self.here.world
+        if here.world > 1:
+            gathered = [None] * here.world
             distributed.all_gather_object(gathered, (list(mine), scores))
         by_index = {i: score for indices, part in gathered for i, score in zip(indices, part, strict=True)}
         scores, labels = torch.stack([by_index[i] for i in range(len(self.validation))]), self.validation.labels()
         loss = F.multilabel_soft_margin_loss(scores, labels.float()).item()
         return {"validation_loss": loss, "validation_map": float(np.nanmean(_precision(scores, labels)))}
 
-    def _metadata(self) -> dict[str, str]:
-        return self.model.metadata() | {"training": json.dumps(configuration.plain(self.config))}
+    def finish(self, here: Processes) -> None:
+        pass
 
-    def _save(self, path: Path, epochs: int) -> None:
-        """Everything that the next epoch needs."""
-        state = {f"model.{name}": value for name, value in _state(self.model).items()}
-        for name, p in self.model.named_parameters():
-            buffer = self.optimizer.state.get(p, {}).get("momentum_buffer")
-            if buffer is not None:
-                state[f"momentum.{name}"] = buffer
-        models.save_checkpoint(path, state, self._metadata() | {"epochs": str(epochs)})
+    def tensors(self) -> dict[str, Tensor]:
+        return {n: value for n, value in self.model.state_dict().items() if not n.endswith("num_batches_tracked")}
 
-    def _restore(self, path: Path) -> int:
-        """The step to go on with."""
-        self._refuse_another_run(path)
-        state = models.load_checkpoint(path)
-        own = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
-        models.load_into(self.model, own)
-        for name, p in self.model.named_parameters():
-            if f"momentum.{name}" in state:
-                self.optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(state[f"momentum.{name}"])
-        epochs = int(models.read_metadata(path)["epochs"])
-        log.info("going on after epoch %d of %d", epochs, self.config.epochs)
-        return epochs * self.per_epoch
+    def fill(self, state: dict[str, Tensor]) -> None:
+        models.load_into(self.model, state)
 
-    def _refuse_another_run(self, path: Path) -> None:
-        known = models.read_metadata(path)
-        there = json.loads(known.get("training", "{}"))
-        found = configuration.differences(self.config, there, INDIFFERENT)
-        if json.loads(known.get("classes", "null")) != list(self.source.classes):
-            found.append("the classes")
-        if found:
-            raise ValueError(f"train_classifier: expected to go on as {path} began, got another {', '.join(found)}; "
-                             f"choose another folder, or start anew without resume")  # fmt: skip
+    def metadata(self) -> dict[str, str]:
+        return self.model.metadata()
+
+    def others(self, known: dict[str, str]) -> list[str]:
+        return ["the classes"] if json.loads(known.get("classes", "null")) != list(self.source.classes) else []
 
 
 def _precision(scores: Tensor, labels: Tensor) -> np.ndarray:
     return metrics.average_precision(scores.numpy(), labels.numpy())
-
-
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value for name, value in model.state_dict().items() if not name.endswith("num_batches_tracked")}

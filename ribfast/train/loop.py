@@ -1,0 +1,248 @@
+"""What trainings share: steps of SGD, shared by processes, a line of metrics.jsonl each, resumed after whole epochs."""
+
+import functools
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, distributed, nn
+
+from .. import config as configuration
+from .. import data, models
+from ..processes import Processes
+from .journal import Journal
+
+log = logging.getLogger("ribfast")
+UNFINISHED = "unfinished.safetensors"
+INDIFFERENT = ("workers", "device")  # fields that may change when a training goes on
+Progress = Callable[[int, int, str], None]
+
+
+class Config(Protocol):
+    """The fields that a training's configuration has at least."""
+
+    epochs: int
+    batch: int
+    lr: float
+    weight_decay: float
+    momentum: float
+    power: float
+    precision: str
+    seed: int
+    workers: int
+
+
+class Task(Protocol):
+    """What one kind of training has of its own."""
+
+    name: str  # of its function, in errors
+    checkpoint: str  # the file's name
+    config: Config
+    images: int  # how many there are
+    model: nn.Module  # once `begin` has made it
+
+    def begin(self, filled: bool) -> None:
+        """Makes the model; filled: whether an unfinished training's weights will replace its own."""
+
+    def groups(self) -> list[dict]:
+        """What SGD trains: "params", and "scale", so many times the learning rate."""
+
+    def load(self, index: int, rng: np.random.Generator) -> tuple[Tensor, ...]:
+        """An image and what belongs to it, to be stacked; called by threads."""
+
+    def losses(self, forward: nn.Module, batch: tuple[Tensor, ...], here: Processes) -> dict[str, Tensor]:
+        """ "loss", whose mean over the processes is minimised, and parts of it to be reported."""
+
+    def end_epoch(self, here: Processes) -> dict[str, float]:
+        """What is to be reported of a whole epoch."""
+
+    def finish(self, here: Processes) -> None:
+        """What the model still needs after the last step."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The model's, as a checkpoint has them."""
+
+    def fill(self, state: dict[str, Tensor]) -> None:
+        """The opposite."""
+
+    def metadata(self) -> dict[str, str]:
+        """What a checkpoint says beside its tensors and the configuration."""
+
+    def others(self, known: dict[str, str]) -> list[str]:
+        """What of an earlier run's metadata is of another run than this."""
+
+
+def train(task: Task, out: Path, here: Processes, *, resume: bool, progress: Progress | None) -> Path:
+    """Trains in `out` and returns the checkpoint."""
+    return _Training(task, out, here, resume).run(progress or (lambda done, total, text: None))
+
+
+def check(config: Config) -> None:
+    """Of the fields that all configurations have."""
+    kind = type(config).__name__
+    for name in ("epochs", "batch"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{kind}: expected {name} of at least 1, got {getattr(config, name)}")
+    for name in ("lr", "weight_decay", "momentum", "power", "seed", "workers"):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ValueError(f"{kind}: expected {name} of at least 0, got {getattr(config, name)}")
+
+
+def autocast(config: Config, here: Processes):
+    return torch.autocast(here.device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
+
+
+def to_device(batch: tuple[Tensor, ...], here: Processes) -> list[Tensor]:
+    formats = (torch.channels_last if t.ndim == 4 else torch.preserve_format for t in batch)
+    return [t.to(here.device, memory_format=f, non_blocking=True) for t, f in zip(batch, formats, strict=True)]
+
+
+class _Training:
+    def __init__(self, task: Task, out: Path, here: Processes, resume: bool):
+        self.task, self.config, self.out, self.here, self.resume = task, task.config, out, here, resume
+        if self.config.batch % here.world:
+            raise ValueError(f"{task.name}: expected a batch that {here.world} processes can share, got "
+                             f"{self.config.batch}")  # fmt: skip
+        self.batch = min(self.config.batch, task.images // here.world * here.world)
+        if not self.batch:
+            raise ValueError(f"{task.name}: expected an image for each of {here.world} processes, got {task.images}")
+        self.per_epoch = task.images // self.batch
+        self.steps = self.config.epochs * self.per_epoch
+
+    def run(self, progress: Progress) -> Path:
+        self.out.mkdir(parents=True, exist_ok=True)
+        checkpoint, unfinished = self.out / self.task.checkpoint, self.out / UNFINISHED
+        if self.resume and checkpoint.is_file() and not unfinished.is_file():
+            self._refuse_another_run(checkpoint)
+            log.info("%s is there: nothing to train", checkpoint)
+            return checkpoint
+        goes_on = self.resume and unfinished.is_file()
+        self.task.begin(filled=goes_on)
+        self.task.model.to(self.here.device, memory_format=torch.channels_last).train()
+        c = self.config
+        self.optimizer = torch.optim.SGD(self.task.groups(), c.lr, momentum=c.momentum, weight_decay=c.weight_decay)
+        first = self._restore(unfinished) if goes_on else 0
+        if self.here.rank == 0 and not self.resume:  # or another run's would be taken for this one's
+            checkpoint.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
+        journal = Journal(self.out / "metrics.jsonl" if self.here.rank == 0 else None, first)
+        try:
+            self._run(first, journal, progress, unfinished)
+        finally:
+            journal.close()
+        self.task.finish(self.here)
+        if self.here.rank == 0:
+            models.save_checkpoint(checkpoint, self.task.tensors(), self._metadata())
+            unfinished.unlink(missing_ok=True)
+        if self.here.world > 1:
+            distributed.barrier()
+        return checkpoint
+
+    def _run(self, first: int, journal: Journal, progress: Progress, unfinished: Path) -> None:
+        c, here, forward, start = self.config, self.here, self.task.model, time.perf_counter()
+        if here.world > 1:
+            devices = [here.device] if here.device.type == "cuda" else None
+            forward = nn.parallel.DistributedDataParallel(forward, devices, broadcast_buffers=False)
+        before = None  # a step's losses are read once the next step is on its way, so that a GPU does not wait
+        for step, batch in enumerate(self._batches(first), first):
+            rate = c.lr * (1 - step / self.steps) ** c.power
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate * group["scale"]
+            losses = self.task.losses(forward, to_device(batch, here), here)
+            self.optimizer.zero_grad(set_to_none=True)
+            losses["loss"].backward()
+            self.optimizer.step()
+            values = torch.stack([loss.detach() for loss in losses.values()])
+            if here.world > 1:
+                distributed.all_reduce(values)
+
+            def report(step=step, rate=rate, names=tuple(losses), values=values):
+                found = dict(zip(names, (values / here.world).tolist(), strict=True))
+                loss = found["loss"]
+                if not math.isfinite(loss):
+                    raise FloatingPointError(f"{self.task.name}: expected a finite loss, got {loss} in step {step}; "
+                                             f"lower lr ({c.lr})")  # fmt: skip
+                epoch, seconds = step // self.per_epoch, round(time.perf_counter() - start, 3)
+                journal.write(step=step, epoch=epoch, **found, lr=rate, seconds=seconds)
+                progress(step + 1, self.steps, f"epoch {epoch + 1} of {c.epochs}, loss {loss:.4f}")
+
+            if before is not None:
+                before()
+            before = report
+            if (step + 1) % self.per_epoch == 0:
+                report()
+                before = None
+                self._end_epoch(step, journal, unfinished)
+
+    def _end_epoch(self, step: int, journal: Journal, unfinished: Path) -> None:
+        epoch = step // self.per_epoch
+        if not all(torch.isfinite(p).all() for group in self.optimizer.param_groups for p in group["params"]):
+            raise FloatingPointError(f"{self.task.name}: expected finite weights, got others after step {step}; lower "
+                                     f"lr ({self.config.lr})")  # fmt: skip
+        if self.here.rank == 0:
+            self._save(unfinished, epoch + 1)
+        if found := self.task.end_epoch(self.here):
+            journal.write(step=step, epoch=epoch, **found)
+            if self.here.rank == 0:
+                log.info("epoch %d: %s", epoch + 1, ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
+
+    def _batches(self, first: int) -> Iterator[tuple[Tensor, ...]]:
+        """This process's share of each batch. A crop depends on the seed, the epoch and its place in it alone."""
+        c, share = self.config, self.batch // self.here.world
+
+        @functools.lru_cache(2)
+        def order(epoch: int) -> np.ndarray:
+            return np.random.default_rng([c.seed, epoch]).permutation(self.task.images)
+
+        def load(step: int) -> tuple[Tensor, ...]:
+            epoch, begin = step // self.per_epoch, step % self.per_epoch * self.batch + self.here.rank * share
+            indices = order(epoch)[begin : begin + share].tolist()
+            rows = [  # from 1: [seed, epoch, 0] is [seed, epoch]
+                self.task.load(index, np.random.default_rng([c.seed, epoch, place]))
+                for place, index in enumerate(indices, begin + 1)
+            ]
+            return pinned(tuple(torch.stack(column) for column in zip(*rows, strict=True)), self.here)
+
+        return data.prefetch(load, range(first, self.steps), workers=c.workers, ahead=max(2, c.workers))
+
+    def _metadata(self) -> dict[str, str]:
+        return self.task.metadata() | {"training": json.dumps(configuration.plain(self.config))}
+
+    def _save(self, path: Path, epochs: int) -> None:
+        """Everything that the next epoch needs."""
+        state = {f"model.{name}": value for name, value in self.task.tensors().items()}
+        for name, p in self.task.model.named_parameters():
+            buffer = self.optimizer.state.get(p, {}).get("momentum_buffer")
+            if buffer is not None:
+                state[f"momentum.{name}"] = buffer
+        models.save_checkpoint(path, state, self._metadata() | {"epochs": str(epochs)})
+
+    def _restore(self, path: Path) -> int:
+        """The step to go on with."""
+        self._refuse_another_run(path)
+        state = models.load_checkpoint(path)
+        self.task.fill({n.removeprefix("model."): value for n, value in state.items() if n.startswith("model.")})
+        for name, p in self.task.model.named_parameters():
+            if f"momentum.{name}" in state:
+                self.optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(state[f"momentum.{name}"])
+        epochs = int(models.read_metadata(path)["epochs"])
+        log.info("going on after epoch %d of %d", epochs, self.config.epochs)
+        return epochs * self.per_epoch
+
+    def _refuse_another_run(self, path: Path) -> None:
+        known = models.read_metadata(path)
+        there = json.loads(known.get("training", "{}"))
+        found = configuration.differences(self.config, there, INDIFFERENT) + self.task.others(known)
+        if found:
+            raise ValueError(f"{self.task.name}: expected to go on as {path} began, got another {', '.join(found)}; "
+                             f"choose another folder, or start anew without resume")  # fmt: skip
+
+
+def pinned(batch: tuple[Tensor, ...], here: Processes) -> tuple[Tensor, ...]:
+    return tuple(t.pin_memory() for t in batch) if here.device.type == "cuda" else batch
