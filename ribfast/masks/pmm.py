@@ -31,10 +31,12 @@ def smooth_by_variation(maps: Tensor, *, threshold: float = 0.05, scale: float =
     above = values > threshold
     count = above.sum(places, keepdim=True).clamp(min=1)
     mean = torch.where(above, values, 0).sum(places, keepdim=True) / count
-    deviation = (torch.where(above, values - mean, 0).square().sum(places, keepdim=True) / count).sqrt()
-    cv = torch.where(mean > 0, scale * deviation / mean, 0).clamp(max=1)
+    variance = torch.where(above, values - mean, 0).square().sum(places, keepdim=True) / count
+    varied = variance > 0
+    # what is not chosen is finite too, and so are gradients
+    cv = torch.where(varied, scale * torch.where(varied, variance, 1).sqrt() / torch.where(varied, mean, 1), 0)
     low = (values < threshold) | (values == 0)  # 0 stays 0 where the exponent is 0
-    return torch.where(low, 0, values ** (1 - cv))
+    return torch.where(low, 0, torch.where(low, 1, values) ** (1 - cv.clamp(max=1)))
 
 
 @torch.no_grad()
