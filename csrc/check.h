@@ -274,12 +274,17 @@ inline void check_crf_options(const char* op, at::ArrayRef<double> gaussian, at:
   RIBFAST_CHECK_VALUE(capacity >= 0, op, "a capacity of at least 0", capacity);
 }
 
+// How many problems the unary of an image holds.
+inline int64_t problems_of(const at::Tensor& unary) { return unary.dim() == 4 ? unary.size(0) : 1; }
+
 // One image of dense_crf and its unary.
 inline void check_crf_unary(const char* op, const at::Tensor& image, const at::Tensor& unary) {
   check_crf_image(op, image);
-  RIBFAST_CHECK_VALUE(unary.dim() == 3 && unary.size(0) > 0 && unary.size(0) < (1 << 24) &&
-                          unary.size(1) == image.size(0) && unary.size(2) == image.size(1),
-                      op, "unary (L, H, W) of the image, L >= 1", unary.sizes(), " for an image ", image.sizes());
+  RIBFAST_CHECK_VALUE((unary.dim() == 3 || unary.dim() == 4) && unary.size(-3) > 0 &&
+                          unary.size(-3) < (1 << 24) / std::max<int64_t>(1, problems_of(unary)) &&
+                          unary.size(-2) == image.size(0) && unary.size(-1) == image.size(1),
+                      op, "unary (L, H, W) or (K, L, H, W) of the image, L >= 1", unary.sizes(), " for an image ",
+                      image.sizes());
   check_float(op, "unary", unary);
   check_same_device(op, image, unary);
 }

@@ -31,9 +31,10 @@ TORCH_LIBRARY(ribfast, m) {
       "Tensor(e!) folded, Tensor(f!) folded_bias, bool first, Tensor rate, float momentum, float decay, float scale) "
       "-> ()");
 
-  // images (H, W, 3) uint8, unary (L, H, W) -> probabilities; labels (K, H, W) uint8 -> labels alike; gaussian: (sxy,
-  // strength), bilateral: (sxy, srgb, strength), either may be empty; normalization: 0 symmetric, 1 after, 2 before,
-  // 3 none; unsure: a label or -1; capacity: vertices of a lattice on CUDA devices, 0 for as many as there can be
+  // images (H, W, 3) uint8, unary (L, H, W) or, of K problems, (K, L, H, W) -> probabilities; labels (K, H, W) uint8 ->
+  // labels alike; gaussian: (sxy, strength), bilateral: (sxy, srgb, strength), either may be empty; normalization:
+  // 0 symmetric, 1 after, 2 before, 3 none; unsure: a label or -1; capacity: vertices of a lattice on CUDA devices, 0
+  // for as many as there can be
   m.def(
       "dense_crf(Tensor[] images, Tensor[] unary, float[] gaussian, float[] bilateral, int iterations, "
       "int normalization, bool exact, int capacity) -> Tensor[]");

@@ -246,11 +246,16 @@ def image_features(image, gaussian, bilateral):
 def dense_crf(
     image, unary, *, gaussian=(3.0, 3.0), bilateral=(50.0, 5.0, 10.0), iterations=10, normalization="symmetric"
 ):
-    """Mean field of one image (H, W, 3), unary (L, H, W), with a Potts term for each of gaussian and bilateral."""
+    """Mean field of one image (H, W, 3), unary (L, H, W), with a Potts term for each of gaussian and bilateral.
+
+    unary (K, L, H, W): K problems, each by itself.
+    """
     lattices = [Lattice(features, filled=True) for features in image_features(image, gaussian, bilateral)]
     strengths = [term[-1] for term in (gaussian, bilateral) if term is not None]
-    q = mean_field(unary.float().flatten(1), lattices, strengths, normalizations=normalization, iterations=iterations)
-    return q.reshape(unary.shape)
+    options = dict(normalizations=normalization, iterations=iterations)
+    problems = unary.float().reshape(-1, unary.shape[-3], unary.shape[-2] * unary.shape[-1])
+    q = [mean_field(energies, lattices, strengths, **options) for energies in problems]
+    return torch.stack(q).reshape(unary.shape) if q else unary.float()
 
 
 def unary_of_labels(labels, n_labels, confidence, unsure=None):

@@ -191,6 +191,7 @@ def test_dense_crf(labels, capacity):
     def run():
         return torch.ops.ribfast.dense_crf(images, unary, [3.0, 3.0], [50.0, 5.0, 10.0], 5, 0, False, capacity)
 
+    unary[1] = torch.stack([unary[1], unary[1].flip(0), 2 * unary[1]])  # several problems of one image
     results = replayed(run, unary)
     for result, image, energies in zip(results, images, unary, strict=True):
         torch.testing.assert_close(result, reference.dense_crf(image, energies, iterations=5), rtol=0, atol=1e-4)

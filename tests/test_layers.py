@@ -80,6 +80,23 @@ def test_store_and_metrics_import_torch_and_numpy():
         assert foreign(PACKAGE / name, ["torch", "numpy", *sys.stdlib_module_names]) == [], name
 
 
+def test_masks_see_the_operators_and_where_maps_come_from():
+    below = ["cams", "data", "models", "ops", "reference"]
+    allowed = ["torch", "numpy", *(f"ribfast.{name}" for name in (*below, "masks")), *sys.stdlib_module_names]
+    paths = list((PACKAGE / "masks").glob("*.py"))
+    assert paths
+    for path in paths:
+        assert foreign(path, allowed) == [], path.name
+
+
+def test_nobody_below_sees_masks():
+    rooms = ("compat", "data", "models", "ops", "rib", "train", "triton")
+    paths = [path for room in rooms for path in (PACKAGE / room).rglob("*.py")]
+    paths += [PACKAGE / name for name in ("_ext.py", "cams.py", "config.py", "metrics.py", "reference.py", "store.py")]
+    for path in paths:
+        assert not [m for m in imports(path) if f"{m}.".startswith("ribfast.masks.")], path
+
+
 def test_training_and_adapting_see_what_they_are_made_of():
     below = ["cams", "config", "data", "metrics", "models", "ops", "processes", "store"]
     for room in ("train", "rib"):
@@ -103,7 +120,7 @@ def test_single_modules():
     standard = [*sys.stdlib_module_names]
     assert foreign(PACKAGE / "config.py", standard) == []
     assert foreign(PACKAGE / "processes.py", ["torch", *standard]) == []
-    assert foreign(PACKAGE / "cams.py", ["torch", "ribfast.ops", *standard]) == []
+    assert foreign(PACKAGE / "cams.py", ["torch", "numpy", "ribfast.data", "ribfast.ops", *standard]) == []
     assert foreign(PACKAGE / "cli.py", ["ribfast", *standard]) == []  # torch only where a command needs it
 
 

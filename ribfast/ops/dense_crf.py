@@ -31,7 +31,8 @@ def dense_crf(
     """Probabilities of the labels of every pixel: mean field in a CRF that connects all pixels of an image.
 
     images: (N, H, W, 3) uint8, unary: (N, L, H, W) energies (-log p) -> (N, L, H, W) float32; or lists of (H, W, 3) and
-    (L, H, W), of different sizes and numbers of labels if need be -> a list.
+    (L, H, W), of different sizes and numbers of labels if need be -> a list. Several problems of one image,
+    (N, K, L, H, W) or lists of (K, L, H, W), share its lattices.
     gaussian: (standard deviation in pixels, strength), bilateral: (in pixels, in colour, strength) of the Potts terms;
     None leaves a term out. normalization: "symmetric" (pydensecrf's default), "after", "before" or "none".
     exact: pydensecrf's order of operations, for results equal to 1e-5; otherwise they are within 5e-4 of it.
@@ -43,7 +44,7 @@ def dense_crf(
     memory, and more vertices than that are an error (in a CUDA graph, where nothing can be raised: NaN results).
     """
     stacked = isinstance(images, Tensor)
-    each_image, each_unary = _paired(_OP, images, unary, "unary", "(N, L, H, W)", 4)
+    each_image, each_unary = _paired(_OP, images, unary, "unary", "(N, L, H, W) or (N, K, L, H, W)", 4, 5)
     if nan not in ("error", "propagate"):
         raise ValueError(f"{_OP}: expected nan to be 'error' or 'propagate', got {nan!r}")
     for image, energies in zip(each_image, each_unary, strict=True):
@@ -163,10 +164,10 @@ def mean_field(
 def _by_autograd(image, unary, gaussian, bilateral, iterations, normalization):
     lattices = [Lattice(features, filled=True) for features in reference.image_features(image, gaussian, bilateral)]
     strengths = [term[-1] for term in (gaussian, bilateral) if term is not None]
-    q = reference.mean_field(
-        unary.float().flatten(1), lattices, strengths, normalizations=normalization, iterations=iterations
-    )
-    return q.reshape(unary.shape)
+    options = dict(normalizations=normalization, iterations=iterations)
+    problems = unary.float().reshape(-1, unary.shape[-3], unary.shape[-2] * unary.shape[-1])
+    q = [reference.mean_field(energies, lattices, strengths, **options) for energies in problems]
+    return torch.stack(q).reshape(unary.shape) if q else unary.float()
 
 
 def _paired(op: str, images, others, name: str, shape: str, *ndims: int) -> tuple[list, list]:
@@ -203,10 +204,10 @@ def _check_image(op: str, image) -> None:
 
 
 def _check_unary(image, energies, nan: str) -> None:
-    contract.tensor(_OP, "unary", energies, 3, "(L, H, W)")
-    if energies.shape[0] == 0 or energies.shape[1:] != image.shape[:2]:
-        raise ValueError(f"{_OP}: expected unary (L, H, W) with L >= 1 and the image's size {tuple(image.shape[:2])}, "
-                         f"got shape {tuple(energies.shape)}")  # fmt: skip
+    contract.tensor(_OP, "unary", energies, shape="(L, H, W) or (K, L, H, W)")
+    if energies.ndim not in (3, 4) or energies.shape[-3] == 0 or energies.shape[-2:] != image.shape[:2]:
+        raise ValueError(f"{_OP}: expected unary (L, H, W) or (K, L, H, W) with L >= 1 and the image's size "
+                         f"{tuple(image.shape[:2])}, got shape {tuple(energies.shape)}")  # fmt: skip
     _check_finite(_OP, energies, nan)
 
 
