@@ -48,6 +48,11 @@ TORCH_LIBRARY(ribfast, m) {
       "mean_field(Tensor unary, Tensor[] lattices, float[] strengths, int[] normalizations, int iterations, "
       "bool exact) -> Tensor");
 
+  // images (N, 3, H, W), maps (N, C, H, W) -> refined maps alike, float32; pamr: PAMR, else PAR
+  m.def(
+      "refine(Tensor[] images, Tensor[] maps, bool pamr, int[] dilations, int iterations, float w1, float w2) -> "
+      "Tensor[]");
+
   // (..., H, W)
   m.def("normalize_cams(Tensor cams, float eps) -> Tensor");
   m.def("normalize_cams_(Tensor(a!) cams, float eps) -> ()");

@@ -25,7 +25,7 @@ _SCHEMAS = {  # of each operator that has Triton kernels, in csrc/module.cpp
     "accumulate_cams": ("accumulate_cams", "accumulate_cams_", "accumulate_cams_backward"),
     "normalize_cams": ("normalize_cams", "normalize_cams_"),
 }
-_WITHOUT_TRITON = ("adapt", "dense_crf", "lattice")  # operators whose kernels are C++ alone
+_WITHOUT_TRITON = ("adapt", "dense_crf", "lattice", "refine")  # operators whose kernels are C++ alone
 OPS = (*_SCHEMAS, *_WITHOUT_TRITON)
 
 

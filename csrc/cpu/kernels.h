@@ -52,6 +52,19 @@ struct FoldedRow {
   bool first;
 };
 
+// Local refinement of one image's maps (refine.inl): planes of height rows, `stride` floats apart, `plane` floats from
+// plane to plane.
+struct RefineJob {
+  const int32_t *rows, *columns;  // of each neighbour, from its pixel; columns within what rows are readable for
+  const float* position;          // what is added to each neighbour's weight; null: PAMR
+  float w1;                       // PAR's
+  int32_t neighbours;             // 8 for each dilation
+  int64_t height, width, stride, plane;
+};
+
+constexpr int64_t kRefineBlock = 16;  // pixels whose weights lie together
+constexpr int kMostRefineNeighbours = 128;
+
 struct Kernels {
   const char* name;
   // One map of n positions -> pooled value and stats {maximum, divisor}, in accumulators.
@@ -73,6 +86,10 @@ struct Kernels {
                                        void* result, void* sums);
   float (*folded_dot[kStorages])(const FoldedRow& row);  // not of double
   void (*folded_move[kStorages])(const FoldedRow& row);
+  // A row of weights from the image's three planes, and a row of all classes from them; out: the row in the first plane.
+  void (*affinities)(const RefineJob& job, const float* image, int64_t row, float* weights);
+  void (*refine_row)(const RefineJob& job, const float* in, const float* weights, int64_t classes, int64_t row,
+                     float* out, int64_t out_plane);
   // The lattice's (lattice.h has the layouts).
   void (*embed)(const EmbedJob& job);
   // found[i]: the vertex of keys[i] + move, or 0

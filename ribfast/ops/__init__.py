@@ -5,6 +5,7 @@ from .dense_crf import dense_crf, dense_crf_labels, mean_field
 from .gndrp import gndrp
 from .lattice import Lattice
 from .normalize_cams import normalize_cams
+from .refine import refine
 
 __all__ = [
     "Lattice",
@@ -15,4 +16,5 @@ __all__ = [
     "gndrp",
     "mean_field",
     "normalize_cams",
+    "refine",
 ]
