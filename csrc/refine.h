@@ -12,7 +12,7 @@ constexpr int32_t kAroundRows[kAround] = {-1, -1, -1, 0, 0, 1, 1, 1};
 constexpr int32_t kAroundColumns[kAround] = {-1, 0, 1, -1, 1, -1, 0, 1};
 
 // What a neighbour's place adds to its weight in PAR: w2 softmax(-(p / (std p + 1e-8) / w1)^2), p the distances of the
-// neighbours, d or sqrt(2) d, and std p their standard deviation, unbiased. One for each neighbour of `count` dilations.
+// neighbours, d or sqrt(2) d, and std p their unbiased standard deviation. One for each neighbour of `count` dilations.
 inline void position_weights(const int64_t* dilations, int64_t count, double w1, double w2, float* weights) {
   const int64_t neighbours = count * kAround;
   double distances[kMostNeighbours], mean = 0, variance = 0, top = -INFINITY, sum = 0;

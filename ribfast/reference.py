@@ -86,7 +86,7 @@ def affinities(images: Tensor, method: str = "par", dilations=(1, 2, 4, 8, 12, 2
 
 
 def refine(images, maps, *, method="par", dilations=(1, 2, 4, 8, 12, 24), iterations=10, w1=0.3, w2=0.01):
-    """Maps (N, C, H, W), in every iteration summed over each pixel's neighbours by the affinities of images (N, 3, H, W).
+    """Maps (N, C, H, W), each pixel summed over its neighbours in every iteration, by affinity in images (N, 3, H, W).
 
     PAR: softmax of -mean over channels of (|I_k - I_0| / (std of the neighbours + 1e-8) / w1)^2, plus w2 times the same
     of distances, so that weights add up to 1 + w2. PAMR: softmax of -mean of |I_k - I_0| / (1e-8 + 0.1 std), the std of

@@ -265,3 +265,22 @@ def test_mean_field_of_points():
         q = (1.5 / mass * lattice.filter(q) - unary.T).softmax(1)
     torch.testing.assert_close(result, q.T, rtol=0, atol=1e-4)
     assert torch.equal(result, run())
+
+
+@cpp_alone
+@pytest.mark.parametrize("method", ["par", "pamr"])
+@pytest.mark.parametrize("classes, iterations", [(1, 1), (3, 2), (21, 5)])
+def test_refine(method, classes, iterations):
+    pairs = [(torch.rand(2, 3, *size, device="cuda"), torch.rand(2, classes, *size, device="cuda"))
+             for size in ((50, 71), (33, 90))]  # fmt: skip
+    images, maps = map(list, zip(*pairs, strict=True))
+
+    def run():
+        return torch.ops.ribfast.refine(images, maps, method == "pamr", [1, 2, 4, 30], iterations, 0.3, 0.01)
+
+    results = replayed(run, [*images, *maps])
+    for result, image, given in zip(results, images, maps, strict=True):
+        expected = reference.refine(image, given, method=method, dilations=(1, 2, 4, 30), iterations=iterations)
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+    for result, repeated in zip(results, run(), strict=True):
+        assert torch.equal(result, repeated)

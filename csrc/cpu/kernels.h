@@ -53,7 +53,7 @@ struct FoldedRow {
 };
 
 // Local refinement of one image's maps (refine.inl): planes of height rows, `stride` floats apart, `plane` floats from
-// plane to plane.
+// one plane to the next.
 struct RefineJob {
   const int32_t *rows, *columns;  // of each neighbour, from its pixel; columns within what rows are readable for
   const float* position;          // what is added to each neighbour's weight; null: PAMR
@@ -86,7 +86,7 @@ struct Kernels {
                                        void* result, void* sums);
   float (*folded_dot[kStorages])(const FoldedRow& row);  // not of double
   void (*folded_move[kStorages])(const FoldedRow& row);
-  // A row of weights from the image's three planes, and a row of all classes from them; out: the row in the first plane.
+  // A row of weights from the image's three planes; a row of all classes from them, out: that row of the first plane.
   void (*affinities)(const RefineJob& job, const float* image, int64_t row, float* weights);
   void (*refine_row)(const RefineJob& job, const float* in, const float* weights, int64_t classes, int64_t row,
                      float* out, int64_t out_plane);

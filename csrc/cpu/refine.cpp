@@ -40,8 +40,12 @@ class Rows {
   Rows(const Refinement& options, const RefineImage& image) {
     int32_t reach = 0;
     for (const int64_t d : options.dilations) {
-      const auto dy = static_cast<int32_t>(std::min(d, image.height)), dx = static_cast<int32_t>(std::min(d, image.width));
-      for (int k = 0; k < kAround; ++k) rows_.push_back(kAroundRows[k] * dy), columns_.push_back(kAroundColumns[k] * dx);
+      const auto dy = static_cast<int32_t>(std::min(d, image.height));
+      const auto dx = static_cast<int32_t>(std::min(d, image.width));
+      for (int k = 0; k < kAround; ++k) {
+        rows_.push_back(kAroundRows[k] * dy);
+        columns_.push_back(kAroundColumns[k] * dx);
+      }
       reach = std::max(reach, dx);
     }
     constexpr int64_t kLine = kCacheLine / sizeof(float);
@@ -63,7 +67,7 @@ class Rows {
   const RefineJob& job() const { return job_; }
   int64_t weights() const { return weights_; }  // of a row
   // The first pixel of planes in new memory.
-  float* planes(Buffer<float>& memory, int64_t count) const { return memory.get(count * job_.plane + margin_) + margin_; }
+  float* planes(Buffer<float>& memory, int64_t count) const { return memory.get(count * job_.plane) + margin_; }
 
   // Copies of the row's first and last pixel around it.
   void pad(float* row) const {

@@ -1,8 +1,8 @@
 // Local refinement of class maps: m(u) <- sum over neighbours k of weight_k(u) m(u + k), by affinities of an image.
 // Included by kernels.inl. PAR (Ru, Zhan, Yu and Du 2022): weight = softmax over k of -mean over channels of
 // (|I_k - I_0| / (s + 1e-8) / w1)^2, plus the neighbour's position weight; s: the neighbours' unbiased standard
-// deviation. PAMR (Araslanov and Roth 2020): softmax of -mean of |I_k - I_0| / (1e-8 + 0.1 s); s: that of the neighbours
-// and of the centre once for each dilation, as the released code has it.
+// deviation. PAMR (Araslanov and Roth 2020): softmax of -mean of |I_k - I_0| / (1e-8 + 0.1 s); s: that of the
+// neighbours and of the centre once for each dilation, as the released code has it.
 //
 // Layout: planes of rows `stride` floats apart, each row readable up to the farthest neighbour on both sides of
 // [0, width rounded up to kRefineBlock); weights of a row [block of kRefineBlock pixels][neighbour][kRefineBlock].
@@ -107,10 +107,14 @@ void affinities(const RefineJob& job, const float* image, int64_t row, float* we
                           : affinities_of_row<false>(job, image, row, weights);
 }
 
-// kBlocks blocks of a row in kClasses planes.
+// Blocks that weights are asked for ahead of their use: they come from far, and the maps' rows are in the way of what
+// the processor would fetch by itself.
+constexpr int64_t kWeightsAhead = 8;
+
+// kBlocks blocks of a row in kClasses planes. first: the weights have not been asked for.
 template <int kClasses, int kBlocks>
 RIBFAST_INLINE void refine_blocks(const RefineJob& job, const int64_t* offsets, const float* in, const float* weights,
-                                  int64_t x, float* out, int64_t out_plane) {
+                                  int64_t x, bool first, float* out, int64_t out_plane) {
   constexpr int kParts = kRefineBlock / kLanes, kVectors = kBlocks * kParts;
   const int64_t block = int64_t{job.neighbours} * kRefineBlock;
   const float* own = weights + x / kRefineBlock * block;
@@ -121,7 +125,9 @@ RIBFAST_INLINE void refine_blocks(const RefineJob& job, const int64_t* offsets, 
   for (int32_t k = 0; k < job.neighbours; ++k) {
     const float* from = in + offsets[k] + x;
     for (int v = 0; v < kVectors; ++v) {
-      const VFloat weight = load_raw<VFloat>(own + v / kParts * block + k * kRefineBlock + v % kParts * kLanes);
+      const float* at = own + v / kParts * block + k * kRefineBlock + v % kParts * kLanes;
+      if (first) __builtin_prefetch(at + kWeightsAhead * block, 0, 2);
+      const VFloat weight = load_raw<VFloat>(at);
       for (int c = 0; c < kClasses; ++c) {
         sum[c][v] += weight * load_raw<VFloat>(from + c * job.plane + v * kLanes);
       }
@@ -143,40 +149,43 @@ RIBFAST_INLINE void refine_blocks(const RefineJob& job, const int64_t* offsets, 
 // Blocks [x, end) of a row in kClasses planes, as many together as fill eight vectors.
 template <int kClasses>
 RIBFAST_INLINE void refine_planes(const RefineJob& job, const int64_t* offsets, const float* in, const float* weights,
-                                  int64_t x, int64_t end, float* out, int64_t out_plane) {
+                                  int64_t x, int64_t end, bool first, float* out, int64_t out_plane) {
   constexpr int kAtOnce = kLanes / 2 / kClasses;
   for (; x + kAtOnce * kRefineBlock <= end; x += kAtOnce * kRefineBlock) {
-    refine_blocks<kClasses, kAtOnce>(job, offsets, in, weights, x, out, out_plane);
+    refine_blocks<kClasses, kAtOnce>(job, offsets, in, weights, x, first, out, out_plane);
   }
-  for (; x < end; x += kRefineBlock) refine_blocks<kClasses, 1>(job, offsets, in, weights, x, out, out_plane);
+  for (; x < end; x += kRefineBlock) {
+    refine_blocks<kClasses, 1>(job, offsets, in, weights, x, first, out, out_plane);
+  }
 }
 
 // One row of all planes. Weights are read from memory once: a stretch of them stays in the first-level cache while the
 // planes go over it, up to kLanes / 2 at once.
 void refine_row(const RefineJob& job, const float* in, const float* weights, int64_t classes, int64_t row, float* out,
                 int64_t out_plane) {
-  constexpr int64_t kStretch = 8 * kRefineBlock, kMost = kLanes / 2;
+  constexpr int64_t kStretch = 4 * kRefineBlock, kMost = kLanes / 2;
   int64_t offsets[kMostRefineNeighbours];
   find_neighbours(job, row, offsets);
   const int64_t groups = (classes + kMost - 1) / kMost;
   for (int64_t x = 0; x < job.width; x += kStretch) {
-    const int64_t end = x + kStretch < job.width ? x + kStretch : (job.width + kRefineBlock - 1) / kRefineBlock * kRefineBlock;
+    const int64_t whole = (job.width + kRefineBlock - 1) / kRefineBlock * kRefineBlock;
+    const int64_t end = x + kStretch < whole ? x + kStretch : whole;
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t first = classes * g / groups, count = classes * (g + 1) / groups - first;
       const float* from = in + first * job.plane;
       float* to = out + first * out_plane;
       switch (count) {
-        case 1: refine_planes<1>(job, offsets, from, weights, x, end, to, out_plane); break;
-        case 2: refine_planes<2>(job, offsets, from, weights, x, end, to, out_plane); break;
+        case 1: refine_planes<1>(job, offsets, from, weights, x, end, g == 0, to, out_plane); break;
+        case 2: refine_planes<2>(job, offsets, from, weights, x, end, g == 0, to, out_plane); break;
 #if RIBFAST_VECTOR_BYTES >= 32
-        case 3: refine_planes<3>(job, offsets, from, weights, x, end, to, out_plane); break;
-        case 4: refine_planes<4>(job, offsets, from, weights, x, end, to, out_plane); break;
+        case 3: refine_planes<3>(job, offsets, from, weights, x, end, g == 0, to, out_plane); break;
+        case 4: refine_planes<4>(job, offsets, from, weights, x, end, g == 0, to, out_plane); break;
 #endif
 #if RIBFAST_VECTOR_BYTES == 64
-        case 5: refine_planes<5>(job, offsets, from, weights, x, end, to, out_plane); break;
-        case 6: refine_planes<6>(job, offsets, from, weights, x, end, to, out_plane); break;
-        case 7: refine_planes<7>(job, offsets, from, weights, x, end, to, out_plane); break;
-        case 8: refine_planes<8>(job, offsets, from, weights, x, end, to, out_plane); break;
+        case 5: refine_planes<5>(job, offsets, from, weights, x, end, g == 0, to, out_plane); break;
+        case 6: refine_planes<6>(job, offsets, from, weights, x, end, g == 0, to, out_plane); break;
+        case 7: refine_planes<7>(job, offsets, from, weights, x, end, g == 0, to, out_plane); break;
+        case 8: refine_planes<8>(job, offsets, from, weights, x, end, g == 0, to, out_plane); break;
 #endif
       }
     }

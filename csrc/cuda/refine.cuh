@@ -1,5 +1,5 @@
-// Local refinement of class maps: m(u) <- sum over neighbours k of weight_k(u) m(u + k), weights from an image: PAR's and
-// PAMR's formulas stand in cpu/refine.inl, as does why exponents are taken as they are.
+// Local refinement of class maps: m(u) <- sum over neighbours k of weight_k(u) m(u + k), weights from an image: PAR's
+// and PAMR's formulas stand in cpu/refine.inl, as does why exponents are taken as they are.
 //
 // Layout: image (3, H, W), maps, spare and result (classes, H, W), weights (neighbours, H, W), all contiguous float32.
 // A thread a pixel, a block a tile of 32 x 8 of them. Images of any sizes and numbers of classes share a launch; their
@@ -128,8 +128,8 @@ __global__ void __launch_bounds__(kRefineThreads)
   });
 }
 
-// One iteration, kClasses of an image's classes at once: weights come from memory for the first of them, from the caches
-// for the others. first: from the maps given; to_result: else to the spare ones.
+// One iteration, kClasses of an image's classes at once: weights come from memory for the first of them, from the
+// caches for the others. first: from the maps given; to_result: else to the spare ones.
 template <int kClasses, int kImages>
 __global__ void __launch_bounds__(kRefineThreads)
     refine_kernel(const __grid_constant__ RefineBatch<kImages> batch, bool first, bool to_result) {

@@ -1,4 +1,4 @@
-"""Refinement of class maps by local affinities of the image, PAR and PAMR: wrapper, contract, fake kernel; no gradient."""
+"""Refining class maps by local affinities of the image, PAR and PAMR: wrapper, contract, fake kernel; no gradient."""
 
 from collections.abc import Sequence
 
@@ -28,8 +28,8 @@ def refine(
 
     images: (N, 3, H, W) in any float dtype or uint8, maps: (N, C, H, W) -> (N, C, H, W) float32; or lists of (3, H, W)
     and (C, H, W), of different sizes and numbers of classes if need be -> a list. Images are compared with their own
-    local contrast: 0..255, 0..1 and normalised values all do (to an epsilon of 1e-8). Maps are to have the images' size:
-    rescale one or the other.
+    local contrast: 0..255, 0..1 and normalised values all do (to an epsilon of 1e-8). Maps of another size than the
+    images are refused: rescale one or the other.
     dilations: neighbours are the 8 around a pixel at each of these distances; beyond the border, the border's pixels.
     method: "par" (ToCo, AFA, WeCLIP): weights softmax(-mean over channels of (|I_k - I_0| / (s + 1e-8) / w1)^2), s the
     standard deviation of the neighbours, plus w2 times the same of their distances in space; they add up to 1 + w2, as
