@@ -28,8 +28,8 @@ RIBFAST_INLINE void find_neighbours(const RefineJob& job, int64_t row, int64_t* 
 }
 
 // Everything is taken relative to the centre, and PAR's exponents without the term that its neighbours share: with
-// v = I_k - mean, (I_k - I_0)^2 = v (v + 2 (mean - I_0)) + (mean - I_0)^2. Both keep exponents of a few where a pixel
-// stands out by many standard deviations.
+// v = I_k - mean, (I_k - I_0)^2 = v (v + 2 (mean - I_0)) + (mean - I_0)^2. Rounding is then relative to the contrast, not
+// to an image's offset or to how far a pixel stands out.
 template <bool kPamr>
 RIBFAST_INLINE void affinities_of_row(const RefineJob& job, const float* image, int64_t row, float* weights) {
   constexpr int kColours = 3;
