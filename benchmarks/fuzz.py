@@ -206,6 +206,34 @@ def folded_update(d):
     return [grad, bias_grad, *anchors, *states, d.chance(0.5), rate, d.number(0.1), d.number(0.1), d.number(4.0)], {}
 
 
+def image_and_maps(d, *head):
+    """Of one size, or the maps now and then of another."""
+    size, image_dtype = (d.side(), d.side()), d.pick(torch.uint8, *contract.FLOATS)
+    image = d.bytes(*head, 3, *size) if image_dtype == torch.uint8 else d.floats(*head, 3, *size, dtype=image_dtype)
+    return image, d.floats(*head, d.pick(0, 1, 2, 3, 7, 9, 17), *size)
+
+
+def refining(d):
+    dilations = d.pick((1, 2, 4, 8, 12, 24), [d.pick(1, 2, 3, 7, 40, 2**24 - 1) for _ in range(d.count(5))])
+    return dict(
+        method=d.pick("par", "pamr"), dilations=dilations, iterations=d.pick(0, 1, 2, 3), w1=abs(d.number(0.3)),
+        w2=d.number(0.01),
+    )  # fmt: skip
+
+
+def refined(d):
+    if d.chance(0.5):
+        return [*image_and_maps(d, d.pick(0, 1, 2))], refining(d)
+    pairs = [image_and_maps(d) for _ in range(d.count(3))]
+    return [[i for i, _ in pairs], [m for _, m in pairs]], refining(d)
+
+
+def refined_raw(d):
+    image, maps = image_and_maps(d, d.pick(0, 1, 2))
+    named = refining(d)
+    return [[image], [maps], d.chance(0.5), list(named["dilations"]), named["iterations"], named["w1"], named["w2"]], {}
+
+
 def image_and_energies(d):
     height, width, labels = d.side(), d.side(), d.count(40)
     problems = d.pick((), (), (0,), (1,), (d.count(7),))
@@ -379,6 +407,7 @@ def rows():
         "normalize_cams": (ops.normalize_cams, normalised),
         "dense_crf": (ops.dense_crf, fields),
         "dense_crf_labels": (ops.dense_crf_labels, label_fields),
+        "refine": (ops.refine, refined),
         "Lattice": (filtered, lattice_and_values),
         "mean_field": (field_over_lattices, lattices_of_field),
         "path_affinity": (ops.path_affinity, paths),
@@ -407,6 +436,7 @@ def rows():
         "ribfast::update_folded_": (raw.update_folded_, folded_update),
         "ribfast::dense_crf": (raw.dense_crf, fields_raw),
         "ribfast::dense_crf_labels": (raw.dense_crf_labels, label_fields_raw),
+        "ribfast::refine": (raw.refine, refined_raw),
         "ribfast::lattice": (raw.lattice, lambda d: ([lattice_and_values(d)[0][0], d.chance(0.5)], {})),
         "ribfast::lattice_filter": (
             filtered_raw,

@@ -250,6 +250,33 @@ inline void check_normalize_cams(const char* op, const at::Tensor& cams) {
                       cams.sizes());
 }
 
+// images: float or uint8, one (N, 3, H, W) for each (N, C, H, W) of maps
+inline void check_refine(at::TensorList images, at::TensorList maps, at::IntArrayRef dilations, int64_t iterations,
+                         double w1, double w2) {
+  const char* op = "refine";
+  RIBFAST_CHECK_VALUE(images.size() == maps.size(), op, "images for each of the maps", images.size(), " and ",
+                      maps.size());
+  for (size_t i = 0; i < maps.size(); ++i) {
+    const at::Tensor &image = images[i], &map = maps[i];
+    if (image.scalar_type() != at::kByte) check_float(op, "images, unless in uint8,", image);
+    check_float(op, "maps", map);
+    RIBFAST_CHECK_VALUE(map.dim() == 4 && map.size(2) > 0 && map.size(3) > 0 && map.size(2) < (1 << 24) &&
+                            map.size(3) < (1 << 24),
+                        op, "maps (N, C, H, W) with H, W from 1 to 2^24", map.sizes());
+    RIBFAST_CHECK_VALUE(image.dim() == 4 && image.size(0) == map.size(0) && image.size(1) == 3 &&
+                            image.size(2) == map.size(2) && image.size(3) == map.size(3),
+                        op, c10::str("images (N, 3, H, W) for maps ", map.sizes()), image.sizes());
+    check_same_device(op, image, maps[0]);
+    check_same_device(op, map, maps[0]);
+  }
+  RIBFAST_CHECK_VALUE(!dilations.empty() && dilations.size() <= 16, op, "1 to 16 dilations", dilations.size());
+  for (const int64_t d : dilations) RIBFAST_CHECK_VALUE(d >= 1 && d < (1 << 24), op, "dilations from 1 to 2^24", d);
+  RIBFAST_CHECK_VALUE(iterations >= 0 && iterations < (int64_t{1} << 31), op, "iterations of at least 0", iterations);
+  RIBFAST_CHECK_VALUE(std::isfinite(static_cast<float>(w1)) && static_cast<float>(w1) > 0, op, "a finite w1 above 0",
+                      w1);
+  RIBFAST_CHECK_VALUE(std::isfinite(static_cast<float>(w2)), op, "a finite w2", w2);
+}
+
 // A pairwise term of a CRF: empty, or `size` numbers, the last its strength.
 inline void check_crf_term(const char* op, const char* name, at::ArrayRef<double> term, size_t size) {
   RIBFAST_CHECK_VALUE(term.empty() || term.size() == size, op, c10::str(name, " with ", size, " numbers"), term.size());

@@ -59,6 +59,10 @@ TORCH_LIBRARY(ribfast, m) {
       "-> (Tensor, Tensor)");
   // each image's cams (C, h, w) and weights (P, h, w) of its pairs -> (C, h, w) float32
   m.def("random_walk(Tensor[] cams, Tensor[] weights, int radius, int steps) -> Tensor[]");
+  // images (N, 3, H, W), maps (N, C, H, W) -> refined maps alike, float32; pamr: PAMR, else PAR
+  m.def(
+      "refine(Tensor[] images, Tensor[] maps, bool pamr, int[] dilations, int iterations, float w1, float w2) -> "
+      "Tensor[]");
 
   // (..., H, W)
   m.def("normalize_cams(Tensor cams, float eps) -> Tensor");

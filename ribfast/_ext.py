@@ -25,14 +25,8 @@ _SCHEMAS = {  # of each operator that has Triton kernels, in csrc/module.cpp
     "accumulate_cams": ("accumulate_cams", "accumulate_cams_", "accumulate_cams_backward"),
     "normalize_cams": ("normalize_cams", "normalize_cams_"),
 }
-_WITHOUT_TRITON = (
-    "adapt",
-    "dense_crf",
-    "lattice",
-    "pair_losses",
-    "path_affinity",
-    "random_walk",
-)  # operators whose kernels are C++ alone
+# operators whose kernels are C++ alone
+_WITHOUT_TRITON = ("adapt", "dense_crf", "lattice", "pair_losses", "path_affinity", "random_walk", "refine")
 OPS = (*_SCHEMAS, *_WITHOUT_TRITON)
 
 

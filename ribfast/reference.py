@@ -55,6 +55,50 @@ def normalize_cams(cams: Tensor, eps: float = 1e-5, *, inplace: bool = False) ->
     return cams.copy_(result) if inplace else result
 
 
+AROUND = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)]
+
+
+def neighbours_of(planes: Tensor, dilations, around=AROUND) -> Tensor:
+    """(N, C, H, W) -> (N, C, K, H, W): what is around each pixel, at each dilation; beyond the border, the border."""
+    height, width = planes.shape[-2:]
+    dilations = [min(d, max(height, width)) for d in dilations]  # farther is the border all the same
+    reach = max(dilations)
+    rows = torch.arange(-reach, height + reach, device=planes.device).clamp(0, height - 1)
+    columns = torch.arange(-reach, width + reach, device=planes.device).clamp(0, width - 1)
+    padded = planes[..., rows, :][..., columns]
+    return torch.stack([
+        padded[..., reach + d * y : reach + d * y + height, reach + d * x : reach + d * x + width]
+        for d in dilations for y, x in around
+    ], 2)  # fmt: skip
+
+
+def affinities(images: Tensor, method: str = "par", dilations=(1, 2, 4, 8, 12, 24), w1=0.3, w2=0.01) -> Tensor:
+    """The weight of every neighbour of every pixel of images (N, 3, H, W): (N, K, H, W)."""
+    others, centres = neighbours_of(images, dilations), images[:, :, None]
+    contrast = (others - centres).abs()
+    if method == "pamr":
+        spread = torch.cat([others, *[centres] * len(dilations)], 2).std(2, keepdim=True)
+        return (-contrast / (1e-8 + 0.1 * spread)).mean(1).softmax(1)
+    colour = (-((contrast / (others.std(2, keepdim=True) + 1e-8) / w1) ** 2)).mean(1).softmax(1)
+    distances = torch.tensor([d * math.hypot(y, x) for d in dilations for y, x in AROUND])
+    place = (-((distances / (distances.std() + 1e-8) / w1) ** 2)).softmax(0).to(images)
+    return colour + w2 * place[:, None, None]
+
+
+def refine(images, maps, *, method="par", dilations=(1, 2, 4, 8, 12, 24), iterations=10, w1=0.3, w2=0.01):
+    """Maps (N, C, H, W), each pixel summed over its neighbours in every iteration, by affinity in images (N, 3, H, W).
+
+    PAR: softmax of -mean over channels of (|I_k - I_0| / (std of the neighbours + 1e-8) / w1)^2, plus w2 times the same
+    of distances, so that weights add up to 1 + w2. PAMR: softmax of -mean of |I_k - I_0| / (1e-8 + 0.1 std), the std of
+    the neighbours and of the centre once for each dilation. Standard deviations are unbiased.
+    """
+    dtype = accumulator_dtype(maps.dtype)
+    weights, maps = affinities(images.to(dtype), method, dilations, w1, w2)[:, None], maps.to(dtype)
+    for _ in range(iterations):
+        maps = (weights * neighbours_of(maps, dilations)).sum(2)
+    return maps
+
+
 def rib(model, views, classes, others, config):
     """RIB as it was released: one image, every step from its pixels on, the last update included though unused.
 

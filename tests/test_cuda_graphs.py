@@ -300,3 +300,22 @@ def test_pair_losses_with_their_gradient():
     torch.testing.assert_close(sums.double(), expected.detach(), rtol=1e-4, atol=1e-4)
     for found, leaf in ((to_boundary, leaves[0]), (to_displacement, leaves[1])):
         torch.testing.assert_close(found.double(), leaf.grad, rtol=1e-3, atol=1e-3 * leaf.grad.abs().max().item())
+
+
+@cpp_alone
+@pytest.mark.parametrize("method", ["par", "pamr"])
+@pytest.mark.parametrize("classes, iterations", [(1, 1), (3, 2), (21, 5)])
+def test_refine(method, classes, iterations):
+    pairs = [(torch.rand(2, 3, *size, device="cuda"), torch.rand(2, classes, *size, device="cuda"))
+             for size in ((50, 71), (33, 90))]  # fmt: skip
+    images, maps = map(list, zip(*pairs, strict=True))
+
+    def run():
+        return torch.ops.ribfast.refine(images, maps, method == "pamr", [1, 2, 4, 30], iterations, 0.3, 0.01)
+
+    results = replayed(run, [*images, *maps])
+    for result, image, given in zip(results, images, maps, strict=True):
+        expected = reference.refine(image, given, method=method, dilations=(1, 2, 4, 30), iterations=iterations)
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+    for result, repeated in zip(results, run(), strict=True):
+        assert torch.equal(result, repeated)

@@ -364,6 +364,30 @@ def test_random_walk(kernels, radius, steps, classes, sizes):
         torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["par", "pamr"])
+@pytest.mark.parametrize("classes, iterations", [(1, 1), (2, 2), (3, 3), (9, 1)])
+def test_refine(kernels, method, classes, iterations):
+    """Images of several sizes in one batch, the last with one class alone."""
+    sizes, dilations = [(9, 37), (1, 1), (17, 3)], (1, 3, 12)
+    images = [torch.rand(3, *size) * 255 for size in sizes]
+    maps = [torch.rand(c, *size) for c, size in zip((classes, classes, 1), sizes, strict=True)]
+    shapes = integers(ctypes.c_int32, [side for m in maps for side in m.shape])
+
+    def run(order):
+        results = [torch.full_like(m, torch.nan) for m in maps]
+        kernels.refine(
+            order, len(maps), pointers(images), pointers(maps), shapes, method == "pamr",
+            integers(ctypes.c_int64, dilations), len(dilations), ctypes.c_int64(iterations), ctypes.c_float(0.3),
+            ctypes.c_float(0.01), pointers(results),
+        )  # fmt: skip
+        return results
+
+    for got, image, given in zip(same_in_every_order(run), images, maps, strict=True):
+        options = dict(method=method, dilations=dilations, iterations=iterations)
+        expected = reference.refine(image[None], given[None].double(), **options)[0]
+        torch.testing.assert_close(got.double(), expected, **tolerance(torch.float32))
+
+
 def test_emulated_kernels_equal_the_cpu_kernels(kernels):
     """One engine-sized case against the operator that everything else is tested with."""
     maps = scales((375, 500), (1, 0.5, 1.5, 2), 1, torch.float32)

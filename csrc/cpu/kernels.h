@@ -53,6 +53,19 @@ struct FoldedRow {
   bool first;
 };
 
+// Local refinement of one image's maps (refine.inl): planes of height rows, `stride` floats apart, `plane` floats from
+// one plane to the next.
+struct RefineJob {
+  const int32_t *rows, *columns;  // of each neighbour, from its pixel; columns within what rows are readable for
+  const float* position;          // what is added to each neighbour's weight; null: PAMR
+  float w1;                       // PAR's
+  int32_t neighbours;             // 8 for each dilation
+  int64_t height, width, stride, plane;
+};
+
+constexpr int64_t kRefineBlock = 16;  // pixels whose weights lie together
+constexpr int kMostRefineNeighbours = 128;
+
 struct Kernels {
   const char* name;
   // One map of n positions -> pooled value and stats {maximum, divisor}, in accumulators.
@@ -83,6 +96,10 @@ struct Kernels {
   void (*pair_losses_backward)(const PairTable& pairs, const PairRow& row, const float* grads, float* boundary,
                                float* displacement_y, float* displacement_x);
   void (*walk[kClassesTogether])(const WalkJob& job, int64_t begin, int64_t end);  // rows, of 1, 2, ... classes
+  // A row of weights from the image's three planes; a row of all classes from them, out: that row of the first plane.
+  void (*affinities)(const RefineJob& job, const float* image, int64_t row, float* weights);
+  void (*refine_row)(const RefineJob& job, const float* in, const float* weights, int64_t classes, int64_t row,
+                     float* out, int64_t out_plane);
   // The lattice's (lattice.h has the layouts).
   void (*embed)(const EmbedJob& job);
   // found[i]: the vertex of keys[i] + move, or 0

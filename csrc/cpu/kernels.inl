@@ -416,6 +416,7 @@ void normalize(const void* map_, int64_t n, double eps, void* result_) {
 #include "adapt.inl"
 #include "lattice.inl"
 #include "pairs.inl"
+#include "refine.inl"
 
 }  // namespace
 
@@ -438,6 +439,8 @@ extern const Kernels RIBFAST_TIER_TABLE = {
     pair_losses,
     pair_losses_backward,
     {walk<1>, walk<2>, walk<3>, walk<4>},
+    affinities,
+    refine_row,
     embed,
     find,
     blur,

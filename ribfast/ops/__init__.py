@@ -8,6 +8,7 @@ from .normalize_cams import normalize_cams
 from .pair_losses import pair_losses
 from .path_affinity import pair_offsets, path_affinity
 from .random_walk import random_walk
+from .refine import refine
 
 __all__ = [
     "Lattice",
@@ -22,4 +23,5 @@ __all__ = [
     "pair_offsets",
     "path_affinity",
     "random_walk",
+    "refine",
 ]

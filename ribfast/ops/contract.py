@@ -45,6 +45,17 @@ def number(op: str, name: str, value, *, at_least: float = -math.inf) -> float:
     return float(value) if type(value) is int else value  # operators take 64 bits of an int
 
 
+def integer(op: str, name: str, value, least: int, most: int | None = None) -> int:
+    """An integer of at least `least` and at most `most`."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{op}: expected {name} to be an integer, got {type(value).__name__}")
+    value = operator.index(value)
+    if value < least or (most is not None and value > most):
+        bound = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{op}: expected {name} {bound}, got {value}")
+    return value
+
+
 def size(op: str, name: str, value) -> tuple[int, int]:
     """An (H, W) pair of positive integers."""
     try:

@@ -1,6 +1,5 @@
 """The fully connected CRF's mean field: wrappers, contract, fake kernels; the gradient by a loop over the lattice's."""
 
-import operator
 from collections.abc import Sequence
 
 import torch
@@ -91,12 +90,12 @@ def dense_crf_labels(
     op = "dense_crf_labels"
     stacked = isinstance(images, Tensor)
     each_image, each_labels = _paired(op, images, labels, "labels", "(N, H, W) or (N, K, H, W)", 3, 4)
-    n_labels = _integer(op, "n_labels", n_labels, 1, 256)
+    n_labels = contract.integer(op, "n_labels", n_labels, 1, 256)
     confidence = float(contract.number(op, "confidence", confidence))
     if not 0 < confidence < 1:
         raise ValueError(f"{op}: expected a confidence above 0 and below 1, got {confidence}")
     if unsure is not None:
-        unsure = _integer(op, "unsure", unsure, 0, 255)
+        unsure = contract.integer(op, "unsure", unsure, 0, 255)
     maps = [
         _check_labels(op, image, given, n_labels, unsure) for image, given in zip(each_image, each_labels, strict=True)
     ]
@@ -150,7 +149,7 @@ def mean_field(
         raise ValueError(f"{op}: expected unary (L, P) with at least one label, got shape {tuple(unary.shape)}")
     _check_finite(op, unary, nan)
     how = [_normalization(op, name) for name in normalizations]
-    iterations = _integer(op, "iterations", iterations, 0)
+    iterations = contract.integer(op, "iterations", iterations, 0)
     _check_choice(op, exact, differentiable)
     fused = all(lattice._reference is None for lattice in lattices)
     if differentiable or not fused or _ext.backend(_OP, unary.device).name == "reference":
@@ -242,8 +241,8 @@ def _check_labels(op: str, image, labels, n_labels: int, unsure: int | None) -> 
 def _options(op: str, gaussian, bilateral, iterations, normalization, exact, capacity) -> tuple:
     """What both operators take behind their tensors."""
     terms = _term(op, "gaussian", gaussian, 2), _term(op, "bilateral", bilateral, 3)
-    iterations = _integer(op, "iterations", iterations, 0)
-    capacity = 0 if capacity is None else _integer(op, "capacity", capacity, 1)
+    iterations = contract.integer(op, "iterations", iterations, 0)
+    capacity = 0 if capacity is None else contract.integer(op, "capacity", capacity, 1)
     return (*terms, iterations, _normalization(op, normalization), bool(exact), capacity)
 
 
@@ -251,16 +250,6 @@ def _normalization(op: str, name: str) -> int:
     if name not in NORMALIZATIONS:
         raise ValueError(f"{op}: expected normalization to be one of {', '.join(NORMALIZATIONS)}, got {name!r}")
     return NORMALIZATIONS.index(name)
-
-
-def _integer(op: str, name: str, value, least: int, most: int | None = None) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{op}: expected {name} to be an integer, got {type(value).__name__}")
-    value = operator.index(value)
-    if value < least or (most is not None and value > most):
-        bound = f"of at least {least}" if most is None else f"from {least} to {most}"
-        raise ValueError(f"{op}: expected {name} {bound}, got {value}")
-    return value
 
 
 def _term(op: str, name: str, term, count: int) -> list[float]:

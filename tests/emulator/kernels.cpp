@@ -10,6 +10,7 @@
 #include "../../csrc/cuda/path_affinity.cuh"
 #include "../../csrc/cuda/random_walk.cuh"
 #include "../../csrc/walk_series.h"
+#include "../../csrc/cuda/refine.cuh"
 
 using namespace ribfast::cuda;
 
@@ -259,6 +260,30 @@ void random_walk(unsigned order, int images, const float** cams, const float** w
       }
     });
   }
+}
+
+// Images (3, H, W) and maps (C, H, W) of any sizes in one batch; shapes: C, H, W of each.
+void refine(unsigned order, int count, const float** images, const float** maps, const int32_t* shapes, bool pamr,
+            const int64_t* dilations, int32_t dilation_count, int64_t iterations, float w1, float w2, float** results) {
+  constexpr int kImages = 8;
+  static RefineBatch<kImages> batch;
+  batch.count = count, batch.options = {};
+  batch.options.dilation_count = dilation_count, batch.options.w1 = w1, batch.options.pamr = pamr;
+  for (int i = 0; i < dilation_count; ++i) batch.options.dilations[i] = static_cast<int32_t>(dilations[i]);
+  ribfast::position_weights(dilations, dilation_count, w1, w2, batch.options.position);
+  std::vector<std::vector<float>> memory;
+  for (int i = 0; i < count; ++i) {
+    const int32_t* shape = shapes + 3 * i;
+    const int64_t size = int64_t{shape[1]} * shape[2];
+    memory.emplace_back(size * dilation_count * ribfast::kAround, NAN);
+    memory.emplace_back(size * shape[0], NAN);
+    batch.images[i] = {images[i], maps[i], memory[2 * i].data(), memory[2 * i + 1].data(), results[i],
+                       shape[0],  shape[1], shape[2], 0};
+  }
+  const auto run = [&](auto kernel, dim3 grid, unsigned threads, const auto&... arguments) {
+    emulator::launch(grid, threads, order, [&] { kernel(arguments...); });
+  };
+  refine_images(run, batch, iterations);
 }
 
 }  // extern "C"
