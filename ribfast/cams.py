@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from . import ops
@@ -21,3 +22,11 @@ def merge_cams(maps: Sequence[Tensor], keys, size: tuple[int, int]) -> tuple[Ten
     strided = ops.accumulate_cams(chosen, (-(-height // 4), -(-width // 4)))
     high_res = ops.accumulate_cams(chosen, size, padded=padded)
     return ops.normalize_cams(strided, inplace=True), ops.normalize_cams(high_res, inplace=True)
+
+
+def enlarge_cams(cam: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps at a quarter of the size (n, ceil(H / 4), ceil(W / 4)) -> (n, H, W): bilinear, align_corners=False, cut."""
+    if not len(cam):
+        return cam.new_zeros((0, *size), dtype=torch.float32)
+    padded = 4 * cam.shape[1], 4 * cam.shape[2]
+    return ops.accumulate_cams([cam[None]], size, padded=padded, relu=False)

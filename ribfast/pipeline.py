@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from .cams import merge_cams
 from .metrics import ThresholdSweep
 from .processes import choose_device, choose_shard
 from .rib import RIBConfig
-from .store import MapStore
+from .store import Store
 
 log = logging.getLogger("ribfast")
 
@@ -30,7 +31,8 @@ class CamConfig:
 
     scales: tuple[float, ...] = (1.0, 0.5, 1.5, 2.0)  # each of the original photograph, with its mirror
     precision: Literal["float32", "bfloat16"] = "float32"  # of the network; maps are merged in float32
-    format: Literal["irn", "pmm"] = "irn"  # of the files
+    format: Literal["npz", "irn", "pmm"] = "npz"  # of the files
+    high_res: bool = False  # keep maps of the photograph's size in npz files too, not only at a quarter of it
     shard: str | None = None  # i/n: the i-th of n shares, from 0; none: torchrun's, else everything
     workers: int = 2  # threads that decode
     device: str = "auto"  # auto, cpu, cuda or cuda:N
@@ -67,7 +69,7 @@ class Made:
 def make_cams(
     source: data.Source,
     model: models.CamClassifier,
-    store: MapStore,
+    store: Store,
     config: CamConfig | None = None,
     *,
     progress: Callable[[int, int, str], None] | None = None,
@@ -75,13 +77,14 @@ def make_cams(
     """Class activation maps of each image's classes, merged over scales and mirrors, into the store.
 
     What is there already is left alone, so a run that was cut off goes on. An image that cannot be read is recorded
-    in the store and does not stop the others; it is tried again the next time.
+    as a failure and does not stop the others; it is tried again the next time. One without classes is recorded as
+    skipped in the store's metrics.
     """
     config = config or CamConfig()
     _check_classes("make_cams", source, model)
     device, (index, count), result = choose_device(config.device), choose_shard(config.shard), Made()
     model = model.to(device, memory_format=torch.channels_last).eval()
-    records, todo = store.records(), []
+    known, failures, todo, start = store.metrics(), store.failures(), [], time.perf_counter()
     items = source[index::count]
     for item in items:
         if item.name in store:
@@ -90,8 +93,7 @@ def make_cams(
             todo.append(item)
         else:
             result.without_classes += 1
-            if records.get(item.name) != {"skipped": "no classes"}:
-                store.record(item.name, skipped="no classes")
+            _skip(store, item.name, known)
 
     def load(item: data.Item):
         try:
@@ -110,12 +112,10 @@ def make_cams(
     def save(made: tuple) -> tuple[str, str | None]:
         item, error, cam, high_res = made
         if error is not None:
-            store.record(item.name, error=error)
-            return item.name, error
-        store.save(item.name, item.classes, cam, high_res)
-        if "error" in records.get(item.name, {}):
-            store.record(item.name)
-        return item.name, None
+            store.fail(item.name, error)
+        else:
+            _keep(store, item.name, item.classes, cam, high_res, failures, seconds=_since(start))
+        return item.name, error
 
     before = len(items) - len(todo)
     for done, (name, error) in enumerate(data.prefetch(save, maps(), workers=1, ahead=4), before + 1):
@@ -127,6 +127,23 @@ def make_cams(
         if progress is not None:
             progress(done, len(items), name)
     return result
+
+
+def _skip(store: Store, name: str, known: dict[str, dict]) -> None:
+    if known.get(name) != {"skipped": "no classes"}:
+        store.record(name, skipped="no classes")
+
+
+def _keep(store: Store, name: str, keys, cam, high_res, failures: dict[str, str], **facts) -> None:
+    """Facts before maps: an image with maps is not made again, so its facts would be missing for good."""
+    store.record(name, **facts)
+    store.save(name, keys, cam, high_res)
+    if name in failures:
+        store.fail(name, None)
+
+
+def _since(start: float) -> float:
+    return round(time.perf_counter() - start, 3)
 
 
 @torch.inference_mode()
@@ -144,7 +161,8 @@ class AdaptConfig(RIBConfig):
     """RIB's constants, and how they are put to work."""
 
     seed: int = 0  # of the others that are drawn
-    format: Literal["irn", "pmm"] = "irn"  # of the files
+    format: Literal["npz", "irn", "pmm"] = "npz"  # of the files
+    high_res: bool = False  # keep maps of the photograph's size in npz files too, not only at a quarter of it
     shard: str | None = None  # i/n: the i-th of n shares, from 0; none: torchrun's, else everything
     workers: int | None = None  # threads that decode; None: 2, or, for a GPU, one for each core of its share, up to 16
     cache_mib: int = 1024  # of decoded images that are kept
@@ -161,7 +179,7 @@ class AdaptConfig(RIBConfig):
 def adapt_maps(
     source: data.Source,
     model: models.CamClassifier,
-    store: MapStore,
+    store: Store,
     config: AdaptConfig | None = None,
     *,
     others: data.Source | None = None,
@@ -170,21 +188,22 @@ def adapt_maps(
     """RIB's class maps of each image's classes into the store, as they are done.
 
     The other images that an image is adapted with follow from the data set, the seed and the image alone, so the maps
-    do not depend on shards, on what the store holds already, or on timing. What cannot be adapted is recorded.
+    do not depend on shards, on what the store holds already, or on timing. What cannot be adapted is recorded as a
+    failure.
     others: where they are drawn from; None: from the source itself.
     """
     config = config or AdaptConfig.released()
     _check_classes("adapt_maps", source, model)
     device, (index, count), result = choose_device(config.device), choose_shard(config.shard), Made()
     model = model.to(device, memory_format=torch.channels_last).eval()
-    engine, records = rib.Engine(model, config), store.records()
+    engine, known, failures = rib.Engine(model, config), store.metrics(), store.failures()
+    start = time.perf_counter()
     draws = rib.Draws(source, source if others is None else others, config, config.seed)
     blocks = draws.blocks[index::count]
     for number, item in enumerate(source):
         if not item.classes and number % count == index:
             result.without_classes += 1
-            if records.get(item.name) != {"skipped": "no classes"}:
-                store.record(item.name, skipped="no classes")
+            _skip(store, item.name, known)
     total = result.without_classes + sum(map(len, blocks))
     cache = data.ImageCache(draws.others, config.cache_mib << 20)
 
@@ -193,7 +212,7 @@ def adapt_maps(
             progress(result.made + result.kept + result.without_classes + len(result.failed), total, name)
 
     def fail(name: str, error: str) -> None:
-        store.record(name, error=error)
+        store.fail(name, error)
         result.failed[name] = error
         log.warning("%s: %s", name, error)
         report(name)
@@ -230,8 +249,8 @@ def adapt_maps(
     def save(made: tuple[str, rib.Result]) -> tuple[str, str | None]:
         name, found = made
         if found.error is None:
-            store.save(name, found.keys, found.cam, found.high_res)
-            store.record(name, steps=found.steps, stopped=found.stopped)
+            facts = {"steps": found.steps, "stopped": found.stopped, "seconds": _since(start)}
+            _keep(store, name, found.keys, found.cam, found.high_res, failures, **facts)
         return name, found.error
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -265,7 +284,7 @@ def _one_ahead(things: Iterator) -> Iterator:
 @dataclass(frozen=True)
 class EvaluateConfig:
     thresholds: str = "0:0.6:0.01"  # of the background: lowest:highest:step
-    format: Literal["irn", "pmm"] = "irn"  # of the files
+    format: Literal["auto", "npz", "irn", "pmm"] = "auto"  # of the files; auto: what they are
     workers: int = 2  # threads that read
 
     def __post_init__(self):
@@ -286,7 +305,7 @@ class EvaluateConfig:
 
 def evaluate_maps(
     source: data.Source,
-    store: MapStore,
+    store: Store,
     config: EvaluateConfig | None = None,
     *,
     threshold: float | None = None,

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from ribfast import data, models
 from ribfast.cams import merge_cams
 from ribfast.pipeline import CamConfig, EvaluateConfig, evaluate_maps, make_cams
-from ribfast.store import MapStore
+from ribfast.store import Store
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +46,12 @@ def naive(model, image, classes, normalization=data.IMAGENET):
 @pytest.mark.parametrize("normalization", ["imagenet", "symmetric"])
 def test_cams_equal_the_naive_ones(source, model, normalization, tmp_path):
     model = copied(model, normalization)
-    store = MapStore(tmp_path)
+    store = Store(tmp_path, "irn")
     made = make_cams(source, model, store, CamConfig(device="cpu"))
     assert (made.made, made.kept, made.without_classes, made.failed) == (5, 0, 1, {})
-    assert store.records() == {"p5": {"skipped": "no classes"}} and "p5" not in store
+    known = store.metrics()
+    assert known.keys() == {item.name for item in source} and not store.failures()
+    assert known["p5"] == {"skipped": "no classes"} and "p5" not in store and known["p0"]["seconds"] > 0
     for item in source[:-1]:
         maps = store.load(item.name)
         small, large = naive(model, source.image(item), item.classes, data.NORMALIZATIONS[normalization])
@@ -77,35 +79,34 @@ def test_merging_takes_sums_without_mirrors(model):
 
 def test_killed_runs_go_on_and_shards_make_the_same_files(source, model, tmp_path):
     config = CamConfig(scales=(1.0, 0.5), device="cpu")
-    whole = MapStore(tmp_path / "whole")
+    whole = Store(tmp_path / "whole")
     make_cams(source, model, whole, config)
 
     def killed(done, total, name):
         if done == 3:
             raise KeyboardInterrupt
 
-    broken = MapStore(tmp_path / "broken")
+    broken = Store(tmp_path / "broken")
     with pytest.raises(KeyboardInterrupt):
         make_cams(source, model, broken, config, progress=killed)
     kept = len(broken.names())
     assert kept >= 2
     again = make_cams(source, model, broken, config)
     assert again.kept == kept and again.made == 5 - kept
-    parts = MapStore(tmp_path / "parts")
+    parts = Store(tmp_path / "parts")
     made = [make_cams(source, model, parts, dataclasses.replace(config, shard=f"{i}/3")).made for i in range(3)]
     assert made == [2, 2, 1]
     for store in (broken, parts):
         assert store.names() == whole.names() == ["p0", "p1", "p2", "p3", "p4"]
         for name in whole.names():
-            for found, expected in zip(store.load(name), whole.load(name), strict=True):
-                assert np.array_equal(found, expected)
-        assert (store.folder / "records.jsonl").read_text().count("no classes") == 1
+            assert store.path(name).read_bytes() == whole.path(name).read_bytes()
+        assert (store.folder / "metrics.jsonl").read_text().count("no classes") == 1
 
 
 def test_torchrun_shares_the_images(source, model, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    store = MapStore(tmp_path)
+    store = Store(tmp_path)
     make_cams(source, model, store, CamConfig(scales=(1.0,), device="cpu"))
     assert store.names() == ["p1", "p3"]
 
@@ -114,21 +115,21 @@ def test_an_unreadable_image_stops_no_other(model, tmp_path):
     spec = pictures.draw(tmp_path / "data", 4)
     bad, good = tmp_path / "data" / "images" / "p1.png", tmp_path / "data" / "images" / "p0.png"
     bad.write_bytes(b"nothing")
-    source, store = data.open_source(spec), MapStore(tmp_path / "out")
+    source, store = data.open_source(spec), Store(tmp_path / "out")
     made = make_cams(source, model, store, CamConfig(scales=(1.0,), device="cpu"))
-    assert made.made == 2 and list(made.failed) == ["p1"] and "p1.png" in store.records()["p1"]["error"]
+    assert made.made == 2 and list(made.failed) == ["p1"] and "p1.png" in store.failures()["p1"]
     bad.write_bytes(good.read_bytes())
     made = make_cams(source, model, store, CamConfig(scales=(1.0,), device="cpu"))
-    assert (made.made, made.kept, made.failed) == (1, 2, {}) and store.records()["p1"] == {}
+    assert (made.made, made.kept, made.failed) == (1, 2, {}) and store.failures() == {}
 
 
 def test_refuses_a_classifier_of_other_classes(source, model, tmp_path):
     other = models.cam_classifier("resnet18", 3)
     with pytest.raises(ValueError, match=r"data's classes \(square, disc\), got one of 3"):
-        make_cams(source, other, MapStore(tmp_path))
+        make_cams(source, other, Store(tmp_path))
     swapped = dataclasses.replace(source, classes=("disc", "square"))
     with pytest.raises(ValueError, match=r"data's classes \(disc, square\), got one of square, disc"):
-        make_cams(swapped, model, MapStore(tmp_path))
+        make_cams(swapped, model, Store(tmp_path))
     for text in ("1", "2/2", "a/b", "-1/2"):
         with pytest.raises(ValueError, match="expected i/n"):
             CamConfig(shard=text)
@@ -137,12 +138,12 @@ def test_refuses_a_classifier_of_other_classes(source, model, tmp_path):
 
 
 def test_evaluation_of_maps_that_are_right(source, tmp_path):
-    store = MapStore(tmp_path)
+    store = Store(tmp_path, high_res=True)
     with pytest.raises(FileNotFoundError, match=r"maps of 6 images .* got none of p0, p1, p2, p3, p4"):
         evaluate_maps(source, store)
     for item in source[:-1]:
         mask = source.mask(item)
-        high_res = np.stack([np.where(mask == c + 1, 0.5, 0.2) for c in item.classes])
+        high_res = np.stack([np.where(mask == c + 1, 0.5, 0.1875) for c in item.classes])
         store.save(item.name, item.classes, np.zeros((len(item.classes), 13, 18)), high_res)
     result = evaluate_maps(source, store, EvaluateConfig("0.1:0.6:0.1"))
     assert result["thresholds"] == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6] and result["images"] == 6

@@ -140,10 +140,7 @@ class _Training:
             checkpoint.unlink(missing_ok=True)
             unfinished.unlink(missing_ok=True)
         journal = Journal(self.out / "metrics.jsonl" if self.here.rank == 0 else None, first)
-        try:
-            self._run(first, journal, progress or (lambda done, total, text: None), unfinished)
-        finally:
-            journal.close()
+        self._run(first, journal, progress or (lambda done, total, text: None), unfinished)
         if self.here.rank == 0:
             models.save_checkpoint(checkpoint, _state(self.model), self._metadata())
             unfinished.unlink(missing_ok=True)
