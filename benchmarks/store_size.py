@@ -95,7 +95,7 @@ def lost(source: data.Source, maps: dict, folder: Path) -> dict:
                       source.mask(item))  # fmt: skip
         threshold, miou = sweep.best()
         found[kind] = {"miou": miou, "threshold": threshold, "mious": sweep.mious()}
-    at = int(np.flatnonzero(THRESHOLDS == found["float32"]["threshold"])[0])
+    at = int(np.flatnonzero(np.isclose(THRESHOLDS, found["float32"]["threshold"]))[0])
     for row in found.values():
         row["miou_at_the_same_threshold"] = float(row.pop("mious")[at])
     return found

@@ -48,6 +48,11 @@ TORCH_LIBRARY(ribfast, m) {
       "mean_field(Tensor unary, Tensor[] lattices, float[] strengths, int[] normalizations, int iterations, "
       "bool exact) -> Tensor");
 
+  // on the CPU alone: maps (n, H, W), or each side over `stride`, and mask (H, W) uint8 -> pixels (n_labels, n, T + 1) by
+  // true label, class of the largest map and how many of the T ascending thresholds lie below it
+  m.def("threshold_histogram(Tensor maps, Tensor mask, Tensor thresholds, int n_labels, int stride) -> Tensor");
+  m.def("confusion_matrix(Tensor labels, Tensor mask, int n_labels) -> Tensor");
+
   // (..., H, W)
   m.def("normalize_cams(Tensor cams, float eps) -> Tensor");
   m.def("normalize_cams_(Tensor(a!) cams, float eps) -> ()");

@@ -337,37 +337,62 @@ def _make_maps(options: argparse.Namespace, settings, stage: Callable, source, m
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     _data_arguments(parser)
-    parser.add_argument("--maps", type=Path, required=True, metavar="FOLDER", help="where the maps are")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for evaluation.json (default: --maps)")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--maps", type=Path, metavar="FOLDER", help="a run's folder, or one of map files")
+    what.add_argument("--masks", type=Path, metavar="FOLDER", help="a run's folder, or one of NAME.png")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for evaluation.json (default: --maps or --masks)")
     parser.add_argument("--threshold-from", type=Path, metavar="FILE", help="evaluation.json of the split to choose on")
 
 
 def _evaluate(options: argparse.Namespace, settings) -> None:
     from .data import open_source
-    from .pipeline import evaluate_maps, read_threshold
-    from .store import open_maps
+    from .pipeline import evaluate_maps, evaluate_masks, read_threshold
+    from .store import open_maps, open_masks
 
+    if options.masks is not None and options.threshold_from is not None:
+        raise ValueError("expected --threshold-from with --maps, got --masks, which have no threshold")
     threshold = None if options.threshold_from is None else read_threshold(options.threshold_from)
-    source = open_source(options.data, options.split)
-    store = open_maps(options.maps, settings.format)
-    result = evaluate_maps(source, store, settings, threshold=threshold, progress=_progress())
-    best, at = result["best"], result["reported"]
-    rows = list(zip(result["thresholds"], result["mious"], strict=True))
-    step = max(1, len(rows) // 12)
-    print("threshold    mIoU")
-    for number, (value, miou) in enumerate(rows):
-        if number % step == 0 or value in (best["threshold"], at["threshold"]):
-            marks = "  best" * (value == best["threshold"])
-            marks += "  chosen on other images" * (value == at["threshold"] and threshold is not None)
-            print(f"{value:9.4g}  {100 * miou:6.2f}{marks}")
-    print(f"\nIoU at {at['threshold']:.4g}, of {result['images']} images:")
-    width = max(map(len, result["ious"]))
-    for name, iou in result["ious"].items():
-        print(f"  {name:<{width}}  {'  none' if iou is None else format(100 * iou, '6.2f')}")
-    print(f"  {'mean':<{width}}  {100 * at['miou']:6.2f}")
-    beside = {"data": options.data, "split": options.split, "maps": options.maps}
+    source, progress = open_source(options.data, options.split), _progress()
+    if options.masks is None:
+        store = open_maps(options.maps, settings.format)
+        result = evaluate_maps(source, store, settings, threshold=threshold, progress=progress)
+        _print_thresholds(result)
+    else:
+        result = evaluate_masks(source, open_masks(options.masks), settings, progress=progress)
+    _print_classes(result)
+    beside = {"data": options.data, "split": options.split, "maps": options.maps, "masks": options.masks}
     beside["threshold_from"] = options.threshold_from
-    config.write((options.out or options.maps) / "evaluation.json", settings, **beside, **result)
+    config.write((options.out or options.maps or options.masks) / "evaluation.json", settings, **beside, **result)
+
+
+def _print_thresholds(result: dict) -> None:
+    best, at = result["best"]["threshold"], result["reported"]["threshold"]
+    step = max(1, len(result["thresholds"]) // 12)
+    print("threshold    mIoU")
+    for number, (value, miou) in enumerate(zip(result["thresholds"], result["mious"], strict=True)):
+        if number % step == 0 or value in (best, at):
+            marks = "  best" * (value == best)
+            marks += "  chosen on other images" * (value == at and result["reported"]["chosen"] == "elsewhere")
+            print(f"{value:9.4g}  {100 * miou:6.2f}{marks}")
+    print()
+
+
+def _print_classes(result: dict) -> None:
+    def percent(value: float | None) -> str:
+        return "  none" if value is None else format(100 * value, "6.2f")
+
+    at = f" at {result['reported']['threshold']:.4g}" if "threshold" in result["reported"] else ""
+    unsure = f", {100 * result['unsure']:.2f} % of their pixels unsure" if result.get("unsure") else ""
+    width = max(map(len, result["ious"]))
+    print(f"{result['images']} images{at}{unsure}:\n  {'':<{width}}     IoU  precision  recall")
+    for name, iou in result["ious"].items():
+        precision, recall = result["precision"][name], result["recall"][name]
+        print(f"  {name:<{width}}  {percent(iou)}     {percent(precision)}  {percent(recall)}")
+    print(f"  {'mean':<{width}}  {percent(result['reported']['miou'])}")
+    if result["interval"] is not None:
+        low, high, confidence = (result["interval"][name] for name in ("low", "high", "confidence"))
+        print(f"  {100 * confidence:g} % of {result['interval']['resamples']} resamples of the images: "
+              f"{percent(low).strip()} to {percent(high).strip()}")  # fmt: skip
 
 
 COMMANDS = {
@@ -380,7 +405,8 @@ COMMANDS = {
         "class maps of a classifier that is adapted to each image", "ribfast.pipeline:AdaptConfig", _rib_arguments, _rib
     ),
     "evaluate": Command(
-        "mIoU of class maps at every threshold", "ribfast.pipeline:EvaluateConfig", _evaluate_arguments, _evaluate
+        "mIoU of class maps at every threshold, or of masks",
+        "ribfast.pipeline:EvaluateConfig", _evaluate_arguments, _evaluate,
     ),
 }  # fmt: skip
 

@@ -233,10 +233,18 @@ def test_from_pictures_to_an_evaluation(tmp_path, capsys):
     assert cli.main([*evaluate, "--thresholds", "0:1:0.1"]) == 0
     said, result = capsys.readouterr().out, json.loads((maps / "evaluation.json").read_text())
     assert "best" in said and "background" in said and len(result["mious"]) == 11
+    assert "precision  recall" in said and "95 % of 1000 resamples of the images" in said
     assert result["best"]["miou"] == max(result["mious"]) and set(result["ious"]) == {"background", *pictures.CLASSES}
     other = tmp_path / "other"
     assert cli.main([*evaluate, "--threshold-from", str(maps / "evaluation.json"), "--out", str(other)]) == 0
     assert "chosen on other images" in capsys.readouterr().out
+    shown = ["evaluate", "--data", spec, "--masks", str(tmp_path / "data" / "masks"), "--out", str(other / "masks")]
+    assert cli.main(shown) == 0 and re.search(r"mean +100\.00\n", capsys.readouterr().out)
+    assert json.loads((other / "masks" / "evaluation.json").read_text())["reported"] == {"miou": 1.0}
+    assert cli.main([*shown, "--threshold-from", str(maps / "evaluation.json")]) == 1
+    assert "expected --threshold-from with --maps" in capsys.readouterr().err
+    assert "not allowed with argument" in refused(capsys, *shown, "--maps", str(maps))
+    assert "one of the arguments --maps --masks is required" in refused(capsys, *shown[:3])
     assert json.loads((other / "evaluation.json").read_text())["reported"]["threshold"] == result["best"]["threshold"]
 
     assert json.loads((maps / "config.json").read_text())["command"] == "cam"

@@ -52,6 +52,24 @@ struct FoldedRow {
   bool first;
 };
 
+constexpr int64_t kHistogramCopies = 4;
+
+// What threshold_row counts, and where (histogram.inl).
+struct ThresholdRow {
+  int64_t planes;  // classes on the image, at least 1
+  int64_t plane;   // elements from a class's row to the next class's
+  int64_t width;
+  int64_t bins;  // thresholds + 1
+  const float* cells;
+  const float* edges;  // the thresholds, ascending, and infinity
+  int32_t n_cells;
+  float low, scale;
+  int32_t steps;
+  const int32_t* label_rows;  // of each of 256 labels: where its counts (planes, bins) begin
+  uint32_t* counts;
+  int64_t copy;
+};
+
 struct Kernels {
   const char* name;
   // One map of n positions -> pooled value and stats {maximum, divisor}, in accumulators.
@@ -73,6 +91,8 @@ struct Kernels {
                                        void* result, void* sums);
   float (*folded_dot[kStorages])(const FoldedRow& row);  // not of double
   void (*folded_move[kStorages])(const FoldedRow& row);
+  // One row of an image; false if its maps hold NaN. Not of double.
+  bool (*threshold_row[kStorages])(const ThresholdRow& row, const void* maps, const uint8_t* mask);
   // The lattice's (lattice.h has the layouts).
   void (*embed)(const EmbedJob& job);
   // found[i]: the vertex of keys[i] + move, or 0

@@ -1,18 +1,22 @@
 """The operators: C++ on the CPU, C++ or Triton on CUDA devices, each specified by ribfast.reference."""
 
 from .accumulate_cams import accumulate_cams, accumulate_cams_batch
+from .confusion_matrix import confusion_matrix
 from .dense_crf import dense_crf, dense_crf_labels, mean_field
 from .gndrp import gndrp
 from .lattice import Lattice
 from .normalize_cams import normalize_cams
+from .threshold_histogram import threshold_histogram
 
 __all__ = [
     "Lattice",
     "accumulate_cams",
     "accumulate_cams_batch",
+    "confusion_matrix",
     "dense_crf",
     "dense_crf_labels",
     "gndrp",
     "mean_field",
     "normalize_cams",
+    "threshold_histogram",
 ]
