@@ -375,6 +375,31 @@ def walked_raw(d):
     return [[d.floats(*size) for size in sizes], weights, radius, d.pick(1, 2, 3, 64, 256)], {}
 
 
+def mask_of(d, size, n_labels):
+    """One mask in ten holds a label that is too large."""
+    labels = d.random.integers(0, n_labels + d.chance(0.1), size).astype(np.uint8)
+    labels[d.random.random(size) < 0.1] = 255
+    return d.strided(torch.from_numpy(labels))
+
+
+def counted(d):
+    size, stride, n_labels = (d.side(), d.side()), d.pick(1, 1, 4, 4, 3), d.count(30)
+    maps = d.floats(d.count(5), *(-(-side // stride) for side in size))
+    thresholds = np.sort(d.random.normal(0, d.pick(0, 1, 1e30), d.pick(1, 2, 61, 200)))
+    return [maps, mask_of(d, size, n_labels), thresholds.astype(np.float32), n_labels], dict(stride=stride)
+
+
+def counted_raw(d):
+    (maps, mask, thresholds, n_labels), options = counted(d)
+    return [maps, mask, d.strided(torch.from_numpy(thresholds)), n_labels, options["stride"]], {}
+
+
+def compared(d):
+    size, n_labels = (d.side(), d.side()), d.pick(1, 21, 255)
+    labels = d.strided(torch.from_numpy(d.random.integers(0, n_labels, size).astype(np.uint8)))
+    return [labels, mask_of(d, size, min(n_labels, 254)), n_labels], {}
+
+
 def pooled_raw_backward(d):
     n, c, h, w = d.count(4), d.count(6), d.side(), d.side()
     maps = d.floats(n, c, h, w)
@@ -405,6 +430,8 @@ def rows():
         "accumulate_cams, backward": (with_gradient(ops.accumulate_cams), merged),
         "accumulate_cams_batch": (ops.accumulate_cams_batch, merged_batch),
         "normalize_cams": (ops.normalize_cams, normalised),
+        "threshold_histogram": (ops.threshold_histogram, counted),
+        "confusion_matrix": (ops.confusion_matrix, compared),
         "dense_crf": (ops.dense_crf, fields),
         "dense_crf_labels": (ops.dense_crf_labels, label_fields),
         "refine": (ops.refine, refined),
@@ -431,6 +458,8 @@ def rows():
         "ribfast::accumulate_cams_backward": (raw.accumulate_cams_backward, merged_raw_into),
         "ribfast::normalize_cams": (raw.normalize_cams, lambda d: ([*normalised(d)[0], d.number(1e-5)], {})),
         "ribfast::normalize_cams_": (raw.normalize_cams_, lambda d: ([*normalised(d)[0], d.number(1e-5)], {})),
+        "ribfast::threshold_histogram": (raw.threshold_histogram, counted_raw),
+        "ribfast::confusion_matrix": (raw.confusion_matrix, compared),
         "ribfast::activate_": (raw.activate_, activation),
         "ribfast::activate_backward": (raw.activate_backward, activation_backward),
         "ribfast::update_folded_": (raw.update_folded_, folded_update),

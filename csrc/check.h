@@ -330,6 +330,50 @@ inline void check_crf_labels(const char* op, const at::Tensor& image, const at::
   check_same_device(op, image, labels);
 }
 
+inline void check_label_map(const char* op, const char* name, const at::Tensor& t) {
+  RIBFAST_CHECK_TYPE(t.scalar_type() == at::kByte, op, c10::str(name, " in uint8"), c10::toString(t.scalar_type()));
+  RIBFAST_CHECK_VALUE(t.dim() == 2 && t.numel() < (int64_t{1} << 31), op,
+                      c10::str(name, " (H, W) of fewer than 2^31 pixels"), t.sizes());
+}
+
+inline void check_threshold_histogram(const at::Tensor& maps, const at::Tensor& mask, const at::Tensor& thresholds,
+                                      int64_t n_labels, int64_t stride) {
+  const char* op = "threshold_histogram";
+  check_float(op, "maps", maps);
+  check_label_map(op, "mask", mask);
+  check_same_device(op, maps, mask);
+  check_same_device(op, maps, thresholds);
+  RIBFAST_CHECK_VALUE(n_labels >= 1 && n_labels <= 255, op, "n_labels from 1 to 255", n_labels);
+  RIBFAST_CHECK_VALUE(stride >= 1 && stride <= 64, op, "a stride from 1 to 64", stride);
+  const auto cells = [&](int64_t side) { return (side + stride - 1) / stride; };
+  RIBFAST_CHECK_VALUE(maps.dim() == 3 && maps.size(0) <= 255 && maps.size(1) == cells(mask.size(0)) &&
+                          maps.size(2) == cells(mask.size(1)) && mask.size(0) < (1 << 24) && mask.size(1) < (1 << 24),
+                      op, c10::str("maps (n, H, W) of the mask's size over the stride of ", stride), maps.sizes(),
+                      " for a mask ", mask.sizes());
+  RIBFAST_CHECK_VALUE((n_labels + 2) * maps.size(0) * (thresholds.numel() + 1) < (1 << 24), op,
+                      "fewer than 2^24 counts of labels, classes and thresholds", thresholds.numel(), " thresholds");
+  RIBFAST_CHECK_TYPE(thresholds.scalar_type() == at::kFloat, op, "thresholds in float32",
+                     c10::toString(thresholds.scalar_type()));
+  RIBFAST_CHECK_VALUE(thresholds.dim() == 1 && thresholds.numel() >= 1 && thresholds.numel() <= 10000, op,
+                      "a list of 1 to 10000 thresholds", thresholds.sizes());
+  const at::Tensor dense = thresholds.contiguous();
+  const float* t = dense.const_data_ptr<float>();
+  for (int64_t i = 0; i < dense.numel(); ++i) {
+    RIBFAST_CHECK_VALUE(std::isfinite(t[i]) && (i == 0 || t[i - 1] <= t[i]), op, "finite thresholds that ascend",
+                        t[i], " at ", i);
+  }
+}
+
+inline void check_confusion_matrix(const at::Tensor& labels, const at::Tensor& mask, int64_t n_labels) {
+  const char* op = "confusion_matrix";
+  check_label_map(op, "labels", labels);
+  check_label_map(op, "mask", mask);
+  check_same_device(op, labels, mask);
+  RIBFAST_CHECK_VALUE(labels.sizes() == mask.sizes(), op, c10::str("labels of the mask's shape ", mask.sizes()),
+                      labels.sizes());
+  RIBFAST_CHECK_VALUE(n_labels >= 1 && n_labels <= 255, op, "n_labels from 1 to 255", n_labels);
+}
+
 // lattices: how many tensors, `each` of them a lattice
 inline void check_mean_field(const char* op, size_t lattices, size_t each, at::ArrayRef<double> strengths,
                              at::IntArrayRef normalizations, int64_t iterations) {

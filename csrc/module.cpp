@@ -63,6 +63,10 @@ TORCH_LIBRARY(ribfast, m) {
   m.def(
       "refine(Tensor[] images, Tensor[] maps, bool pamr, int[] dilations, int iterations, float w1, float w2) -> "
       "Tensor[]");
+  // on the CPU alone: maps (n, H, W), or each side over `stride`, and mask (H, W) uint8 -> pixels (n_labels, n, T + 1) by
+  // true label, class of the largest map and how many of the T ascending thresholds lie below it
+  m.def("threshold_histogram(Tensor maps, Tensor mask, Tensor thresholds, int n_labels, int stride) -> Tensor");
+  m.def("confusion_matrix(Tensor labels, Tensor mask, int n_labels) -> Tensor");
 
   // (..., H, W)
   m.def("normalize_cams(Tensor cams, float eps) -> Tensor");

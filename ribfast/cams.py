@@ -122,3 +122,11 @@ def _along_a_side(origins, crop: int, cells: int, length: int, size: int, like: 
         own[:, begin:end] = enlarged[:, : end - begin]
         cover[begin:end] += 1
     return F.interpolate((weights / cover).flatten(0, 1)[None], size, mode="linear")[0]
+
+
+def enlarge_cams(cam: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps at a quarter of the size (n, ceil(H / 4), ceil(W / 4)) -> (n, H, W): bilinear, align_corners=False, cut."""
+    if not len(cam):
+        return cam.new_zeros((0, *size), dtype=torch.float32)
+    padded = 4 * cam.shape[1], 4 * cam.shape[2]
+    return ops.accumulate_cams([cam[None]], size, padded=padded, relu=False)

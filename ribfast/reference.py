@@ -99,6 +99,41 @@ def refine(images, maps, *, method="par", dilations=(1, 2, 4, 8, 12, 24), iterat
     return maps
 
 
+def threshold_histogram(maps, mask, thresholds, n_labels, *, stride=1):
+    """Pixels by true label, class of the largest map (the first of equals), and number of thresholds below that map."""
+    if stride > 1:
+        padded = stride * maps.shape[1], stride * maps.shape[2]
+        maps = accumulate_cams([maps[None]], mask.shape, padded=padded, relu=False)
+    maps, counted, bins = maps.float(), mask != 255, len(thresholds) + 1
+    if maps.isnan().any():
+        raise ValueError("threshold_histogram: expected maps without NaN, got some that hold it")
+    if (mask[counted] >= n_labels).any():
+        raise ValueError(
+            f"threshold_histogram: expected labels in the mask below {n_labels} or 255, ignored, got others"
+        )
+    if not thresholds.isfinite().all() or (thresholds.diff() < 0).any():
+        raise ValueError("threshold_histogram: expected finite thresholds that ascend, got others")
+    if not len(maps):
+        return maps.new_zeros((n_labels, 0, bins), dtype=torch.int64)
+    best, winner = maps[0], torch.zeros_like(mask, dtype=torch.int64)
+    for number, plane in enumerate(maps[1:], 1):
+        winner = torch.where(plane > best, number, winner)
+        best = torch.maximum(best, plane)
+    below = torch.searchsorted(thresholds, best.contiguous())
+    places = (mask.long() * len(maps) + winner) * bins + below
+    counts = torch.bincount(places[counted], minlength=n_labels * len(maps) * bins)
+    return counts.view(n_labels, len(maps), bins)
+
+
+def confusion_matrix(labels, mask, n_labels):
+    """Pixels by true and predicted label; rows true, 255 in the mask left out."""
+    counted = mask != 255
+    if (labels >= n_labels).any() or (mask[counted] >= n_labels).any():
+        raise ValueError(f"confusion_matrix: expected labels below {n_labels} (255 in the mask: ignored), got others")
+    places = mask[counted].long() * n_labels + labels[counted]
+    return torch.bincount(places, minlength=n_labels**2).view(n_labels, n_labels)
+
+
 def rib(model, views, classes, others, config):
     """RIB as it was released: one image, every step from its pixels on, the last update included though unused.
 

@@ -66,6 +66,24 @@ struct RefineJob {
 constexpr int64_t kRefineBlock = 16;  // pixels whose weights lie together
 constexpr int kMostRefineNeighbours = 128;
 
+constexpr int64_t kHistogramCopies = 4;
+
+// What threshold_row counts, and where (histogram.inl).
+struct ThresholdRow {
+  int64_t planes;  // classes on the image, at least 1
+  int64_t plane;   // elements from a class's row to the next class's
+  int64_t width;
+  int64_t bins;  // thresholds + 1
+  const float* cells;
+  const float* edges;  // the thresholds, ascending, and infinity
+  int32_t n_cells;
+  float low, scale;
+  int32_t steps;
+  const int32_t* label_rows;  // of each of 256 labels: where its counts (planes, bins) begin
+  uint32_t* counts;
+  int64_t copy;
+};
+
 struct Kernels {
   const char* name;
   // One map of n positions -> pooled value and stats {maximum, divisor}, in accumulators.
@@ -100,6 +118,8 @@ struct Kernels {
   void (*affinities)(const RefineJob& job, const float* image, int64_t row, float* weights);
   void (*refine_row)(const RefineJob& job, const float* in, const float* weights, int64_t classes, int64_t row,
                      float* out, int64_t out_plane);
+  // One row of an image; false if its maps hold NaN. Not of double.
+  bool (*threshold_row[kStorages])(const ThresholdRow& row, const void* maps, const uint8_t* mask);
   // The lattice's (lattice.h has the layouts).
   void (*embed)(const EmbedJob& job);
   // found[i]: the vertex of keys[i] + move, or 0

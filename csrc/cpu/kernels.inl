@@ -417,6 +417,7 @@ void normalize(const void* map_, int64_t n, double eps, void* result_) {
 #include "lattice.inl"
 #include "pairs.inl"
 #include "refine.inl"
+#include "histogram.inl"
 
 }  // namespace
 
@@ -441,6 +442,7 @@ extern const Kernels RIBFAST_TIER_TABLE = {
     {walk<1>, walk<2>, walk<3>, walk<4>},
     affinities,
     refine_row,
+    {nullptr, threshold_row<Stored<kFloat>>, threshold_row<Stored<kHalf>>, threshold_row<Stored<kBFloat16>>},
     embed,
     find,
     blur,
