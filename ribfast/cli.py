@@ -273,14 +273,18 @@ def _cam_arguments(parser: argparse.ArgumentParser) -> None:
     _data_arguments(parser)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="a trained classifier")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for maps/NAME.npz of each image")
-    again = parser.add_mutually_exclusive_group()
-    again.add_argument("--keep", action="store_true", help="go on in an --out that began otherwise; its maps stay")
-    again.add_argument("--overwrite", action="store_true", help="remove what was made in --out, make all of it anew")
+    _again_arguments(parser)
     parser.add_argument("--network", metavar="NAME", help="of a checkpoint that does not say (default: by its tensors)")
     parser.add_argument(
         "--tensorflow-padding", action=argparse.BooleanOptionalAction, default=None, help="as the checkpoint says"
     )
     parser.add_argument("--normalization", choices=("imagenet", "symmetric"), help="as the checkpoint says")
+
+
+def _again_arguments(parser: argparse.ArgumentParser) -> None:
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--keep", action="store_true", help="go on in an --out that began otherwise; its files stay")
+    again.add_argument("--overwrite", action="store_true", help="remove what was made in --out, make all of it anew")
 
 
 def _rib_arguments(parser: argparse.ArgumentParser) -> None:
@@ -329,10 +333,72 @@ def _make_maps(options: argparse.Namespace, settings, stage: Callable, source, m
     from .store import Store
 
     store = Store(options.out, settings.format, high_res=settings.high_res)
-    result = stage(source, model, store, settings, progress=_progress(), **more)
+    return _report(options, stage(source, model, store, settings, progress=_progress(), **more))
+
+
+def _report(options: argparse.Namespace, result) -> int:
     log.info("%d made, %d there before, %d without classes, %d failed; %s", result.made, result.kept,
              result.without_classes, len(result.failed), options.out)  # fmt: skip
     return 1 if result.failed else 0
+
+
+def _masks_arguments(parser: argparse.ArgumentParser) -> None:
+    _data_arguments(parser)
+    parser.add_argument(
+        "--maps", type=Path, required=True, metavar="FOLDER", help="a run's folder, or one of map files"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for masks/NAME.png")
+    parser.add_argument(
+        "--irn", type=Path, metavar="FILE", help="IRN's network, for method irn: train-irn's or its own"
+    )
+    parser.add_argument("--background-from", type=Path, metavar="FILE", help="evaluation.json whose threshold to take")
+    _again_arguments(parser)
+
+
+def _masks(options: argparse.Namespace, settings) -> int:
+    from .data import open_source
+    from .models import open_irn
+    from .pipeline import make_masks, read_threshold
+    from .store import Store, open_maps
+
+    if options.background_from is not None:
+        settings = dataclasses.replace(settings, background=read_threshold(options.background_from))
+    if options.out.resolve() == options.maps.resolve():
+        raise ValueError(f"expected an --out of its own, got {options.out}, the folder of the maps")
+    if (options.irn is None) != (settings.method != "irn"):
+        raise ValueError(f"expected --irn with method irn, and with it alone, got method {settings.method} "
+                         f"{'without' if options.irn is None else 'with'} --irn")  # fmt: skip
+    source, maps = open_source(options.data, options.split), open_maps(options.maps)
+    network = None if options.irn is None else open_irn(options.irn)
+    inputs = {} if options.irn is None else {"irn": options.irn}
+    begin(options, settings, ("shard", "workers", "device", "batch"), maps=str(options.maps.resolve()), **inputs)
+    store = Store(options.out)
+    return _report(options, make_masks(source, maps, store, settings, network=network, progress=_progress()))
+
+
+def _irn_arguments(parser: argparse.ArgumentParser) -> None:
+    _data_arguments(parser)
+    parser.add_argument("--labels", type=Path, required=True, metavar="FOLDER",
+                        help="confident labels: of masks --preset labels, or a folder of NAME.png")  # fmt: skip
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="the frozen backbone: ImageNet's, or a classifier")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for irn.safetensors")
+    parser.add_argument("--resume", action="store_true", help="go on after the last whole epoch in --out")
+
+
+def _train_irn(options: argparse.Namespace, settings) -> None:
+    from .data import open_source
+    from .train import train_irn
+
+    source, labels = open_source(options.data, options.split), options.labels / "masks"
+    if not options.resume:
+        begin(options, settings)
+    path = train_irn(
+        source, labels if labels.is_dir() else options.labels, settings, options.out,
+        weights=options.weights, resume=options.resume, progress=_progress(),
+    )  # fmt: skip
+    if options.resume:
+        begin(options, settings)
+    log.info("wrote %s", path)
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -403,6 +469,13 @@ COMMANDS = {
     "cam": Command("class activation maps of a trained classifier", "ribfast.pipeline:CamConfig", _cam_arguments, _cam),
     "rib": Command(
         "class maps of a classifier that is adapted to each image", "ribfast.pipeline:AdaptConfig", _rib_arguments, _rib
+    ),
+    "train-irn": Command(
+        "train IRN's network on confident labels", "ribfast.train:IrnConfig", _irn_arguments, _train_irn
+    ),
+    "masks": Command(
+        "masks from class maps: by CRF, IRN's walk, PMM's generation, PAR", "ribfast.masks:MaskConfig",
+        _masks_arguments, _masks,
     ),
     "evaluate": Command(
         "mIoU of class maps at every threshold, or of masks",

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from . import data, models, rib
+from . import data, masks, models, rib
 from .cams import merge_cams
 from .metrics import Confusion, PerImage, ThresholdSweep, bootstrap_interval
 from .processes import choose_device, choose_shard
@@ -280,6 +280,98 @@ def _one_ahead(things: Iterator) -> Iterator:
         coming = next(things, None)
         yield held
         held = coming
+
+
+def make_masks(
+    source: data.Source,
+    maps: Store,
+    store: Store,
+    config: masks.MaskConfig | None = None,
+    *,
+    network: models.IRNet | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Made:
+    """A mask of each image, from its class maps, into the store (which may be the maps' own).
+
+    Masks that are there already are left alone. Images without classes are background. What cannot be read or has no
+    maps is recorded as a failure and does not stop the others. network: IRN's, for method irn.
+    """
+    config = config or masks.MaskConfig.crf()
+    device, (index, count), result = choose_device(config.device), choose_shard(config.shard), Made()
+    if config.method == "irn" and network is None:
+        raise ValueError("make_masks: expected IRN's network for method irn, got none; train it first (train-irn)")
+    network = None if network is None else network.to(device, memory_format=torch.channels_last).eval()
+    failures, items = store.failures(), source[index::count]
+    todo = [item for item in items if not store.has_mask(item.name)]
+    result.kept = len(items) - len(todo)
+
+    def load(item: data.Item):
+        try:
+            image = source.image(item)
+            if not item.classes:
+                return item, image, None
+            own = maps.load(item.name)
+            if own.high_res.shape[1:] != image.shape[:2]:
+                raise ValueError(f"expected maps of the photograph's {image.shape[:2]} pixels, got "
+                                 f"{own.high_res.shape[1:]}; make them again")  # fmt: skip
+            if config.method == "irn" and own.cam is None:
+                raise ValueError("expected maps at a quarter of the photograph's size, which walk, got PMM's file")
+            return item, image, own
+        except (OSError, ValueError) as error:
+            return item, None, str(error)
+
+    def label(block: list[tuple]) -> list[tuple]:
+        """Of a block's images that have maps."""
+        own = [each for _, _, each in block]
+        cams = [None if each.cam is None else each.cam.float().to(device) for each in own]
+        large = [torch.from_numpy(each.high_res).to(device) for each in own]
+        keys = [each.keys.tolist() for each in own]
+        found = masks.make_masks([image for _, image, _ in block], cams, large, keys, config, network)
+        return [(item, mask.cpu().numpy(), None) for (item, _, _), mask in zip(block, found, strict=True)]
+
+    def made() -> Iterator[tuple]:
+        """(item, mask, error), block by block."""
+        loaded = data.prefetch(load, todo, workers=config.workers, ahead=2 * config.batch)
+        for block in _blocks(loaded, config.batch):
+            for item, image, own in block:
+                if image is None:
+                    yield item, None, own
+                elif own is None:
+                    yield item, np.zeros(image.shape[:2], np.uint8), None
+            ready = [each for each in block if each[1] is not None and each[2] is not None]
+            if ready:
+                yield from label(ready)
+
+    def save(found: tuple) -> tuple[str, str | None]:
+        item, mask, error = found
+        if error is not None:
+            store.fail(item.name, error)
+        else:
+            store.save_mask(item.name, mask)
+            if item.name in failures:
+                store.fail(item.name, None)
+        return item.name, error
+
+    for done, (name, error) in enumerate(data.prefetch(save, made(), workers=1, ahead=config.batch), result.kept + 1):
+        if error is None:
+            result.made += 1
+        else:
+            result.failed[name] = error
+            log.warning("%s: %s", name, error)
+        if progress is not None:
+            progress(done, len(items), name)
+    return result
+
+
+def _blocks(things: Iterator, size: int) -> Iterator[list]:
+    block = []
+    for thing in things:
+        block.append(thing)
+        if len(block) == size:
+            yield block
+            block = []
+    if block:
+        yield block
 
 
 @dataclass(frozen=True)
