@@ -285,6 +285,50 @@ def crf_row(images, labels, bandwidth, target):
     return row
 
 
+WALK = [(16, 2, 2.0), (1, 2, None)]  # images, classes, milliseconds an image that are asked for
+
+
+def walk_row(images, classes, target, size=(94, 125)):
+    """256 steps of the random walk at a quarter of VOC's size, against one image's dense matrix squared 8 times."""
+    cams = [torch.rand(classes, *size, device="cuda") for _ in range(images)]
+    edges = torch.rand(images, *size, device="cuda") ** 2
+    affinity = torch.ops.ribfast.path_affinity(edges, 5, 10.0)
+    calls = {
+        "walk": lambda: torch.ops.ribfast.random_walk(cams, list(affinity), 5, 256),
+        "affinity": lambda: torch.ops.ribfast.path_affinity(edges, 5, 10.0),
+    }
+    row = {name: {"us": round(graph_seconds([call], 5) * 1e6, 1), "eager_us": round(eager_seconds([call], 5) * 1e6, 1)}
+           for name, call in calls.items()}  # fmt: skip
+    each = (row["walk"]["us"] + row["affinity"]["us"]) / images / 1e3
+    matrix = torch.rand(size[0] * size[1], size[0] * size[1], device="cuda")
+    matrix /= matrix.sum(0)
+
+    def dense():
+        squared = matrix
+        for _ in range(8):
+            squared = squared @ squared
+        return squared
+
+    plain = eager_seconds([dense], 1) * 1e3
+    row |= {"ms_an_image": round(each, 4), "target_ms": target, "dense_ms": round(plain, 1)}
+    # bytes of an application: weights twice, from the second-level cache; T 105 times in place of 256
+    row["weight_GBps"] = round(105 * 2 * 34 * size[0] * size[1] * 4 * images / (row["walk"]["us"] * 1e3), 1)
+    return row | {"ratio": round(plain / each, 1), "target_ratio": 300.0 if images > 1 else None}
+
+
+def pair_losses_row(images=16, side=128, radius=10):
+    """Forward and backward at the crop of 512 that IRN trains on, by the operators themselves."""
+    maps = torch.rand(images, side, side, device="cuda"), torch.randn(images, 2, side, side, device="cuda")
+    labels = torch.randint(0, 3, (images, 8, 8), dtype=torch.uint8, device="cuda")
+    labels = labels.repeat_interleave(side // 8, 1).repeat_interleave(side // 8, 2)
+    grad = torch.ones(8, device="cuda")
+    calls = {
+        "forward": lambda: torch.ops.ribfast.pair_losses(*maps, labels, radius),
+        "backward": lambda: torch.ops.ribfast.pair_losses_backward(grad, *maps, labels, radius),
+    }
+    return {name: {"us": round(graph_seconds([call], 5) * 1e6, 1)} for name, call in calls.items()}
+
+
 def timed(size, calls, bandwidth, target=None):
     """One row of the result: seconds and bandwidth of each implementation, or how it failed."""
     row = {"bytes": size, "target_share_of_copy": target}
@@ -350,6 +394,16 @@ def main():
         facts["ops"][label] = row
         path.write_text(json.dumps(facts, indent=1) + "\n")
         print(f"{label:<48} {row['cuda']} asked {target}/s {row['kernels']}", flush=True)
+    for images, classes, target in WALK if "cuda" in implementations("random_walk") else []:
+        torch.cuda.empty_cache()
+        label, row = f"random_walk {images} x ({classes}, 94, 125)", walk_row(images, classes, target)
+        facts["ops"][label] = row
+        path.write_text(json.dumps(facts, indent=1) + "\n")
+        print(f"{label:<48} {row['ms_an_image']} ms an image, asked {target}; dense {row['ratio']} times", flush=True)
+    if "cuda" in implementations("pair_losses"):
+        facts["ops"]["pair_losses 16 x 128 x 128, radius 10"] = row = pair_losses_row()
+        path.write_text(json.dumps(facts, indent=1) + "\n")
+        print(f"pair_losses {row}", flush=True)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,19 @@ def adapted():
                 update_folded_(grads, anchors, (weight, affine), norm, out, first=first, **constants)
 
 
+def walked():
+    for size, radius in (((1, 1), 2), ((9, 40), 5), ((33, 65), 10), ((17, 20), 16)):
+        boundary = torch.rand(2, *size, device="cuda").requires_grad_()
+        displacement = torch.randn(2, 2, *size, device="cuda").requires_grad_()
+        labels = torch.randint(0, 3, (2, *size), dtype=torch.uint8, device="cuda")
+        ops.path_affinity(boundary, radius, 10.0).sum().backward()
+        ops.pair_losses(boundary, displacement, labels, radius)[:5].sum().backward()
+        for classes in (1, 2, 6):
+            ops.random_walk(
+                torch.rand(2, classes, *size, device="cuda"), boundary.detach(), radius=radius, log2_steps=8
+            )
+
+
 def main():
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.float16):
@@ -70,6 +83,7 @@ def main():
             ops.normalize_cams(ops.accumulate_cams(batch[0], sizes[0], out=turned), inplace=True)
     adapted()
     refined()
+    walked()
     crf()
     torch.cuda.synchronize()
     print("sanitize.py: done")

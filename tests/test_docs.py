@@ -31,13 +31,15 @@ def test_readme_examples_run(tmp_path):
     import torch
 
     text = (ROOT / "README.md").read_text()
-    code, classifiers, sources, adapting, replacement = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    code, classifiers, sources, adapting, masking, replacement = re.findall(r"```python\n(.*?)```", text, flags=re.S)
     sides = {"maps_1x": (24, 32), "maps_05x": (12, 16), "maps_15x": (36, 47), "maps_2x": (47, 63)}
     names = {name: torch.rand(2, 3, *side) for name, side in sides.items()}
     names |= {"maps": torch.randn(2, 3, 24, 32), "present": torch.ones(2, 3, dtype=torch.bool)}
     names |= {"maps_a": [names["maps_1x"]], "maps_b": [names["maps_2x"]]}
     names |= {"images": torch.zeros(1, 12, 14, 3, dtype=torch.uint8), "p": torch.rand(1, 3, 12, 14).softmax(1)}
     names |= {"labels": torch.randint(3, (1, 12, 14), dtype=torch.uint8)}
+    names |= {"cam": torch.rand(2, 12, 14), "boundary": torch.rand(12, 14)}
+    names |= {"photos": torch.rand(1, 3, 12, 14), "class_maps": torch.rand(1, 2, 12, 14)}
     names |= {"features": torch.randn(30, 4), "values": torch.randn(30, 6), "unary": torch.rand(3, 30)}
     exec(code, names)
     assert names["probabilities"].shape == (1, 3, 12, 14)
@@ -76,6 +78,12 @@ def test_readme_examples_run(tmp_path):
     names["others"] = lambda step: (torch.randn(2, 3, 48, 48), torch.arange(20).expand(2, -1) == 5)
     exec(adapting.replace("steps=10", "steps=3"), names)
     assert names["result"].high_res.shape == (2, 96, 128) and names["result"].keys == [3, 11]
+    classifier = models.cam_classifier("resnet18", 20)
+    names = {"photo": np.zeros((48, 64, 3), np.uint8), "maps": torch.rand(2, 48, 64), "strided": torch.rand(2, 12, 16)}
+    names |= {"cat_map": names["maps"][0], "dog_map": names["maps"][1]}
+    names |= {"irn": models.irn_network("resnet18").eval(), "classifier": classifier.eval()}
+    exec(masking, names)
+    assert names["labels"].shape == (48, 64) and names["maps"].shape == (2, 48, 64)
     names = {"np": np, "width": 12, "height": 9, "photo": np.zeros((9, 12, 3), np.uint8)}
     names["softmax"] = torch.rand(21, 9, 12).softmax(0).numpy()
     exec(replacement, names)
