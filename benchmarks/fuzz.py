@@ -386,12 +386,12 @@ def counted(d):
     size, stride, n_labels = (d.side(), d.side()), d.pick(1, 1, 4, 4, 3), d.count(30)
     maps = d.floats(d.count(5), *(-(-side // stride) for side in size))
     thresholds = np.sort(d.random.normal(0, d.pick(0, 1, 1e30), d.pick(1, 2, 61, 200)))
-    return [maps, mask_of(d, size, n_labels), thresholds.astype(np.float32), n_labels], dict(stride=stride)
+    return [maps, mask_of(d, size, n_labels), thresholds.tolist(), n_labels], dict(stride=stride)
 
 
 def counted_raw(d):
     (maps, mask, thresholds, n_labels), options = counted(d)
-    return [maps, mask, d.strided(torch.from_numpy(thresholds)), n_labels, options["stride"]], {}
+    return [maps, mask, d.strided(torch.tensor(thresholds)), n_labels, options["stride"]], {}
 
 
 def compared(d):
