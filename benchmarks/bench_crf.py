@@ -107,6 +107,33 @@ def bench_two_label_crfs_of_one_image(compare):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("against", ["three calls", "pydensecrf2, three times"])
+def bench_problems_of_one_image(compare, against):
+    """PMM's: three classes, two labels each, in one call."""
+    image = photograph()
+    shares = np.stack([coarse_labels(2, image.shape, seed) for seed in range(3)]) * np.float32(0.4) + np.float32(0.3)
+    unary = -np.log(np.stack([1 - shares, shares], 1))
+    pixels, energies = torch.from_numpy(image), torch.from_numpy(unary)
+    gaussian, bilateral = (3.0, 10.0), (80.0, 13.0, 10.0)
+
+    def ours(problems=energies):
+        return ops.dense_crf([pixels], [problems], gaussian=gaussian, bilateral=bilateral)[0]
+
+    def apart():
+        if against == "three calls":
+            return np.stack([ours(problem).numpy() for problem in energies])
+        return np.stack([peer(image, problem, gaussian, bilateral) for problem in unary])
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        difference = float(np.abs(ours().numpy() - apart()).max())
+        target = 1.5 if against == "three calls" else 8.0
+        compare(ours, apart, target=target, rounds=8, of_minima=True, against=against, largest_difference=difference)
+    finally:
+        torch.set_num_threads(before)
+
+
 MEASURED = """
 import re, sys
 from pathlib import Path

@@ -1,5 +1,8 @@
 """The operators on the CPU against plain torch (ribfast/reference.py)."""
 
+from pathlib import Path
+
+import cv2
 import pytest
 import torch
 
@@ -64,3 +67,19 @@ def bench_accumulate_cams_against_filling_the_output(compare, threads):
 def bench_normalize_cams(compare, threads):
     cams = torch.rand(20, 375, 500)
     compare(lambda: ops.normalize_cams(cams), lambda: reference.normalize_cams(cams))
+
+
+@pytest.mark.parametrize("method, classes", [("par", 3), ("par", 21), ("pamr", 3)])
+def bench_refine(compare, threads, method, classes):
+    """10 iterations over a photograph of 375x500."""
+    photo = cv2.imread(str(Path(__file__).parents[1] / "ribfast" / "assets" / "coffee.jpg"))
+    image = torch.from_numpy(photo).permute(2, 0, 1)[None].float()
+    maps = torch.rand(1, classes, *image.shape[2:])
+    difference = (ops.refine(image, maps, method=method) - reference.refine(image, maps, method=method)).abs().max()
+    compare(
+        lambda: ops.refine(image, maps, method=method),
+        lambda: reference.refine(image, maps, method=method),
+        rounds=4,
+        of_minima=True,
+        largest_difference=difference.item(),
+    )

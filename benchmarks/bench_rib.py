@@ -18,7 +18,7 @@ from ribfast import data, models, reference
 from ribfast.cams import merge_cams
 from ribfast.pipeline import AdaptConfig, adapt_maps
 from ribfast.rib import RIBConfig, Target, adapt
-from ribfast.store import MapStore
+from ribfast.store import Store
 
 SIDE, OTHERS, STEPS = 128, 20, 4
 IMAGES = {"released": 8, "fast": 24}
@@ -120,10 +120,10 @@ def bench_rib_with_loading(benchmark, sources, tmp_path, name, preset, precision
     count = iter(range(100))
 
     def ours():
-        made = adapt_maps(own, model, MapStore(tmp_path / f"ours{next(count)}"), config, others=others)
+        made = adapt_maps(own, model, Store(tmp_path / f"ours{next(count)}", "irn"), config, others=others)
         assert made.made == len(own)
 
     def baseline():
-        released(model, some(own, 1), others, config, MapStore(tmp_path / f"released{next(count)}"), rng)
+        released(model, some(own, 1), others, config, Store(tmp_path / f"released{next(count)}", "irn"), rng)
 
     per_image(benchmark, len(own), ours, baseline, ASKED[preset, precision][1])

@@ -206,9 +206,38 @@ def folded_update(d):
     return [grad, bias_grad, *anchors, *states, d.chance(0.5), rate, d.number(0.1), d.number(0.1), d.number(4.0)], {}
 
 
+def image_and_maps(d, *head):
+    """Of one size, or the maps now and then of another."""
+    size, image_dtype = (d.side(), d.side()), d.pick(torch.uint8, *contract.FLOATS)
+    image = d.bytes(*head, 3, *size) if image_dtype == torch.uint8 else d.floats(*head, 3, *size, dtype=image_dtype)
+    return image, d.floats(*head, d.pick(0, 1, 2, 3, 7, 9, 17), *size)
+
+
+def refining(d):
+    dilations = d.pick((1, 2, 4, 8, 12, 24), [d.pick(1, 2, 3, 7, 40, 2**24 - 1) for _ in range(d.count(5))])
+    return dict(
+        method=d.pick("par", "pamr"), dilations=dilations, iterations=d.pick(0, 1, 2, 3), w1=abs(d.number(0.3)),
+        w2=d.number(0.01),
+    )  # fmt: skip
+
+
+def refined(d):
+    if d.chance(0.5):
+        return [*image_and_maps(d, d.pick(0, 1, 2))], refining(d)
+    pairs = [image_and_maps(d) for _ in range(d.count(3))]
+    return [[i for i, _ in pairs], [m for _, m in pairs]], refining(d)
+
+
+def refined_raw(d):
+    image, maps = image_and_maps(d, d.pick(0, 1, 2))
+    named = refining(d)
+    return [[image], [maps], d.chance(0.5), list(named["dilations"]), named["iterations"], named["w1"], named["w2"]], {}
+
+
 def image_and_energies(d):
     height, width, labels = d.side(), d.side(), d.count(40)
-    return d.bytes(height, width, 3), d.floats(labels, height, width)
+    problems = d.pick((), (), (0,), (1,), (d.count(7),))
+    return d.bytes(height, width, 3), d.floats(*problems, labels, height, width)
 
 
 def terms_of(d):
@@ -299,6 +328,78 @@ def field_over_lattices_raw(unary, features, strengths, normalizations=(), itera
                                         iterations, exact)  # fmt: skip
 
 
+def boundary_of(d, *shape):
+    """Mostly between 0 and 1, where affinities are asked for."""
+    values = d.floats(*shape)
+    return values.sigmoid() if d.chance(0.8) else values
+
+
+def paths(d):
+    beta = d.pick(1.0, 10.0, d.number(2))
+    return [boundary_of(d, d.count(3), d.side(), d.side()), d.pick(2, 3, 5, 10, 16), beta], {}
+
+
+def paths_backward(d):
+    (boundary, radius, beta), _ = paths(d)
+    count, height, width = boundary.shape
+    return [d.floats(count, len(ops.pair_offsets(radius)), height, width), boundary, radius, beta], {}
+
+
+def pairs_of_labels(d):
+    count, height, width, radius = d.count(3), d.side(), d.side(), d.pick(2, 3, 5, 10)
+    labels = d.bytes(count, height, width)
+    if d.chance(0.8):
+        labels = torch.where(labels < 200, labels % 3, 255).to(torch.uint8)
+    return [boundary_of(d, count, height, width), d.floats(count, 2, height, width), labels, radius], {}
+
+
+def walked(d):
+    """One image or several; log2_steps where it is not too slow."""
+    options = dict(beta=d.pick(10.0, d.number(2)), log2_steps=d.pick(0, 1, 5, 8), radius=d.pick(2, 5, 5, 9))
+    sizes = [(d.count(5), d.side(), d.side()) for _ in range(d.count(3))]
+    cams, edges = [d.floats(*size) for size in sizes], [boundary_of(d, *size[1:]) for size in sizes]
+    if d.chance(0.3):
+        cams, edges = cams[0], edges[0]
+    if d.chance(0.3):
+        pairs = len(ops.pair_offsets(options["radius"]))
+        each = edges if isinstance(edges, list) else [edges]
+        weights = [boundary_of(d, pairs, *edge.shape) for edge in each]
+        return [cams], options | {"affinity": weights if isinstance(edges, list) else weights[0]}
+    return [cams, edges], options
+
+
+def walked_raw(d):
+    radius = d.pick(2, 5, 9, 16)
+    sizes = [(d.count(5), d.side(), d.side()) for _ in range(d.count(3))]
+    weights = [boundary_of(d, len(ops.pair_offsets(radius)), *size[1:]) for size in sizes]
+    return [[d.floats(*size) for size in sizes], weights, radius, d.pick(1, 2, 3, 64, 256)], {}
+
+
+def mask_of(d, size, n_labels):
+    """One mask in ten holds a label that is too large."""
+    labels = d.random.integers(0, n_labels + d.chance(0.1), size).astype(np.uint8)
+    labels[d.random.random(size) < 0.1] = 255
+    return d.strided(torch.from_numpy(labels))
+
+
+def counted(d):
+    size, stride, n_labels = (d.side(), d.side()), d.pick(1, 1, 4, 4, 3), d.count(30)
+    maps = d.floats(d.count(5), *(-(-side // stride) for side in size))
+    thresholds = np.sort(d.random.normal(0, d.pick(0, 1, 1e30), d.pick(1, 2, 61, 200)))
+    return [maps, mask_of(d, size, n_labels), thresholds.astype(np.float32), n_labels], dict(stride=stride)
+
+
+def counted_raw(d):
+    (maps, mask, thresholds, n_labels), options = counted(d)
+    return [maps, mask, d.strided(torch.from_numpy(thresholds)), n_labels, options["stride"]], {}
+
+
+def compared(d):
+    size, n_labels = (d.side(), d.side()), d.pick(1, 21, 255)
+    labels = d.strided(torch.from_numpy(d.random.integers(0, n_labels, size).astype(np.uint8)))
+    return [labels, mask_of(d, size, min(n_labels, 254)), n_labels], {}
+
+
 def pooled_raw_backward(d):
     n, c, h, w = d.count(4), d.count(6), d.side(), d.side()
     maps = d.floats(n, c, h, w)
@@ -329,10 +430,27 @@ def rows():
         "accumulate_cams, backward": (with_gradient(ops.accumulate_cams), merged),
         "accumulate_cams_batch": (ops.accumulate_cams_batch, merged_batch),
         "normalize_cams": (ops.normalize_cams, normalised),
+        "threshold_histogram": (ops.threshold_histogram, counted),
+        "confusion_matrix": (ops.confusion_matrix, compared),
         "dense_crf": (ops.dense_crf, fields),
         "dense_crf_labels": (ops.dense_crf_labels, label_fields),
+        "refine": (ops.refine, refined),
         "Lattice": (filtered, lattice_and_values),
         "mean_field": (field_over_lattices, lattices_of_field),
+        "path_affinity": (ops.path_affinity, paths),
+        "path_affinity, backward": (with_gradient(ops.path_affinity), paths),
+        "pair_losses": (ops.pair_losses, pairs_of_labels),
+        "pair_losses, backward": (with_gradient(ops.pair_losses), pairs_of_labels),
+        "random_walk": (ops.random_walk, walked),
+        "pair_offsets": (ops.pair_offsets, lambda d: ([d.pick(2, 3, 5, 10, 16)], {})),
+        "ribfast::path_affinity": (raw.path_affinity, paths),
+        "ribfast::pair_losses": (raw.pair_losses, pairs_of_labels),
+        "ribfast::path_affinity_backward": (raw.path_affinity_backward, paths_backward),
+        "ribfast::pair_losses_backward": (
+            raw.pair_losses_backward,
+            lambda d: ([d.floats(8), *pairs_of_labels(d)[0]], {}),
+        ),
+        "ribfast::random_walk": (raw.random_walk, walked_raw),
         "ribfast::gndrp": (raw.gndrp, lambda d: ([*pooled(d)[0], d.number(0.5), d.chance(0.5), d.chance(0.5)], {})),
         "ribfast::gndrp_backward": (raw.gndrp_backward, pooled_raw_backward),
         "ribfast::accumulate_cams": (raw.accumulate_cams, merged_raw),
@@ -340,11 +458,14 @@ def rows():
         "ribfast::accumulate_cams_backward": (raw.accumulate_cams_backward, merged_raw_into),
         "ribfast::normalize_cams": (raw.normalize_cams, lambda d: ([*normalised(d)[0], d.number(1e-5)], {})),
         "ribfast::normalize_cams_": (raw.normalize_cams_, lambda d: ([*normalised(d)[0], d.number(1e-5)], {})),
+        "ribfast::threshold_histogram": (raw.threshold_histogram, counted_raw),
+        "ribfast::confusion_matrix": (raw.confusion_matrix, compared),
         "ribfast::activate_": (raw.activate_, activation),
         "ribfast::activate_backward": (raw.activate_backward, activation_backward),
         "ribfast::update_folded_": (raw.update_folded_, folded_update),
         "ribfast::dense_crf": (raw.dense_crf, fields_raw),
         "ribfast::dense_crf_labels": (raw.dense_crf_labels, label_fields_raw),
+        "ribfast::refine": (raw.refine, refined_raw),
         "ribfast::lattice": (raw.lattice, lambda d: ([lattice_and_values(d)[0][0], d.chance(0.5)], {})),
         "ribfast::lattice_filter": (
             filtered_raw,

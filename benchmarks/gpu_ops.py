@@ -187,6 +187,22 @@ def update_case(shape, dtype):
     return size, calls
 
 
+def refine_case(images, classes, method, size=(375, 500), iterations=10):
+    """Bytes: weights are written once and read in every iteration, maps read and written in every iteration."""
+    pixels = images * size[0] * size[1]
+    moved = 4 * pixels * (3 + 48 + iterations * (48 + 2 * classes))
+    sets = [(torch.rand(images, 3, *size, device="cuda"), torch.rand(images, classes, *size, device="cuda"))
+            for _ in range(sets_for(4 * pixels * 48))]  # fmt: skip
+    options = (method == "pamr", [1, 2, 4, 8, 12, 24], iterations, 0.3, 0.01)
+    calls = {
+        name: [lambda s=s, op=op: op([s[0]], [s[1]], *options) for s in sets]
+        for name, op in implementations("refine").items()
+    }
+    if images == 1:
+        calls["reference"] = [lambda s=s: reference.refine(*s, method=method, iterations=iterations) for s in sets]
+    return moved, calls
+
+
 PHOTO = Path(__file__).parents[1] / "ribfast" / "assets" / "coffee.jpg"
 TERMS = ([3.0, 3.0], [50.0, 5.0, 10.0])
 
@@ -303,6 +319,9 @@ def cases():
     for shape in ((512, 512, 3, 3), (2048, 512, 1, 1), (960, 1, 3, 3)):
         target = 0.8 if shape[0] == 512 else None
         yield f"update_folded_ {shape} float16", target, lambda s=shape: (update_case(s, torch.float16), None)
+    for images, classes, method in ((16, 4, "par"), (16, 21, "par"), (1, 21, "par"), (1, 4, "pamr")):
+        name = f"refine, {method}, {images} x ({classes}, 375, 500)"
+        yield name, None, lambda i=images, c=classes, m=method: (refine_case(i, c, m), None)
 
 
 CRF = [(64, 21, 700), (64, 2, 1400), (1, 21, 400), (1, 2, 400)]  # images, labels, images a second that are asked for

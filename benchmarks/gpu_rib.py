@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ribfast import data, models, reference
 from ribfast.pipeline import AdaptConfig, adapt_maps
 from ribfast.rib import Engine, Job, RIBConfig, Target
-from ribfast.store import MapStore
+from ribfast.store import Store
 
 CLASSES, OWN = 20, 3
 VOC_IMAGES = 10582
@@ -220,10 +220,10 @@ def with_loading(case: Case, preset: str, count: int, workers: int):
         others = write(folder / "others", many, lambda i: 4 + i % 8, CLASSES)
         fields = dataclasses.asdict(case.config(preset))
         config = AdaptConfig(**fields, workers=workers, device=str(case.device))
-        adapt_maps(own, model, MapStore(folder / "warm"), config, others=others)
+        adapt_maps(own, model, Store(folder / "warm", "irn"), config, others=others)
 
         def ours():
-            made = adapt_maps(own, model, MapStore(folder / "ours"), config, others=others)
+            made = adapt_maps(own, model, Store(folder / "ours", "irn"), config, others=others)
             assert made.made == count, made
 
         def released():

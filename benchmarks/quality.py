@@ -22,7 +22,7 @@ from ribfast.cams import merge_cams
 from ribfast.metrics import ThresholdSweep
 from ribfast.pipeline import AdaptConfig, adapt_maps
 from ribfast.rib import RIBConfig
-from ribfast.store import MapStore
+from ribfast.store import Store
 from ribfast.train import ClassifierConfig, train_classifier
 
 RESULTS = Path(__file__).parent / "results"
@@ -92,7 +92,7 @@ def precision(model, source, others, seed, crop) -> dict:
     for kind in ("float32", "auto"):
         config = dataclasses.replace(constants(model, "released", crop), precision=kind, steps=10)
         with tempfile.TemporaryDirectory() as folder:
-            store = MapStore(folder)
+            store = Store(folder, "irn")
             adapt_maps(source, model, store, AdaptConfig(**dataclasses.asdict(config), seed=seed), others=others)
             maps[kind] = {name: store.load(name).high_res for name in store.names()}
     for name, expected in maps["float32"].items():

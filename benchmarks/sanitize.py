@@ -20,6 +20,15 @@ def crf():
         torch.ops.ribfast.mean_field(torch.rand(3, 301, device="cuda"), lattice, [1.0], [dims % 4], 2, False)
 
 
+def refined():
+    for method in ("par", "pamr"):
+        for classes in (1, 2, 3, 9):
+            sizes = [(1, 1), (33, 18), (9, 65)]
+            images = [torch.randint(256, (3, *size), device="cuda", dtype=torch.uint8) for size in sizes]
+            maps = [torch.rand(classes, *size, device="cuda") for size in sizes]
+            ops.refine(images, maps, method=method, iterations=3)
+
+
 def adapted():
     for dtype in (torch.float32, torch.float16):
         # single elements and vectors; one strip of cells and several; rows kept in registers and longer ones
@@ -60,6 +69,7 @@ def main():
             turned = torch.zeros(3, 50, 37, device="cuda").transpose(1, 2)
             ops.normalize_cams(ops.accumulate_cams(batch[0], sizes[0], out=turned), inplace=True)
     adapted()
+    refined()
     crf()
     torch.cuda.synchronize()
     print("sanitize.py: done")

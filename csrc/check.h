@@ -13,6 +13,8 @@
 #include <utility>
 #include <vector>
 
+#include "math.h"
+
 #define RIBFAST_CHECK_VALUE(cond, op, expected, ...) \
   TORCH_CHECK_VALUE(cond, op, ": expected ", expected, ", got ", __VA_ARGS__)
 #define RIBFAST_CHECK_TYPE(cond, op, expected, ...) \
@@ -248,6 +250,33 @@ inline void check_normalize_cams(const char* op, const at::Tensor& cams) {
                       cams.sizes());
 }
 
+// images: float or uint8, one (N, 3, H, W) for each (N, C, H, W) of maps
+inline void check_refine(at::TensorList images, at::TensorList maps, at::IntArrayRef dilations, int64_t iterations,
+                         double w1, double w2) {
+  const char* op = "refine";
+  RIBFAST_CHECK_VALUE(images.size() == maps.size(), op, "images for each of the maps", images.size(), " and ",
+                      maps.size());
+  for (size_t i = 0; i < maps.size(); ++i) {
+    const at::Tensor &image = images[i], &map = maps[i];
+    if (image.scalar_type() != at::kByte) check_float(op, "images, unless in uint8,", image);
+    check_float(op, "maps", map);
+    RIBFAST_CHECK_VALUE(map.dim() == 4 && map.size(2) > 0 && map.size(3) > 0 && map.size(2) < (1 << 24) &&
+                            map.size(3) < (1 << 24),
+                        op, "maps (N, C, H, W) with H, W from 1 to 2^24", map.sizes());
+    RIBFAST_CHECK_VALUE(image.dim() == 4 && image.size(0) == map.size(0) && image.size(1) == 3 &&
+                            image.size(2) == map.size(2) && image.size(3) == map.size(3),
+                        op, c10::str("images (N, 3, H, W) for maps ", map.sizes()), image.sizes());
+    check_same_device(op, image, maps[0]);
+    check_same_device(op, map, maps[0]);
+  }
+  RIBFAST_CHECK_VALUE(!dilations.empty() && dilations.size() <= 16, op, "1 to 16 dilations", dilations.size());
+  for (const int64_t d : dilations) RIBFAST_CHECK_VALUE(d >= 1 && d < (1 << 24), op, "dilations from 1 to 2^24", d);
+  RIBFAST_CHECK_VALUE(iterations >= 0 && iterations < (int64_t{1} << 31), op, "iterations of at least 0", iterations);
+  RIBFAST_CHECK_VALUE(std::isfinite(static_cast<float>(w1)) && static_cast<float>(w1) > 0, op, "a finite w1 above 0",
+                      w1);
+  RIBFAST_CHECK_VALUE(std::isfinite(static_cast<float>(w2)), op, "a finite w2", w2);
+}
+
 // A pairwise term of a CRF: empty, or `size` numbers, the last its strength.
 inline void check_crf_term(const char* op, const char* name, at::ArrayRef<double> term, size_t size) {
   RIBFAST_CHECK_VALUE(term.empty() || term.size() == size, op, c10::str(name, " with ", size, " numbers"), term.size());
@@ -272,12 +301,17 @@ inline void check_crf_options(const char* op, at::ArrayRef<double> gaussian, at:
   RIBFAST_CHECK_VALUE(capacity >= 0, op, "a capacity of at least 0", capacity);
 }
 
+// How many problems the unary of an image holds.
+inline int64_t problems_of(const at::Tensor& unary) { return unary.dim() == 4 ? unary.size(0) : 1; }
+
 // One image of dense_crf and its unary.
 inline void check_crf_unary(const char* op, const at::Tensor& image, const at::Tensor& unary) {
   check_crf_image(op, image);
-  RIBFAST_CHECK_VALUE(unary.dim() == 3 && unary.size(0) > 0 && unary.size(0) < (1 << 24) &&
-                          unary.size(1) == image.size(0) && unary.size(2) == image.size(1),
-                      op, "unary (L, H, W) of the image, L >= 1", unary.sizes(), " for an image ", image.sizes());
+  RIBFAST_CHECK_VALUE((unary.dim() == 3 || unary.dim() == 4) && unary.size(-3) > 0 &&
+                          unary.size(-3) < (1 << 24) / std::max<int64_t>(1, problems_of(unary)) &&
+                          unary.size(-2) == image.size(0) && unary.size(-1) == image.size(1),
+                      op, "unary (L, H, W) or (K, L, H, W) of the image, L >= 1", unary.sizes(), " for an image ",
+                      image.sizes());
   check_float(op, "unary", unary);
   check_same_device(op, image, unary);
 }
@@ -296,6 +330,50 @@ inline void check_crf_labels(const char* op, const at::Tensor& image, const at::
   check_same_device(op, image, labels);
 }
 
+inline void check_label_map(const char* op, const char* name, const at::Tensor& t) {
+  RIBFAST_CHECK_TYPE(t.scalar_type() == at::kByte, op, c10::str(name, " in uint8"), c10::toString(t.scalar_type()));
+  RIBFAST_CHECK_VALUE(t.dim() == 2 && t.numel() < (int64_t{1} << 31), op,
+                      c10::str(name, " (H, W) of fewer than 2^31 pixels"), t.sizes());
+}
+
+inline void check_threshold_histogram(const at::Tensor& maps, const at::Tensor& mask, const at::Tensor& thresholds,
+                                      int64_t n_labels, int64_t stride) {
+  const char* op = "threshold_histogram";
+  check_float(op, "maps", maps);
+  check_label_map(op, "mask", mask);
+  check_same_device(op, maps, mask);
+  check_same_device(op, maps, thresholds);
+  RIBFAST_CHECK_VALUE(n_labels >= 1 && n_labels <= 255, op, "n_labels from 1 to 255", n_labels);
+  RIBFAST_CHECK_VALUE(stride >= 1 && stride <= 64, op, "a stride from 1 to 64", stride);
+  const auto cells = [&](int64_t side) { return (side + stride - 1) / stride; };
+  RIBFAST_CHECK_VALUE(maps.dim() == 3 && maps.size(0) <= 255 && maps.size(1) == cells(mask.size(0)) &&
+                          maps.size(2) == cells(mask.size(1)) && mask.size(0) < (1 << 24) && mask.size(1) < (1 << 24),
+                      op, c10::str("maps (n, H, W) of the mask's size over the stride of ", stride), maps.sizes(),
+                      " for a mask ", mask.sizes());
+  RIBFAST_CHECK_VALUE((n_labels + 2) * maps.size(0) * (thresholds.numel() + 1) < (1 << 24), op,
+                      "fewer than 2^24 counts of labels, classes and thresholds", thresholds.numel(), " thresholds");
+  RIBFAST_CHECK_TYPE(thresholds.scalar_type() == at::kFloat, op, "thresholds in float32",
+                     c10::toString(thresholds.scalar_type()));
+  RIBFAST_CHECK_VALUE(thresholds.dim() == 1 && thresholds.numel() >= 1 && thresholds.numel() <= 10000, op,
+                      "a list of 1 to 10000 thresholds", thresholds.sizes());
+  const at::Tensor dense = thresholds.contiguous();
+  const float* t = dense.const_data_ptr<float>();
+  for (int64_t i = 0; i < dense.numel(); ++i) {
+    RIBFAST_CHECK_VALUE(std::isfinite(t[i]) && (i == 0 || t[i - 1] <= t[i]), op, "finite thresholds that ascend",
+                        t[i], " at ", i);
+  }
+}
+
+inline void check_confusion_matrix(const at::Tensor& labels, const at::Tensor& mask, int64_t n_labels) {
+  const char* op = "confusion_matrix";
+  check_label_map(op, "labels", labels);
+  check_label_map(op, "mask", mask);
+  check_same_device(op, labels, mask);
+  RIBFAST_CHECK_VALUE(labels.sizes() == mask.sizes(), op, c10::str("labels of the mask's shape ", mask.sizes()),
+                      labels.sizes());
+  RIBFAST_CHECK_VALUE(n_labels >= 1 && n_labels <= 255, op, "n_labels from 1 to 255", n_labels);
+}
+
 // lattices: how many tensors, `each` of them a lattice
 inline void check_mean_field(const char* op, size_t lattices, size_t each, at::ArrayRef<double> strengths,
                              at::IntArrayRef normalizations, int64_t iterations) {
@@ -308,6 +386,65 @@ inline void check_mean_field(const char* op, size_t lattices, size_t each, at::A
     RIBFAST_CHECK_VALUE(normalizations[i] >= 0 && normalizations[i] <= 3, op, "normalizations from 0 to 3",
                         normalizations);
   }
+}
+
+inline void check_radius(const char* op, int64_t radius) {
+  RIBFAST_CHECK_VALUE(radius >= 2 && radius <= kLargestRadius, op, "a radius from 2 to 16", radius);
+}
+
+inline void check_path_affinity(const char* op, const at::Tensor& boundary, int64_t radius, double beta) {
+  check_float(op, "boundary", boundary);
+  RIBFAST_CHECK_VALUE(boundary.dim() == 3 && boundary.size(1) > 0 && boundary.size(2) > 0 &&
+                          boundary.size(1) < (1 << 24) && boundary.size(2) < (1 << 24),
+                      op, "boundary (N, h, w) with 1 <= h, w < 2^24", boundary.sizes());
+  check_radius(op, radius);
+  RIBFAST_CHECK_VALUE(beta > 0 && std::isfinite(static_cast<float>(beta)), op, "a finite beta above 0", beta);
+}
+
+inline void check_pair_gradient(const at::Tensor& grad, const at::Tensor& boundary, int64_t radius) {
+  const char* op = "path_affinity_backward";
+  check_float(op, "grad", grad);
+  RIBFAST_CHECK_VALUE(grad.dim() == 4 && grad.size(0) == boundary.size(0) &&
+                          grad.size(1) == count_pairs(static_cast<int32_t>(radius)) &&
+                          grad.size(2) == boundary.size(1) && grad.size(3) == boundary.size(2),
+                      op, "grad (N, P, h, w) of the boundary's pairs", grad.sizes());
+  check_same_device(op, grad, boundary);
+}
+
+inline void check_pair_losses(const char* op, const at::Tensor& boundary, const at::Tensor& displacement,
+                              const at::Tensor& labels, int64_t radius) {
+  check_path_affinity(op, boundary, radius, 1);
+  check_float(op, "displacement", displacement);
+  RIBFAST_CHECK_TYPE(labels.scalar_type() == at::kByte, op, "labels in uint8", c10::toString(labels.scalar_type()));
+  RIBFAST_CHECK_VALUE(labels.sizes() == boundary.sizes() && displacement.dim() == 4 &&
+                          displacement.size(0) == boundary.size(0) && displacement.size(1) == 2 &&
+                          displacement.size(2) == boundary.size(1) && displacement.size(3) == boundary.size(2),
+                      op, "displacement (N, 2, h, w) and labels (N, h, w) of the boundary", displacement.sizes(),
+                      " and ", labels.sizes(), " for ", boundary.sizes());
+  check_same_device(op, boundary, displacement);
+  check_same_device(op, boundary, labels);
+}
+
+inline void check_loss_gradient(const at::Tensor& grad, const at::Tensor& boundary) {
+  check_float("pair_losses_backward", "grad", grad);
+  RIBFAST_CHECK_VALUE(grad.dim() == 1 && grad.size(0) == 8, "pair_losses_backward", "grad (8,)", grad.sizes());
+  check_same_device("pair_losses_backward", grad, boundary);
+}
+
+// One image of random_walk and the weights of its pairs.
+inline void check_random_walk(const char* op, const at::Tensor& cams, const at::Tensor& weights, int64_t radius,
+                              int64_t steps) {
+  check_float(op, "cams", cams);
+  check_float(op, "weights", weights);
+  check_radius(op, radius);
+  RIBFAST_CHECK_VALUE(cams.dim() == 3 && cams.size(1) > 0 && cams.size(2) > 0 && cams.size(1) < (1 << 24) &&
+                          cams.size(2) < (1 << 24),
+                      op, "cams (C, h, w) with 1 <= h, w < 2^24", cams.sizes());
+  RIBFAST_CHECK_VALUE(weights.dim() == 3 && weights.size(0) == count_pairs(static_cast<int32_t>(radius)) &&
+                          weights.size(1) == cams.size(1) && weights.size(2) == cams.size(2),
+                      op, "weights (P, h, w) of the radius and the cams", weights.sizes());
+  RIBFAST_CHECK_VALUE(steps >= 1 && steps <= (1 << 16), op, "steps from 1 to 65536", steps);
+  check_same_device(op, cams, weights);
 }
 
 }  // namespace ribfast

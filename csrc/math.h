@@ -38,5 +38,39 @@ RIBFAST_HD bool is_kept(S x, S top, S tau, bool strict) {
   return strict ? level < tau : level <= tau;
 }
 
+// Pairs of pixels closer than a radius, from the one that is first in the order of rows: (0, 1) .. (0, radius - 1),
+// then rows of what is below.
+constexpr int kLargestRadius = 16;
+
+RIBFAST_HD int32_t widest_column(int32_t y, int32_t radius) {  // the largest x with y y + x x < radius radius
+  int32_t x = radius - 1;
+  while (y * y + x * x >= radius * radius) --x;
+  return x;
+}
+
+RIBFAST_HD int32_t count_pairs(int32_t radius) {
+  int32_t count = radius - 1;
+  for (int32_t y = 1; y < radius; ++y) count += 2 * widest_column(y, radius) + 1;
+  return count;
+}
+
+// The columns of row `row` on the path from (0, 0) to (y, x), 0 <= row <= y: those of its bounding box that are closer
+// than 1 to the line.
+struct PathColumns {
+  int32_t first, last;
+};
+
+RIBFAST_HD PathColumns path_columns(int32_t y, int32_t x, int32_t row) {
+  const int32_t low = x < 0 ? x : 0, high = x < 0 ? 0 : x, limit = y * y + x * x;
+  const auto on_path = [&](int32_t column) {
+    const int32_t area = y * column - x * row;
+    return area * area < limit;
+  };
+  PathColumns columns{low, high};
+  while (!on_path(columns.first)) ++columns.first;
+  while (!on_path(columns.last)) --columns.last;
+  return columns;
+}
+
 }  // namespace
 }  // namespace ribfast

@@ -31,9 +31,10 @@ TORCH_LIBRARY(ribfast, m) {
       "Tensor(e!) folded, Tensor(f!) folded_bias, bool first, Tensor rate, float momentum, float decay, float scale) "
       "-> ()");
 
-  // images (H, W, 3) uint8, unary (L, H, W) -> probabilities; labels (K, H, W) uint8 -> labels alike; gaussian: (sxy,
-  // strength), bilateral: (sxy, srgb, strength), either may be empty; normalization: 0 symmetric, 1 after, 2 before,
-  // 3 none; unsure: a label or -1; capacity: vertices of a lattice on CUDA devices, 0 for as many as there can be
+  // images (H, W, 3) uint8, unary (L, H, W) or, of K problems, (K, L, H, W) -> probabilities; labels (K, H, W) uint8 ->
+  // labels alike; gaussian: (sxy, strength), bilateral: (sxy, srgb, strength), either may be empty; normalization:
+  // 0 symmetric, 1 after, 2 before, 3 none; unsure: a label or -1; capacity: vertices of a lattice on CUDA devices, 0
+  // for as many as there can be
   m.def(
       "dense_crf(Tensor[] images, Tensor[] unary, float[] gaussian, float[] bilateral, int iterations, "
       "int normalization, bool exact, int capacity) -> Tensor[]");
@@ -58,6 +59,14 @@ TORCH_LIBRARY(ribfast, m) {
       "-> (Tensor, Tensor)");
   // each image's cams (C, h, w) and weights (P, h, w) of its pairs -> (C, h, w) float32
   m.def("random_walk(Tensor[] cams, Tensor[] weights, int radius, int steps) -> Tensor[]");
+  // images (N, 3, H, W), maps (N, C, H, W) -> refined maps alike, float32; pamr: PAMR, else PAR
+  m.def(
+      "refine(Tensor[] images, Tensor[] maps, bool pamr, int[] dilations, int iterations, float w1, float w2) -> "
+      "Tensor[]");
+  // on the CPU alone: maps (n, H, W), or each side over `stride`, and mask (H, W) uint8 -> pixels (n_labels, n, T + 1) by
+  // true label, class of the largest map and how many of the T ascending thresholds lie below it
+  m.def("threshold_histogram(Tensor maps, Tensor mask, Tensor thresholds, int n_labels, int stride) -> Tensor");
+  m.def("confusion_matrix(Tensor labels, Tensor mask, int n_labels) -> Tensor");
 
   // (..., H, W)
   m.def("normalize_cams(Tensor cams, float eps) -> Tensor");

@@ -25,15 +25,10 @@ _SCHEMAS = {  # of each operator that has Triton kernels, in csrc/module.cpp
     "accumulate_cams": ("accumulate_cams", "accumulate_cams_", "accumulate_cams_backward"),
     "normalize_cams": ("normalize_cams", "normalize_cams_"),
 }
-_WITHOUT_TRITON = (
-    "adapt",
-    "dense_crf",
-    "lattice",
-    "pair_losses",
-    "path_affinity",
-    "random_walk",
-)  # operators whose kernels are C++ alone
-OPS = (*_SCHEMAS, *_WITHOUT_TRITON)
+# operators whose kernels are C++ alone
+_WITHOUT_TRITON = ("adapt", "dense_crf", "lattice", "pair_losses", "path_affinity", "random_walk", "refine")
+_ON_CPU = ("confusion_matrix", "threshold_histogram")  # whose kernels are for the CPU alone
+OPS = (*_SCHEMAS, *_WITHOUT_TRITON, *_ON_CPU)
 
 
 class Backend(NamedTuple):
@@ -96,6 +91,11 @@ def backend(op: str, device: torch.device) -> Backend:
             raise ValueError(f"{op}: expected a backend that has it, got RIBFAST_BACKEND={requested} on {device}; "
                              "unset RIBFAST_BACKEND")  # fmt: skip
         return Backend("reference", f"no Triton kernels, and {found.reason}")
+    if op in _ON_CPU and device.type != "cpu" and (found is None or found.name != "reference"):
+        if requested != "auto":
+            raise ValueError(f"{op}: expected tensors on the CPU, where alone RIBFAST_BACKEND={requested} has it, got "
+                             f"{device}; move them")  # fmt: skip
+        return Backend("reference", "its kernels are for the CPU alone")
     if found is None and requested != "auto":
         raise ValueError(f"{op}: expected tensors on {' or '.join(_chosen)}, which RIBFAST_BACKEND={requested} serves, "
                          f"got {device}; move them, or unset RIBFAST_BACKEND")  # fmt: skip

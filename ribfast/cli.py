@@ -184,22 +184,54 @@ def begin(options: argparse.Namespace, settings, indifferent: tuple[str, ...] | 
     """Writes OUT/config.json: the configuration, the inputs (files by their digests) and the command line.
 
     indifferent: the fields that do not change results; with it, an OUT whose config.json differs in others, or was
-    made from other inputs, is refused, for its files would be taken for this run's.
+    made from other inputs, is refused, for its files would be taken for this run's; unless --keep says that they may
+    (what OUT began with stays in its config.json, under `before`), or --overwrite that they go.
     """
     path = options.out / "config.json"
     inputs = {name: _digest(value) if isinstance(value, Path) else value for name, value in inputs.items()}
-    if indifferent is not None and path.is_file():
-        there = json.loads(path.read_text("utf-8"))
+    before = {}
+    if indifferent is not None and getattr(options, "overwrite", False):
+        _clear(options, settings)
+    elif indifferent is not None and path.is_file():
+        there = _read_run(path)
         found = config.differences(settings, there.get("config", {}), indifferent)
-        found += [name for name, value in inputs.items() if there.get("inputs", {}).get(name, value) != value]
-        if there.get("command", options.command) != options.command:
-            found.append(f"command ({there['command']})")
-        if found:
+        others = {"command": options.command, **inputs}
+        known = {"command": there.get("command", options.command), **there.get("inputs", {})}
+        found += [f"{name} (here {_short(value)}, there {_short(known[name])})" for name, value in others.items()
+                  if known.get(name, value) != value]  # fmt: skip
+        if found and not getattr(options, "keep", False):
+            advice = ", or say --keep to mix both, or --overwrite to make all anew" * hasattr(options, "keep")
             raise ValueError(f"expected to go on in {options.out} as it began, got another {', '.join(found)}; choose "
-                             f"another --out, or remove that folder")  # fmt: skip
+                             f"another --out{advice}")  # fmt: skip
+        before = {"before": [*there.pop("before", []), *([there] if found else [])]}
     if _first():
         words = {name: v for name, v in vars(options).items() if not name.startswith("field_") and v is not None}
-        config.write(path, settings, command=options.command, ribfast=__version__, options=words, inputs=inputs)
+        before = {name: value for name, value in before.items() if value}
+        config.write(path, settings, command=options.command, ribfast=__version__, options=words, inputs=inputs,
+                     **before)  # fmt: skip
+
+
+def _read_run(path: Path) -> dict:
+    try:
+        there = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        there = None
+    if not isinstance(there, dict):
+        raise ValueError(f"expected a run's configuration in {path}, got no JSON object; remove that folder")
+    return there
+
+
+def _short(value) -> str:
+    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)  # digests
+
+
+def _clear(options: argparse.Namespace, settings) -> None:
+    from .store import Store
+
+    if getattr(settings, "shard", None) is not None or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"expected one process for --overwrite, got several, which would remove one another's files; "
+                         f"remove {options.out} and run without it")  # fmt: skip
+    Store(options.out).clear()
 
 
 def _digest(path: Path) -> str:
@@ -240,7 +272,10 @@ def _train_classifier(options: argparse.Namespace, settings) -> None:
 def _cam_arguments(parser: argparse.ArgumentParser) -> None:
     _data_arguments(parser)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="a trained classifier")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for NAME.npy of each image")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for maps/NAME.npz of each image")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--keep", action="store_true", help="go on in an --out that began otherwise; its maps stay")
+    again.add_argument("--overwrite", action="store_true", help="remove what was made in --out, make all of it anew")
     parser.add_argument("--network", metavar="NAME", help="of a checkpoint that does not say (default: by its tensors)")
     parser.add_argument(
         "--tensorflow-padding", action=argparse.BooleanOptionalAction, default=None, help="as the checkpoint says"
@@ -291,9 +326,10 @@ def _open(options: argparse.Namespace) -> tuple:
 
 
 def _make_maps(options: argparse.Namespace, settings, stage: Callable, source, model, **more) -> int:
-    from .store import MapStore
+    from .store import Store
 
-    result = stage(source, model, MapStore(options.out, settings.format), settings, progress=_progress(), **more)
+    store = Store(options.out, settings.format, high_res=settings.high_res)
+    result = stage(source, model, store, settings, progress=_progress(), **more)
     log.info("%d made, %d there before, %d without classes, %d failed; %s", result.made, result.kept,
              result.without_classes, len(result.failed), options.out)  # fmt: skip
     return 1 if result.failed else 0
@@ -301,39 +337,62 @@ def _make_maps(options: argparse.Namespace, settings, stage: Callable, source, m
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     _data_arguments(parser)
-    parser.add_argument("--maps", type=Path, required=True, metavar="FOLDER", help="where the maps are")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for evaluation.json (default: --maps)")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--maps", type=Path, metavar="FOLDER", help="a run's folder, or one of map files")
+    what.add_argument("--masks", type=Path, metavar="FOLDER", help="a run's folder, or one of NAME.png")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for evaluation.json (default: --maps or --masks)")
     parser.add_argument("--threshold-from", type=Path, metavar="FILE", help="evaluation.json of the split to choose on")
 
 
 def _evaluate(options: argparse.Namespace, settings) -> None:
     from .data import open_source
-    from .pipeline import evaluate_maps, read_threshold
-    from .store import MapStore
+    from .pipeline import evaluate_maps, evaluate_masks, read_threshold
+    from .store import open_maps, open_masks
 
+    if options.masks is not None and options.threshold_from is not None:
+        raise ValueError("expected --threshold-from with --maps, got --masks, which have no threshold")
     threshold = None if options.threshold_from is None else read_threshold(options.threshold_from)
-    source = open_source(options.data, options.split)
-    if not options.maps.is_dir():
-        raise FileNotFoundError(f"expected a folder of maps, got {options.maps}, which is none")
-    store = MapStore(options.maps, settings.format)
-    result = evaluate_maps(source, store, settings, threshold=threshold, progress=_progress())
-    best, at = result["best"], result["reported"]
-    rows = list(zip(result["thresholds"], result["mious"], strict=True))
-    step = max(1, len(rows) // 12)
-    print("threshold    mIoU")
-    for number, (value, miou) in enumerate(rows):
-        if number % step == 0 or value in (best["threshold"], at["threshold"]):
-            marks = "  best" * (value == best["threshold"])
-            marks += "  chosen on other images" * (value == at["threshold"] and threshold is not None)
-            print(f"{value:9.4g}  {100 * miou:6.2f}{marks}")
-    print(f"\nIoU at {at['threshold']:.4g}, of {result['images']} images:")
-    width = max(map(len, result["ious"]))
-    for name, iou in result["ious"].items():
-        print(f"  {name:<{width}}  {'  none' if iou is None else format(100 * iou, '6.2f')}")
-    print(f"  {'mean':<{width}}  {100 * at['miou']:6.2f}")
-    beside = {"data": options.data, "split": options.split, "maps": options.maps}
+    source, progress = open_source(options.data, options.split), _progress()
+    if options.masks is None:
+        store = open_maps(options.maps, settings.format)
+        result = evaluate_maps(source, store, settings, threshold=threshold, progress=progress)
+        _print_thresholds(result)
+    else:
+        result = evaluate_masks(source, open_masks(options.masks), settings, progress=progress)
+    _print_classes(result)
+    beside = {"data": options.data, "split": options.split, "maps": options.maps, "masks": options.masks}
     beside["threshold_from"] = options.threshold_from
-    config.write((options.out or options.maps) / "evaluation.json", settings, **beside, **result)
+    config.write((options.out or options.maps or options.masks) / "evaluation.json", settings, **beside, **result)
+
+
+def _print_thresholds(result: dict) -> None:
+    best, at = result["best"]["threshold"], result["reported"]["threshold"]
+    step = max(1, len(result["thresholds"]) // 12)
+    print("threshold    mIoU")
+    for number, (value, miou) in enumerate(zip(result["thresholds"], result["mious"], strict=True)):
+        if number % step == 0 or value in (best, at):
+            marks = "  best" * (value == best)
+            marks += "  chosen on other images" * (value == at and result["reported"]["chosen"] == "elsewhere")
+            print(f"{value:9.4g}  {100 * miou:6.2f}{marks}")
+    print()
+
+
+def _print_classes(result: dict) -> None:
+    def percent(value: float | None) -> str:
+        return "  none" if value is None else format(100 * value, "6.2f")
+
+    at = f" at {result['reported']['threshold']:.4g}" if "threshold" in result["reported"] else ""
+    unsure = f", {100 * result['unsure']:.2f} % of their pixels unsure" if result.get("unsure") else ""
+    width = max(map(len, result["ious"]))
+    print(f"{result['images']} images{at}{unsure}:\n  {'':<{width}}     IoU  precision  recall")
+    for name, iou in result["ious"].items():
+        precision, recall = result["precision"][name], result["recall"][name]
+        print(f"  {name:<{width}}  {percent(iou)}     {percent(precision)}  {percent(recall)}")
+    print(f"  {'mean':<{width}}  {percent(result['reported']['miou'])}")
+    if result["interval"] is not None:
+        low, high, confidence = (result["interval"][name] for name in ("low", "high", "confidence"))
+        print(f"  {100 * confidence:g} % of {result['interval']['resamples']} resamples of the images: "
+              f"{percent(low).strip()} to {percent(high).strip()}")  # fmt: skip
 
 
 COMMANDS = {
@@ -346,7 +405,8 @@ COMMANDS = {
         "class maps of a classifier that is adapted to each image", "ribfast.pipeline:AdaptConfig", _rib_arguments, _rib
     ),
     "evaluate": Command(
-        "mIoU of class maps at every threshold", "ribfast.pipeline:EvaluateConfig", _evaluate_arguments, _evaluate
+        "mIoU of class maps at every threshold, or of masks",
+        "ribfast.pipeline:EvaluateConfig", _evaluate_arguments, _evaluate,
     ),
 }  # fmt: skip
 

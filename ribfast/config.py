@@ -18,6 +18,8 @@ import typing
 from collections.abc import Mapping
 from pathlib import Path
 
+from . import files
+
 _KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text", Path: "a path"}
 
 
@@ -68,10 +70,8 @@ def read(path: str | os.PathLike) -> dict:
 
 def write(path: Path, config, **beside) -> None:
     """The configuration, and what else a run began with, as JSON; whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps({**beside, "config": plain(config)}, indent=2, default=str) + "\n", "utf-8")
-    os.replace(partial, path)
+    text = json.dumps({**beside, "config": plain(config)}, indent=2, default=str) + "\n"
+    files.write(path, text.encode(), lasting=True)  # results that outlived it could be mixed with another run's
 
 
 def plain(config) -> dict:

@@ -1,9 +1,13 @@
-"""Mean intersection over union: of label maps, and of class maps at every background threshold at once; precision."""
+"""Mean intersection over union: of label maps, of class maps at every background threshold at once; and intervals."""
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+import torch
+
+from . import ops
 
 IGNORED = 255
 
@@ -20,14 +24,21 @@ class Confusion:
 
     def add(self, labels, mask) -> None:
         """labels, mask (H, W) integers: predicted and true."""
+        self.matrix += self.count(labels, mask)
+
+    def count(self, labels, mask) -> np.ndarray:
+        """An image's matrix, which is not added. Any number of threads may count."""
         labels, mask = np.asarray(labels), np.asarray(mask)
         if labels.shape != mask.shape:
             raise ValueError(f"Confusion.add: expected labels of the mask's shape {mask.shape}, got {labels.shape}")
         _check_labels(labels, self.n_classes, "Confusion.add", "labels")
-        true = _true_labels(mask, self.n_classes, "Confusion.add")
-        side = self.n_classes + 1
-        pairs = true.astype(np.intp) * side + labels[mask != IGNORED]
-        self.matrix += np.bincount(pairs, minlength=side**2).reshape(side, side)
+        true = _as_labels(mask, self.n_classes, "Confusion.add")
+        labels, true = torch.from_numpy(_writeable(labels)), torch.from_numpy(true)
+        try:
+            return ops.confusion_matrix(labels, true, self.n_classes + 1).numpy()
+        except ValueError:
+            _check_mask(mask, self.n_classes, "Confusion.add")  # which names the label
+            raise
 
     def merge(self, other: "Confusion") -> None:
         """Adds what another one counted on other images."""
@@ -43,6 +54,26 @@ class Confusion:
         """Over the classes that are present or predicted; NaN if nothing was added."""
         return float(_mean(self.iou()))
 
+    def precision(self) -> np.ndarray:
+        """(n_classes + 1,): right pixels among those predicted; NaN where a class is not predicted."""
+        return _share(np.diagonal(self.matrix), self.matrix.sum(0))
+
+    def recall(self) -> np.ndarray:
+        """(n_classes + 1,): right pixels among those that hold it; NaN where a class is not present."""
+        return _share(np.diagonal(self.matrix), self.matrix.sum(1))
+
+    def f1(self) -> np.ndarray:
+        """(n_classes + 1,), the harmonic mean of both; NaN where a class is neither present nor predicted."""
+        return _share(2 * np.diagonal(self.matrix), self.matrix.sum(0) + self.matrix.sum(1))
+
+
+class Counts(NamedTuple):
+    """One image's part of a sweep."""
+
+    keys: np.ndarray  # (n,): its classes, 0-based
+    histogram: np.ndarray  # (n_classes + 1, n, thresholds + 1) by true label, largest map, ascending thresholds below
+    true: np.ndarray  # (n_classes + 1,): pixels by true label
+
 
 class ThresholdSweep:
     """IoU of class maps in [0, 1] at every background threshold, in one pass over the pixels.
@@ -50,6 +81,7 @@ class ThresholdSweep:
     At threshold t a pixel's label is the argmax over (t, the maps of its image's classes), the first of equals: it is
     background unless a map exceeds t. So it needs the largest map's value and class alone, and the number of thresholds
     below that value; counts of these, summed from above, are those of every threshold. Comparisons are in float32.
+    Memory does not grow with the images: (n_classes + 1) n_classes (thresholds + 1) numbers.
     """
 
     def __init__(self, n_classes: int, thresholds: Sequence[float]):
@@ -58,64 +90,64 @@ class ThresholdSweep:
         if self.thresholds.ndim != 1 or not len(self.thresholds) or not np.isfinite(self.thresholds).all():
             raise ValueError(f"ThresholdSweep: expected a list of finite thresholds, got {thresholds!r}")
         self._order = np.argsort(self.thresholds, kind="stable")
-        self._edges = self.thresholds[self._order].astype(np.float32)
-        # pixels by how many thresholds lie below them, and class: predicted, and those of them that hold it
-        self._predicted = np.zeros((len(self.thresholds) + 1, n_classes), np.int64)
-        self._right = np.zeros_like(self._predicted)
-        self._background = np.zeros(len(self.thresholds) + 1, np.int64)  # pixels that are background
+        self._rank = np.argsort(self._order)
+        self._edges = torch.from_numpy(self.thresholds[self._order].astype(np.float32))
+        self._histogram = np.zeros((n_classes + 1, n_classes, len(self.thresholds) + 1), np.int64)
         self._true = np.zeros(n_classes + 1, np.int64)
 
-    def add(self, high_res, keys, mask) -> None:
-        """high_res (n, H, W): a map for each of keys (n,), the image's 0-based classes; mask (H, W)."""
-        high_res, keys, mask = np.asarray(high_res, np.float32), np.asarray(keys, np.int64).ravel(), np.asarray(mask)
-        if high_res.ndim != 3 or len(high_res) != len(keys) or (len(keys) and high_res.shape[1:] != mask.shape):
-            raise ValueError(f"ThresholdSweep.add: expected high_res ({len(keys)}, {', '.join(map(str, mask.shape))}) "
-                             f"as keys and mask have it, got {high_res.shape}")  # fmt: skip
+    def count(self, maps, keys, mask, *, stride: int = 1) -> Counts:
+        """maps (n, H, W), or each side over `stride`, which are enlarged as cams.enlarge_cams does it: a map for each
+        of keys (n,), the image's 0-based classes; mask (H, W). Any number of threads may count."""
+        maps, keys, mask = torch.as_tensor(maps), np.asarray(keys, np.int64).ravel(), np.asarray(mask)
+        maps = maps if maps.is_floating_point() else maps.float()
+        expected = (len(keys), *(-(-side // stride) for side in mask.shape))
+        if maps.ndim != 3 or len(maps) != len(keys) or (len(keys) and tuple(maps.shape) != expected):
+            raise ValueError(f"ThresholdSweep.add: expected maps {expected} as keys, mask {mask.shape} and a stride of "
+                             f"{stride} have it, got {tuple(maps.shape)}")  # fmt: skip
         if len(np.unique(keys)) != len(keys) or (len(keys) and not 0 <= keys.min() <= keys.max() < self.n_classes):
             raise ValueError(f"ThresholdSweep.add: expected each key once and in 0..{self.n_classes - 1}, got "
                              f"{keys.tolist()}")  # fmt: skip
-        true = _true_labels(mask, self.n_classes, "ThresholdSweep.add").astype(np.intp)
-        counts = np.bincount(true, minlength=self.n_classes + 1)
+        labels = torch.from_numpy(_as_labels(mask, self.n_classes, "ThresholdSweep.add"))
         if not len(keys):
-            self._true += counts
-            self._background[0] += counts[0]
-            return
-        counted = mask != IGNORED
-        best, winner = high_res[0][counted], np.zeros(len(true), np.intp)
-        for index, plane in enumerate(high_res[1:], 1):
-            values = plane[counted]
-            winner[values > best] = index
-            best = np.maximum(best, values)
-        if np.isnan(best).any():
-            raise ValueError("ThresholdSweep.add: expected maps without NaN")
-        below = np.searchsorted(self._edges, best)
-        kind = np.where(true == 0, 2, true == keys[winner] + 1)  # 0 another class, 1 right, 2 background
-        shape = len(self._edges) + 1, len(keys), 3
-        table = np.bincount((below * len(keys) + winner) * 3 + kind, minlength=math.prod(shape)).reshape(shape)
-        self._true += counts
-        self._predicted[:, keys] += table.sum(2)
-        self._right[:, keys] += table[..., 1]
-        self._background += table[..., 2].sum(1)
+            zero = np.zeros(mask.shape, np.uint8)
+            true = Confusion(self.n_classes).count(zero, mask)[:, 0]
+            return Counts(keys, np.zeros((self.n_classes + 1, 0, len(self._edges) + 1), np.int64), true)
+        try:
+            found = ops.threshold_histogram(maps, labels, self._edges, self.n_classes + 1, stride=stride).numpy()
+        except ValueError:
+            _check_mask(mask, self.n_classes, "ThresholdSweep.add")  # which names the label
+            raise
+        return Counts(keys, found, found.sum((1, 2)))
+
+    def add_counts(self, counts: Counts) -> None:
+        self._histogram[:, counts.keys] += counts.histogram
+        self._true += counts.true
+
+    def add(self, maps, keys, mask, *, stride: int = 1) -> None:
+        """What `count` takes."""
+        self.add_counts(self.count(maps, keys, mask, stride=stride))
 
     def merge(self, other: "ThresholdSweep") -> None:
         """Adds what another one counted on other images."""
         if other.n_classes != self.n_classes or not np.array_equal(other.thresholds, self.thresholds):
             raise ValueError("ThresholdSweep.merge: expected the same number of classes and thresholds, got others")
-        for name in ("_predicted", "_right", "_background", "_true"):
-            getattr(self, name).__iadd__(getattr(other, name))
+        self._histogram += other._histogram
+        self._true += other._true
+
+    def confusion(self, index: int) -> Confusion:
+        """At thresholds[index]."""
+        found = Confusion(self.n_classes)
+        found.matrix[:, 1:] = self._histogram[:, :, self._rank[index] + 1 :].sum(2)
+        found.matrix[:, 0] = self._true - found.matrix[:, 1:].sum(1)
+        return found
 
     def ious(self) -> np.ndarray:
         """(thresholds, n_classes + 1), background first; NaN where a class is neither present nor predicted."""
-
-        def above(counts):  # what exceeds each threshold
-            return counts[::-1].cumsum(0)[::-1][1:]
-
-        predicted, right = above(self._predicted), above(self._right)
+        classes = np.arange(self.n_classes)
+        predicted, right = _above(self._histogram.sum(0)).T, _above(self._histogram[classes + 1, classes]).T
+        background = self._true[0] - _above(self._histogram[0].sum(0))
         predicted = np.column_stack([self._true.sum() - predicted.sum(1), predicted])
-        right = np.column_stack([self._true[0] - above(self._background), right])
-        ious = np.empty(right.shape)
-        ious[self._order] = _iou(right, predicted, self._true)
-        return ious
+        return _iou(np.column_stack([background, right]), predicted, self._true)[self._rank]
 
     def mious(self) -> np.ndarray:
         """(thresholds,)"""
@@ -128,6 +160,81 @@ class ThresholdSweep:
         mious = self.mious()
         index = int(mious.argmax())
         return float(self.thresholds[index]), float(mious[index])
+
+
+class PerImage:
+    """What each image adds to the IoU, for intervals over images.
+
+    Of label maps 3 numbers a class that an image has to do with, of a sweep's images 3 curves over the thresholds, so
+    that one may be chosen afterwards: (2 n + 1) (thresholds + 1) numbers of 32 bits for n classes on the image.
+    """
+
+    def __init__(self, n_classes: int, thresholds: Sequence[float] = (0.0,)):
+        self.n_classes = _check_classes(n_classes, "PerImage")
+        self._rank = np.argsort(np.argsort(np.asarray(thresholds, np.float64), kind="stable"))
+        self._images: list[tuple] = []
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def add_counts(self, counts: Counts) -> None:
+        predicted = _above(counts.histogram.sum(0))
+        right = _above(counts.histogram[counts.keys + 1, np.arange(len(counts.keys))])
+        background = counts.true[0] - _above(counts.histogram[0].sum(0))
+        self._add(counts.keys, predicted, right, background, counts.true)
+
+    def add_matrix(self, matrix: np.ndarray) -> None:
+        """One image's confusion matrix."""
+        predicted, right = matrix.sum(0)[1:], np.diagonal(matrix)[1:]
+        keys = np.flatnonzero(predicted)
+        self._add(keys, predicted[keys, None], right[keys, None], matrix[:1, 0], matrix.sum(1))
+
+    def _add(self, keys, predicted, right, background, true) -> None:
+        labels = np.flatnonzero(true)
+        pixels = (part.astype(np.int32) for part in (predicted, right, background, true[labels]))
+        self._images.append((keys.astype(np.uint8), labels.astype(np.uint8), *pixels))
+
+    def numbers(self, index: int = 0) -> np.ndarray:
+        """(images, 3, n_classes + 1) at thresholds[index]: right, predicted and true pixels of each label."""
+        found = np.zeros((len(self._images), 3, self.n_classes + 1), np.int32)
+        at = int(self._rank[index])
+        for image, (keys, labels, predicted, right, background, true) in zip(found, self._images, strict=True):
+            image[2, labels] = true
+            image[0, 0], image[0, keys.astype(np.intp) + 1] = background[at], right[:, at]
+            image[1, keys.astype(np.intp) + 1] = predicted[:, at]
+            image[1, 0] = true.sum() - predicted[:, at].sum()
+        return found
+
+
+def bootstrap_interval(
+    numbers: np.ndarray, *, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """The percentile interval of mIoU over images drawn with replacement; NaN if no image has a pixel.
+
+    numbers: (images, 3, labels), as PerImage has them. The same numbers and seed give the same interval.
+    """
+    numbers = np.asarray(numbers)
+    if numbers.ndim != 3 or numbers.shape[1] != 3 or not len(numbers):
+        raise ValueError(f"bootstrap_interval: expected numbers (images, 3, labels), got {numbers.shape}")
+    if resamples < 1 or not 0 < confidence < 1:
+        raise ValueError(f"bootstrap_interval: expected resamples of at least 1 and a confidence below 1, got "
+                         f"{resamples} and {confidence}")  # fmt: skip
+    draw, images, mious = np.random.default_rng(seed), len(numbers), []
+    flat, at_once = numbers.reshape(images, -1), max(1, (1 << 21) // images)
+    for begin in range(0, resamples, at_once):
+        count = min(at_once, resamples - begin)
+        times = np.stack([np.bincount(draw.integers(images, size=images), minlength=images) for _ in range(count)])
+        total = np.zeros((count, flat.shape[1]))
+        for part in range(0, images, 8192):  # sums of whole numbers below 2^53 are exact in any order
+            total += times[:, part : part + 8192].astype(np.float64) @ flat[part : part + 8192].astype(np.float64)
+        right, predicted, true = total.reshape(count, *numbers.shape[1:]).transpose(1, 0, 2)
+        mious.append(_mean(_iou(right, predicted, true)))
+    mious = np.concatenate(mious)
+    mious = mious[~np.isnan(mious)]
+    if not len(mious):
+        return math.nan, math.nan
+    low, high = np.quantile(mious, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
 
 
 def average_precision(scores, labels) -> np.ndarray:
@@ -159,16 +266,34 @@ def _check_labels(labels: np.ndarray, n_classes: int, op: str, what: str) -> Non
         raise ValueError(f"{op}: expected {what} of 0 to {n_classes}, got {wrong}")
 
 
-def _true_labels(mask: np.ndarray, n_classes: int, op: str) -> np.ndarray:
-    """A mask's pixels that are not ignored."""
-    true = mask[mask != IGNORED]
-    _check_labels(true, n_classes, op, "labels in the mask (or 255, ignored)")
-    return true
+def _as_labels(mask: np.ndarray, n_classes: int, op: str) -> np.ndarray:
+    """A mask as uint8, whose values are checked unless it is of that kind: then the operator does it."""
+    if mask.dtype != np.uint8:
+        _check_mask(mask, n_classes, op)
+    return _writeable(mask)
+
+
+def _check_mask(mask: np.ndarray, n_classes: int, op: str) -> None:
+    _check_labels(mask[mask != IGNORED], n_classes, op, "labels in the mask (or 255, ignored)")
+
+
+def _writeable(labels: np.ndarray) -> np.ndarray:
+    """As uint8 that torch takes without a warning."""
+    labels = np.ascontiguousarray(labels, np.uint8)
+    return labels if labels.flags.writeable else labels.copy()
+
+
+def _above(counts: np.ndarray) -> np.ndarray:
+    """(..., thresholds + 1) pixels by how many thresholds lie below -> (..., thresholds), those that exceed each."""
+    return counts[..., ::-1].cumsum(-1)[..., ::-1][..., 1:]
+
+
+def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return np.where(whole > 0, part / np.maximum(whole, 1), np.nan)
 
 
 def _iou(right: np.ndarray, predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
-    union = predicted + true - right
-    return np.where(union > 0, right / np.maximum(union, 1), np.nan)
+    return _share(right, predicted + true - right)
 
 
 def _mean(ious: np.ndarray) -> np.ndarray:

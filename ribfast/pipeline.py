@@ -1,10 +1,12 @@
 """The stages in order: each a function of data, a configuration and a store."""
 
+import contextlib
 import dataclasses
 import json
 import logging
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,10 +18,10 @@ import torch
 
 from . import data, models, rib
 from .cams import merge_cams
-from .metrics import ThresholdSweep
+from .metrics import Confusion, PerImage, ThresholdSweep, bootstrap_interval
 from .processes import choose_device, choose_shard
 from .rib import RIBConfig
-from .store import MapStore
+from .store import Store
 
 log = logging.getLogger("ribfast")
 
@@ -30,7 +32,8 @@ class CamConfig:
 
     scales: tuple[float, ...] = (1.0, 0.5, 1.5, 2.0)  # each of the original photograph, with its mirror
     precision: Literal["float32", "bfloat16"] = "float32"  # of the network; maps are merged in float32
-    format: Literal["irn", "pmm"] = "irn"  # of the files
+    format: Literal["npz", "irn", "pmm"] = "npz"  # of the files
+    high_res: bool = False  # keep maps of the photograph's size in npz files too, not only at a quarter of it
     shard: str | None = None  # i/n: the i-th of n shares, from 0; none: torchrun's, else everything
     workers: int = 2  # threads that decode
     device: str = "auto"  # auto, cpu, cuda or cuda:N
@@ -67,7 +70,7 @@ class Made:
 def make_cams(
     source: data.Source,
     model: models.CamClassifier,
-    store: MapStore,
+    store: Store,
     config: CamConfig | None = None,
     *,
     progress: Callable[[int, int, str], None] | None = None,
@@ -75,13 +78,14 @@ def make_cams(
     """Class activation maps of each image's classes, merged over scales and mirrors, into the store.
 
     What is there already is left alone, so a run that was cut off goes on. An image that cannot be read is recorded
-    in the store and does not stop the others; it is tried again the next time.
+    as a failure and does not stop the others; it is tried again the next time. One without classes is recorded as
+    skipped in the store's metrics.
     """
     config = config or CamConfig()
     _check_classes("make_cams", source, model)
     device, (index, count), result = choose_device(config.device), choose_shard(config.shard), Made()
     model = model.to(device, memory_format=torch.channels_last).eval()
-    records, todo = store.records(), []
+    known, failures, todo, start = store.metrics(), store.failures(), [], time.perf_counter()
     items = source[index::count]
     for item in items:
         if item.name in store:
@@ -90,8 +94,7 @@ def make_cams(
             todo.append(item)
         else:
             result.without_classes += 1
-            if records.get(item.name) != {"skipped": "no classes"}:
-                store.record(item.name, skipped="no classes")
+            _skip(store, item.name, known)
 
     def load(item: data.Item):
         try:
@@ -110,12 +113,10 @@ def make_cams(
     def save(made: tuple) -> tuple[str, str | None]:
         item, error, cam, high_res = made
         if error is not None:
-            store.record(item.name, error=error)
-            return item.name, error
-        store.save(item.name, item.classes, cam, high_res)
-        if "error" in records.get(item.name, {}):
-            store.record(item.name)
-        return item.name, None
+            store.fail(item.name, error)
+        else:
+            _keep(store, item.name, item.classes, cam, high_res, failures, seconds=_since(start))
+        return item.name, error
 
     before = len(items) - len(todo)
     for done, (name, error) in enumerate(data.prefetch(save, maps(), workers=1, ahead=4), before + 1):
@@ -127,6 +128,23 @@ def make_cams(
         if progress is not None:
             progress(done, len(items), name)
     return result
+
+
+def _skip(store: Store, name: str, known: dict[str, dict]) -> None:
+    if known.get(name) != {"skipped": "no classes"}:
+        store.record(name, skipped="no classes")
+
+
+def _keep(store: Store, name: str, keys, cam, high_res, failures: dict[str, str], **facts) -> None:
+    """Facts before maps: an image with maps is not made again, so its facts would be missing for good."""
+    store.record(name, **facts)
+    store.save(name, keys, cam, high_res)
+    if name in failures:
+        store.fail(name, None)
+
+
+def _since(start: float) -> float:
+    return round(time.perf_counter() - start, 3)
 
 
 @torch.inference_mode()
@@ -144,7 +162,8 @@ class AdaptConfig(RIBConfig):
     """RIB's constants, and how they are put to work."""
 
     seed: int = 0  # of the others that are drawn
-    format: Literal["irn", "pmm"] = "irn"  # of the files
+    format: Literal["npz", "irn", "pmm"] = "npz"  # of the files
+    high_res: bool = False  # keep maps of the photograph's size in npz files too, not only at a quarter of it
     shard: str | None = None  # i/n: the i-th of n shares, from 0; none: torchrun's, else everything
     workers: int | None = None  # threads that decode; None: 2, or, for a GPU, one for each core of its share, up to 16
     cache_mib: int = 1024  # of decoded images that are kept
@@ -161,7 +180,7 @@ class AdaptConfig(RIBConfig):
 def adapt_maps(
     source: data.Source,
     model: models.CamClassifier,
-    store: MapStore,
+    store: Store,
     config: AdaptConfig | None = None,
     *,
     others: data.Source | None = None,
@@ -170,21 +189,22 @@ def adapt_maps(
     """RIB's class maps of each image's classes into the store, as they are done.
 
     The other images that an image is adapted with follow from the data set, the seed and the image alone, so the maps
-    do not depend on shards, on what the store holds already, or on timing. What cannot be adapted is recorded.
+    do not depend on shards, on what the store holds already, or on timing. What cannot be adapted is recorded as a
+    failure.
     others: where they are drawn from; None: from the source itself.
     """
     config = config or AdaptConfig.released()
     _check_classes("adapt_maps", source, model)
     device, (index, count), result = choose_device(config.device), choose_shard(config.shard), Made()
     model = model.to(device, memory_format=torch.channels_last).eval()
-    engine, records = rib.Engine(model, config), store.records()
+    engine, known, failures = rib.Engine(model, config), store.metrics(), store.failures()
+    start = time.perf_counter()
     draws = rib.Draws(source, source if others is None else others, config, config.seed)
     blocks = draws.blocks[index::count]
     for number, item in enumerate(source):
         if not item.classes and number % count == index:
             result.without_classes += 1
-            if records.get(item.name) != {"skipped": "no classes"}:
-                store.record(item.name, skipped="no classes")
+            _skip(store, item.name, known)
     total = result.without_classes + sum(map(len, blocks))
     cache = data.ImageCache(draws.others, config.cache_mib << 20)
 
@@ -193,7 +213,7 @@ def adapt_maps(
             progress(result.made + result.kept + result.without_classes + len(result.failed), total, name)
 
     def fail(name: str, error: str) -> None:
-        store.record(name, error=error)
+        store.fail(name, error)
         result.failed[name] = error
         log.warning("%s: %s", name, error)
         report(name)
@@ -230,8 +250,8 @@ def adapt_maps(
     def save(made: tuple[str, rib.Result]) -> tuple[str, str | None]:
         name, found = made
         if found.error is None:
-            store.save(name, found.keys, found.cam, found.high_res)
-            store.record(name, steps=found.steps, stopped=found.stopped)
+            facts = {"steps": found.steps, "stopped": found.stopped, "seconds": _since(start)}
+            _keep(store, name, found.keys, found.cam, found.high_res, failures, **facts)
         return name, found.error
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -265,74 +285,172 @@ def _one_ahead(things: Iterator) -> Iterator:
 @dataclass(frozen=True)
 class EvaluateConfig:
     thresholds: str = "0:0.6:0.01"  # of the background: lowest:highest:step
-    format: Literal["irn", "pmm"] = "irn"  # of the files
-    workers: int = 2  # threads that read
+    format: Literal["auto", "npz", "irn", "pmm"] = "auto"  # of the files; auto: what they are
+    resamples: int = 1000  # of the images, for the interval of mIoU; 0: none, and no memory that grows with the images
+    confidence: float = 0.95  # of that interval
+    seed: int = 0  # of its resamples
+    workers: int = 2  # threads that read and count; results do not depend on them
 
     def __post_init__(self):
         self.values()
-        if self.workers < 0:
-            raise ValueError(f"EvaluateConfig: expected workers of at least 0, got {self.workers}")
+        if self.workers < 0 or self.resamples < 0 or not 0 < self.confidence < 1:
+            raise ValueError(f"EvaluateConfig: expected workers and resamples of at least 0 and a confidence between 0 "
+                             f"and 1, got {self.workers}, {self.resamples} and {self.confidence}")  # fmt: skip
 
     def values(self) -> np.ndarray:
         try:
             low, high, step = map(float, self.thresholds.split(":"))
-            if not (step > 0 and low <= high < low + 10_000 * step):
+            if not (step > 0 and low <= high < low + 1000 * step):
                 raise ValueError
         except ValueError:
-            raise ValueError(f"EvaluateConfig: expected thresholds lowest:highest:step, at most 10000, got "
+            raise ValueError(f"EvaluateConfig: expected thresholds lowest:highest:step, at most 1000, got "
                              f"{self.thresholds!r}") from None  # fmt: skip
         return np.round(low + step * np.arange(math.floor((high - low) / step + 1e-6) + 1), 10)
 
 
 def evaluate_maps(
     source: data.Source,
-    store: MapStore,
+    store: Store,
     config: EvaluateConfig | None = None,
     *,
     threshold: float | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict:
-    """mIoU of the store's maps against the source's masks at every threshold, and each class's IoU at one of them.
+    """mIoU of the store's maps against the source's masks at every threshold; IoU, precision and recall of each class
+    at one of them, and mIoU's interval over images.
 
     threshold: that one, as chosen on other images; None: the best, which says too much of the images it is chosen on.
     Images without masks are left out; those without classes count as background.
     """
     config = config or EvaluateConfig()
-    items = [item for item in source if item.mask is not None or item.name in source.drawings]
-    if not items:
-        raise ValueError(f"evaluate: expected images with masks, got {len(source)} without any")
-    missing = [item.name for item in items if item.classes and item.name not in store]
-    if missing:
-        raise FileNotFoundError(f"evaluate: expected maps of {len(items)} images in {store.folder}, got none of "
-                                f"{_some(missing)}; make them first")  # fmt: skip
+    items = _with_masks(source)
+    _refuse_missing(items, "maps", store.folder, lambda item: not item.classes or item.name in store)
     grid = config.values() if threshold is None else np.union1d(config.values(), [threshold])
-    sweep = ThresholdSweep(len(source.classes), grid)
+    sweep, images = ThresholdSweep(len(source.classes), grid), PerImage(len(source.classes), grid)
 
-    def load(item: data.Item):
-        maps = store.load(item.name) if item.classes else None
-        return item.name, source.mask(item), maps
+    def count(item: data.Item):
+        with _named(item.name):
+            mask = source.mask(item)
+            if not item.classes:
+                return sweep.count(np.empty((0, 0, 0), np.float32), (), mask)
+            maps = store.read(item.name)
+            if 0 not in maps.size and maps.size != mask.shape:
+                raise ValueError(f"expected maps of the mask's size {mask.shape}, got {maps.size}")
+            if maps.high_res is None:
+                return sweep.count(maps.cam, maps.keys, mask, stride=4)
+            return sweep.count(maps.high_res, maps.keys, mask)
 
-    for done, (name, mask, maps) in enumerate(data.prefetch(load, items, workers=config.workers), 1):
-        try:
-            sweep.add(*((np.empty((0, 0, 0)), ()) if maps is None else (maps.high_res, maps.keys)), mask)
-        except ValueError as error:
-            raise ValueError(f"evaluate: {name}: {error}") from error
-        if progress is not None:
-            progress(done, len(items), name)
+    for counts in _counted(count, items, config, progress):
+        sweep.add_counts(counts)
+        if config.resamples:
+            images.add_counts(counts)
     mious, (best, best_miou) = sweep.mious(), sweep.best()
     at = best if threshold is None else threshold
     row = int(np.flatnonzero(grid == at)[0])
-    names = ("background", *source.classes)
-    ious = {name: None if math.isnan(iou) else float(iou) for name, iou in zip(names, sweep.ious()[row], strict=True)}
-    reported = {"threshold": at, "miou": float(mious[row]), "chosen": "here" if threshold is None else "elsewhere"}
     return {
         "images": len(items),
         "thresholds": grid.tolist(),
         "mious": mious.tolist(),
         "best": {"threshold": best, "miou": best_miou},
-        "reported": reported,
-        "ious": ious,
+        "reported": {
+            "threshold": at,
+            "miou": float(mious[row]),
+            "chosen": "here" if threshold is None else "elsewhere",
+        },
+        "interval": _interval(images, row, config),
+        **_of_classes(sweep.confusion(row), source.classes),
     }
+
+
+def evaluate_masks(
+    source: data.Source,
+    store: Store,
+    config: EvaluateConfig | None = None,
+    *,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> dict:
+    """The same of the store's masks. 255 in them, where they leave a label open, counts as background, as in IRN."""
+    config = config or EvaluateConfig()
+    items = _with_masks(source)
+    _refuse_missing(items, "masks", store.folder, lambda item: store.has_mask(item.name))
+    confusion, images, unsure, pixels = Confusion(len(source.classes)), PerImage(len(source.classes)), 0, 0
+
+    def count(item: data.Item):
+        with _named(item.name):
+            labels, mask = store.load_mask(item.name), source.mask(item)
+            if labels.shape != mask.shape:
+                raise ValueError(f"expected labels of the mask's size {mask.shape}, got {labels.shape}")
+            open_ = labels == 255
+            if open_.any():
+                labels[open_] = 0
+            counted = int((open_ & (mask != 255)).sum()) if open_.any() else 0
+            return confusion.count(labels, mask), counted
+
+    for matrix, open_pixels in _counted(count, items, config, progress):
+        confusion.matrix += matrix
+        unsure, pixels = unsure + open_pixels, pixels + int(matrix.sum())
+        if config.resamples:
+            images.add_matrix(matrix)
+    return {
+        "images": len(items),
+        "reported": {"miou": confusion.miou()},
+        "interval": _interval(images, 0, config),
+        "unsure": unsure / max(1, pixels),
+        **_of_classes(confusion, source.classes),
+    }
+
+
+def _with_masks(source: data.Source) -> list[data.Item]:
+    items = [item for item in source if item.mask is not None or item.name in source.drawings]
+    if not items:
+        raise ValueError(f"evaluate: expected images with masks, got {len(source)} without any")
+    return items
+
+
+def _refuse_missing(items: list[data.Item], what: str, folder: Path, is_there: Callable) -> None:
+    missing = [item.name for item in items if not is_there(item)]
+    if missing:
+        raise FileNotFoundError(f"evaluate: expected {what} of {len(items)} images in {folder}, got none of "
+                                f"{_some(missing)}; make them first")  # fmt: skip
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"evaluate: {name}: {error}") from error
+
+
+def _counted(count: Callable, items: list[data.Item], config: EvaluateConfig, progress) -> Iterator:
+    """By threads: what they spend their time in, decoding and counting, leaves Python's lock to others."""
+    ahead = max(4, 2 * config.workers)
+    for done, (item, found) in enumerate(zip(items, data.prefetch(count, items, workers=config.workers, ahead=ahead),
+                                             strict=True), 1):  # fmt: skip
+        yield found
+        if progress is not None:
+            progress(done, len(items), item.name)
+
+
+def _interval(images: PerImage, row: int, config: EvaluateConfig) -> dict | None:
+    if not config.resamples:
+        return None
+    facts = {"confidence": config.confidence, "resamples": config.resamples, "seed": config.seed}
+    low, high = bootstrap_interval(images.numbers(row), resamples=config.resamples, confidence=config.confidence,
+                                   seed=config.seed)  # fmt: skip
+    return {"low": _number(low), "high": _number(high), **facts}
+
+
+def _of_classes(confusion: Confusion, classes: tuple[str, ...]) -> dict:
+    names = ("background", *classes)
+    measures = {"ious": confusion.iou(), "precision": confusion.precision(), "recall": confusion.recall(),
+                "f1": confusion.f1()}  # fmt: skip
+    return {measure: dict(zip(names, map(_number, values), strict=True)) for measure, values in measures.items()}
+
+
+def _number(value: float) -> float | None:
+    """As JSON has it."""
+    return None if math.isnan(value) else float(value)
 
 
 def read_threshold(path: str | Path) -> float:

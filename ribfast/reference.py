@@ -55,6 +55,85 @@ def normalize_cams(cams: Tensor, eps: float = 1e-5, *, inplace: bool = False) ->
     return cams.copy_(result) if inplace else result
 
 
+AROUND = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)]
+
+
+def neighbours_of(planes: Tensor, dilations, around=AROUND) -> Tensor:
+    """(N, C, H, W) -> (N, C, K, H, W): what is around each pixel, at each dilation; beyond the border, the border."""
+    height, width = planes.shape[-2:]
+    dilations = [min(d, max(height, width)) for d in dilations]  # farther is the border all the same
+    reach = max(dilations)
+    rows = torch.arange(-reach, height + reach, device=planes.device).clamp(0, height - 1)
+    columns = torch.arange(-reach, width + reach, device=planes.device).clamp(0, width - 1)
+    padded = planes[..., rows, :][..., columns]
+    return torch.stack([
+        padded[..., reach + d * y : reach + d * y + height, reach + d * x : reach + d * x + width]
+        for d in dilations for y, x in around
+    ], 2)  # fmt: skip
+
+
+def affinities(images: Tensor, method: str = "par", dilations=(1, 2, 4, 8, 12, 24), w1=0.3, w2=0.01) -> Tensor:
+    """The weight of every neighbour of every pixel of images (N, 3, H, W): (N, K, H, W)."""
+    others, centres = neighbours_of(images, dilations), images[:, :, None]
+    contrast = (others - centres).abs()
+    if method == "pamr":
+        spread = torch.cat([others, *[centres] * len(dilations)], 2).std(2, keepdim=True)
+        return (-contrast / (1e-8 + 0.1 * spread)).mean(1).softmax(1)
+    colour = (-((contrast / (others.std(2, keepdim=True) + 1e-8) / w1) ** 2)).mean(1).softmax(1)
+    distances = torch.tensor([d * math.hypot(y, x) for d in dilations for y, x in AROUND])
+    place = (-((distances / (distances.std() + 1e-8) / w1) ** 2)).softmax(0).to(images)
+    return colour + w2 * place[:, None, None]
+
+
+def refine(images, maps, *, method="par", dilations=(1, 2, 4, 8, 12, 24), iterations=10, w1=0.3, w2=0.01):
+    """Maps (N, C, H, W), each pixel summed over its neighbours in every iteration, by affinity in images (N, 3, H, W).
+
+    PAR: softmax of -mean over channels of (|I_k - I_0| / (std of the neighbours + 1e-8) / w1)^2, plus w2 times the same
+    of distances, so that weights add up to 1 + w2. PAMR: softmax of -mean of |I_k - I_0| / (1e-8 + 0.1 std), the std of
+    the neighbours and of the centre once for each dilation. Standard deviations are unbiased.
+    """
+    dtype = accumulator_dtype(maps.dtype)
+    weights, maps = affinities(images.to(dtype), method, dilations, w1, w2)[:, None], maps.to(dtype)
+    for _ in range(iterations):
+        maps = (weights * neighbours_of(maps, dilations)).sum(2)
+    return maps
+
+
+def threshold_histogram(maps, mask, thresholds, n_labels, *, stride=1):
+    """Pixels by true label, class of the largest map (the first of equals), and number of thresholds below that map."""
+    if stride > 1:
+        padded = stride * maps.shape[1], stride * maps.shape[2]
+        maps = accumulate_cams([maps[None]], mask.shape, padded=padded, relu=False)
+    maps, counted, bins = maps.float(), mask != 255, len(thresholds) + 1
+    if maps.isnan().any():
+        raise ValueError("threshold_histogram: expected maps without NaN, got some that hold it")
+    if (mask[counted] >= n_labels).any():
+        raise ValueError(
+            f"threshold_histogram: expected labels in the mask below {n_labels} or 255, ignored, got others"
+        )
+    if not thresholds.isfinite().all() or (thresholds.diff() < 0).any():
+        raise ValueError("threshold_histogram: expected finite thresholds that ascend, got others")
+    if not len(maps):
+        return maps.new_zeros((n_labels, 0, bins), dtype=torch.int64)
+    best, winner = maps[0], torch.zeros_like(mask, dtype=torch.int64)
+    for number, plane in enumerate(maps[1:], 1):
+        winner = torch.where(plane > best, number, winner)
+        best = torch.maximum(best, plane)
+    below = torch.searchsorted(thresholds, best.contiguous())
+    places = (mask.long() * len(maps) + winner) * bins + below
+    counts = torch.bincount(places[counted], minlength=n_labels * len(maps) * bins)
+    return counts.view(n_labels, len(maps), bins)
+
+
+def confusion_matrix(labels, mask, n_labels):
+    """Pixels by true and predicted label; rows true, 255 in the mask left out."""
+    counted = mask != 255
+    if (labels >= n_labels).any() or (mask[counted] >= n_labels).any():
+        raise ValueError(f"confusion_matrix: expected labels below {n_labels} (255 in the mask: ignored), got others")
+    places = mask[counted].long() * n_labels + labels[counted]
+    return torch.bincount(places, minlength=n_labels**2).view(n_labels, n_labels)
+
+
 def rib(model, views, classes, others, config):
     """RIB as it was released: one image, every step from its pixels on, the last update included though unused.
 
@@ -246,11 +325,16 @@ def image_features(image, gaussian, bilateral):
 def dense_crf(
     image, unary, *, gaussian=(3.0, 3.0), bilateral=(50.0, 5.0, 10.0), iterations=10, normalization="symmetric"
 ):
-    """Mean field of one image (H, W, 3), unary (L, H, W), with a Potts term for each of gaussian and bilateral."""
+    """Mean field of one image (H, W, 3), unary (L, H, W), with a Potts term for each of gaussian and bilateral.
+
+    unary (K, L, H, W): K problems, each by itself.
+    """
     lattices = [Lattice(features, filled=True) for features in image_features(image, gaussian, bilateral)]
     strengths = [term[-1] for term in (gaussian, bilateral) if term is not None]
-    q = mean_field(unary.float().flatten(1), lattices, strengths, normalizations=normalization, iterations=iterations)
-    return q.reshape(unary.shape)
+    options = dict(normalizations=normalization, iterations=iterations)
+    problems = unary.float().reshape(-1, unary.shape[-3], unary.shape[-2] * unary.shape[-1])
+    q = [mean_field(energies, lattices, strengths, **options) for energies in problems]
+    return torch.stack(q).reshape(unary.shape) if q else unary.float()
 
 
 def unary_of_labels(labels, n_labels, confidence, unsure=None):

@@ -8,8 +8,9 @@ from torch.nn import functional as F
 
 from ribfast import data, models
 from ribfast.cams import merge_cams
-from ribfast.pipeline import CamConfig, EvaluateConfig, evaluate_maps, make_cams
-from ribfast.store import MapStore
+from ribfast.metrics import Confusion, PerImage, bootstrap_interval
+from ribfast.pipeline import CamConfig, EvaluateConfig, evaluate_maps, evaluate_masks, make_cams
+from ribfast.store import Store, open_masks
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +47,12 @@ def naive(model, image, classes, normalization=data.IMAGENET):
 @pytest.mark.parametrize("normalization", ["imagenet", "symmetric"])
 def test_cams_equal_the_naive_ones(source, model, normalization, tmp_path):
     model = copied(model, normalization)
-    store = MapStore(tmp_path)
+    store = Store(tmp_path, "irn")
     made = make_cams(source, model, store, CamConfig(device="cpu"))
     assert (made.made, made.kept, made.without_classes, made.failed) == (5, 0, 1, {})
-    assert store.records() == {"p5": {"skipped": "no classes"}} and "p5" not in store
+    known = store.metrics()
+    assert known.keys() == {item.name for item in source} and not store.failures()
+    assert known["p5"] == {"skipped": "no classes"} and "p5" not in store and known["p0"]["seconds"] > 0
     for item in source[:-1]:
         maps = store.load(item.name)
         small, large = naive(model, source.image(item), item.classes, data.NORMALIZATIONS[normalization])
@@ -77,35 +80,34 @@ def test_merging_takes_sums_without_mirrors(model):
 
 def test_killed_runs_go_on_and_shards_make_the_same_files(source, model, tmp_path):
     config = CamConfig(scales=(1.0, 0.5), device="cpu")
-    whole = MapStore(tmp_path / "whole")
+    whole = Store(tmp_path / "whole")
     make_cams(source, model, whole, config)
 
     def killed(done, total, name):
         if done == 3:
             raise KeyboardInterrupt
 
-    broken = MapStore(tmp_path / "broken")
+    broken = Store(tmp_path / "broken")
     with pytest.raises(KeyboardInterrupt):
         make_cams(source, model, broken, config, progress=killed)
     kept = len(broken.names())
     assert kept >= 2
     again = make_cams(source, model, broken, config)
     assert again.kept == kept and again.made == 5 - kept
-    parts = MapStore(tmp_path / "parts")
+    parts = Store(tmp_path / "parts")
     made = [make_cams(source, model, parts, dataclasses.replace(config, shard=f"{i}/3")).made for i in range(3)]
     assert made == [2, 2, 1]
     for store in (broken, parts):
         assert store.names() == whole.names() == ["p0", "p1", "p2", "p3", "p4"]
         for name in whole.names():
-            for found, expected in zip(store.load(name), whole.load(name), strict=True):
-                assert np.array_equal(found, expected)
-        assert (store.folder / "records.jsonl").read_text().count("no classes") == 1
+            assert store.path(name).read_bytes() == whole.path(name).read_bytes()
+        assert (store.folder / "metrics.jsonl").read_text().count("no classes") == 1
 
 
 def test_torchrun_shares_the_images(source, model, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    store = MapStore(tmp_path)
+    store = Store(tmp_path)
     make_cams(source, model, store, CamConfig(scales=(1.0,), device="cpu"))
     assert store.names() == ["p1", "p3"]
 
@@ -114,21 +116,21 @@ def test_an_unreadable_image_stops_no_other(model, tmp_path):
     spec = pictures.draw(tmp_path / "data", 4)
     bad, good = tmp_path / "data" / "images" / "p1.png", tmp_path / "data" / "images" / "p0.png"
     bad.write_bytes(b"nothing")
-    source, store = data.open_source(spec), MapStore(tmp_path / "out")
+    source, store = data.open_source(spec), Store(tmp_path / "out")
     made = make_cams(source, model, store, CamConfig(scales=(1.0,), device="cpu"))
-    assert made.made == 2 and list(made.failed) == ["p1"] and "p1.png" in store.records()["p1"]["error"]
+    assert made.made == 2 and list(made.failed) == ["p1"] and "p1.png" in store.failures()["p1"]
     bad.write_bytes(good.read_bytes())
     made = make_cams(source, model, store, CamConfig(scales=(1.0,), device="cpu"))
-    assert (made.made, made.kept, made.failed) == (1, 2, {}) and store.records()["p1"] == {}
+    assert (made.made, made.kept, made.failed) == (1, 2, {}) and store.failures() == {}
 
 
 def test_refuses_a_classifier_of_other_classes(source, model, tmp_path):
     other = models.cam_classifier("resnet18", 3)
     with pytest.raises(ValueError, match=r"data's classes \(square, disc\), got one of 3"):
-        make_cams(source, other, MapStore(tmp_path))
+        make_cams(source, other, Store(tmp_path))
     swapped = dataclasses.replace(source, classes=("disc", "square"))
     with pytest.raises(ValueError, match=r"data's classes \(disc, square\), got one of square, disc"):
-        make_cams(swapped, model, MapStore(tmp_path))
+        make_cams(swapped, model, Store(tmp_path))
     for text in ("1", "2/2", "a/b", "-1/2"):
         with pytest.raises(ValueError, match="expected i/n"):
             CamConfig(shard=text)
@@ -137,23 +139,110 @@ def test_refuses_a_classifier_of_other_classes(source, model, tmp_path):
 
 
 def test_evaluation_of_maps_that_are_right(source, tmp_path):
-    store = MapStore(tmp_path)
+    store = Store(tmp_path, high_res=True)
     with pytest.raises(FileNotFoundError, match=r"maps of 6 images .* got none of p0, p1, p2, p3, p4"):
         evaluate_maps(source, store)
     for item in source[:-1]:
         mask = source.mask(item)
-        high_res = np.stack([np.where(mask == c + 1, 0.5, 0.2) for c in item.classes])
+        high_res = np.stack([np.where(mask == c + 1, 0.5, 0.1875) for c in item.classes])
         store.save(item.name, item.classes, np.zeros((len(item.classes), 13, 18)), high_res)
     result = evaluate_maps(source, store, EvaluateConfig("0.1:0.6:0.1"))
     assert result["thresholds"] == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6] and result["images"] == 6
     assert result["best"] == {"threshold": 0.2, "miou": 1.0} and result["mious"][0] < 0.5
-    assert result["ious"] == {"background": 1.0, "square": 1.0, "disc": 1.0}
+    for measure in ("ious", "precision", "recall", "f1"):
+        assert result[measure] == {"background": 1.0, "square": 1.0, "disc": 1.0}
+    assert result["interval"] == {"low": 1.0, "high": 1.0, "confidence": 0.95, "resamples": 1000, "seed": 0}
     result = evaluate_maps(source, store, EvaluateConfig("0.1:0.6:0.1"), threshold=0.55)
     assert result["reported"]["threshold"] == 0.55 and result["reported"]["miou"] < 0.4
     assert result["best"]["threshold"] == 0.2 and len(result["thresholds"]) == 7
     bare = dataclasses.replace(source, items=tuple(dataclasses.replace(i, mask=None) for i in source))
     with pytest.raises(ValueError, match="expected images with masks, got 6 without any"):
         evaluate_maps(bare, store)
-    for text in ("0.1", "0:1", "0:1:0", "1:0:0.1", "a:b:c", "0:1:1e-9"):
+    for text in ("0.1", "0:1", "0:1:0", "1:0:0.1", "a:b:c", "0:1:1e-3", "0:1:1e-9"):
         with pytest.raises(ValueError, match="expected thresholds lowest:highest:step"):
             EvaluateConfig(text)
+
+
+def noisy(source, store, rng):
+    """Maps that are right here and there."""
+    for item in source:
+        if item.classes:
+            mask = source.mask(item)[::4, ::4]
+            cam = np.stack([0.5 * (mask == c + 1) + 0.5 * rng.random(mask.shape) for c in item.classes])
+            high_res = cam.repeat(4, 1).repeat(4, 2)[:, :51, :70]
+            store.save(item.name, item.classes, cam, high_res)
+
+
+@pytest.mark.parametrize("format", ["npz", "npz, high_res", "irn", "pmm"])
+def test_evaluation_equals_the_loaded_maps_one_by_one(source, format, tmp_path):
+    store = Store(tmp_path, format.partition(",")[0], high_res="," in format)
+    noisy(source, store, np.random.default_rng(4))
+    results = [evaluate_maps(source, store, EvaluateConfig("0:0.9:0.1", workers=w, resamples=50)) for w in (0, 1, 3)]
+    assert results[0] == results[1] == results[2]
+    result, thresholds = results[0], results[0]["thresholds"]
+    at, images = thresholds.index(result["reported"]["threshold"]), PerImage(2)
+    for index, threshold in enumerate(thresholds):
+        confusion = Confusion(2)
+        for item in source:
+            mask = source.mask(item)
+            labels = np.zeros(mask.shape, int)
+            if item.classes:
+                maps = store.load(item.name)
+                stacked = np.concatenate([np.full((1, *mask.shape), np.float32(threshold)), maps.high_res])
+                labels = np.array([0, *(maps.keys + 1).tolist()])[stacked.argmax(0)]
+            confusion.add(labels, mask)
+            if index == at:
+                images.add_matrix(Confusion(2).count(labels, mask))
+        assert result["mious"][index] == pytest.approx(confusion.miou(), rel=1e-12)
+        if index == at:
+            for measure, values in (("ious", confusion.iou()), ("precision", confusion.precision()),
+                                    ("recall", confusion.recall()), ("f1", confusion.f1())):  # fmt: skip
+                assert list(result[measure].values()) == values.tolist()
+    low, high = bootstrap_interval(images.numbers(), resamples=50)
+    assert (result["interval"]["low"], result["interval"]["high"]) == (low, high) and low < result["best"][
+        "miou"
+    ] < high
+    without = evaluate_maps(source, store, EvaluateConfig("0:0.9:0.1", resamples=0))
+    assert without.pop("interval") is None and without == {k: v for k, v in result.items() if k != "interval"}
+
+
+def test_evaluation_refuses(source, tmp_path):
+    store = Store(tmp_path)
+    noisy(source, store, np.random.default_rng(4))
+    store.save("p1", [1], np.zeros((1, 13, 17)), size=(51, 68))
+    with pytest.raises(ValueError, match=r"evaluate: p1: expected maps of the mask's size \(51, 70\), got \(51, 68\)"):
+        evaluate_maps(source, store)
+    store.save("p1", [2], np.zeros((1, 13, 18)), size=(51, 70))
+    with pytest.raises(ValueError, match=r"evaluate: p1: .*each key once and in 0..1, got \[2\]"):
+        evaluate_maps(source, store)
+    for options in ({"workers": -1}, {"resamples": -1}, {"confidence": 1.0}):
+        with pytest.raises(ValueError, match="EvaluateConfig: expected"):
+            EvaluateConfig(**options)
+
+
+def test_evaluation_of_masks(source, tmp_path):
+    store, confusion, rng, images = Store(tmp_path), Confusion(2), np.random.default_rng(1), PerImage(2)
+    with pytest.raises(FileNotFoundError, match=r"expected masks of 6 images .* got none of p0"):
+        evaluate_masks(source, store)
+    for item in source:
+        mask = source.mask(item)
+        labels = np.where(rng.random(mask.shape) < 0.3, rng.integers(0, 3, mask.shape), mask)
+        matrix = confusion.count(labels, mask)
+        confusion.matrix += matrix
+        images.add_matrix(matrix)
+        labels[(labels == 0) & (rng.random(mask.shape) < 0.1)] = 255  # unsure: background
+        store.save_mask(item.name, labels)
+    config = EvaluateConfig(resamples=50)
+    result = evaluate_masks(source, store, config)
+    assert result == evaluate_masks(source, open_masks(tmp_path / "masks"), dataclasses.replace(config, workers=0))
+    assert result["reported"] == {"miou": confusion.miou()} and 0.05 < result["unsure"] < 0.1
+    assert list(result["ious"].values()) == confusion.iou().tolist()
+    assert (result["interval"]["low"], result["interval"]["high"]) == bootstrap_interval(images.numbers(), resamples=50)
+    store.save_mask("p2", np.full((51, 70), 3))
+    with pytest.raises(ValueError, match=r"evaluate: p2: .*labels of 0 to 2, got 3"):
+        evaluate_masks(source, store)
+    store.save_mask("p2", np.zeros((70, 51), int))
+    with pytest.raises(
+        ValueError, match=r"evaluate: p2: expected labels of the mask's size \(51, 70\), got \(70, 51\)"
+    ):
+        evaluate_masks(source, store)

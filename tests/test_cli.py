@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ribfast import cli, config, data, models
-from ribfast.store import MapStore
+from ribfast.store import Store
 
 
 @dataclass(frozen=True)
@@ -200,30 +200,63 @@ def test_from_pictures_to_an_evaluation(tmp_path, capsys):
     assert cli.main([*cam, "--workers", "1"]) == 0
     assert "0 made, 5 there before" in capsys.readouterr().err
     assert cli.main([*cam[:-1], "1"]) == 1
-    assert "got another scales (here [1.0], there [1.0, 0.5]); choose another --out" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "got another scales (here [1.0], there [1.0, 0.5]); choose another --out, or say --keep" in said
     assert cli.main([*cam, "--normalization", "symmetric"]) == 1
-    assert "got another classifier; choose another --out" in capsys.readouterr().err
+    assert "got another classifier (here {" in (said := capsys.readouterr().err) and "'symmetric'" in said
+    assert cli.main([*cam, "--format", "irn", "--high-res"]) == 1
+    said = capsys.readouterr().err
+    assert "another format (here irn, there npz), high_res (here True, there False); choose" in said
     state = {name: value + 0.001 for name, value in models.load_checkpoint(checkpoint).items()}
     models.save_checkpoint(checkpoint, state, models.read_metadata(checkpoint))
-    assert cli.main(cam) == 1 and "got another checkpoint;" in capsys.readouterr().err
+    assert cli.main(cam) == 1
+    assert re.search(r"got another checkpoint \(here \w{12}, there \w{12}\); choose", capsys.readouterr().err)
+    first = (maps / "config.json").read_text()
+    assert cli.main([*cam, "--keep"]) == 0 and "0 made, 5 there before" in capsys.readouterr().err
+    kept = json.loads((maps / "config.json").read_text())
+    assert (
+        kept["before"] == [json.loads(first)]
+        and kept["inputs"]["checkpoint"] != json.loads(first)["inputs"]["checkpoint"]
+    )
+    assert cli.main([*cam, "--keep"]) == 0 and cli.main(cam) == 0  # it is this checkpoint's now
+    assert json.loads((maps / "config.json").read_text())["before"] == kept["before"]
+    capsys.readouterr()
+    assert cli.main([*cam, "--overwrite", "--shard", "0/2"]) == 1
+    assert "expected one process for --overwrite" in capsys.readouterr().err and len(Store(maps).names()) == 5
+    assert cli.main([*cam[:-1], "1", "--overwrite"]) == 0 and "5 made, 0 there before" in capsys.readouterr().err
+    assert "before" not in json.loads((maps / "config.json").read_text())
+    assert len((maps / "metrics.jsonl").read_text().splitlines()) == 6
+    assert cli.main([*cam, "--overwrite"]) == 0 and "5 made, 0 there before" in capsys.readouterr().err
+    assert "not allowed with argument" in refused(capsys, *cam, "--overwrite", "--keep")
 
     evaluate = ["evaluate", "--data", spec, "--maps", str(maps)]
     assert cli.main([*evaluate, "--thresholds", "0:1:0.1"]) == 0
     said, result = capsys.readouterr().out, json.loads((maps / "evaluation.json").read_text())
     assert "best" in said and "background" in said and len(result["mious"]) == 11
+    assert "precision  recall" in said and "95 % of 1000 resamples of the images" in said
     assert result["best"]["miou"] == max(result["mious"]) and set(result["ious"]) == {"background", *pictures.CLASSES}
     other = tmp_path / "other"
     assert cli.main([*evaluate, "--threshold-from", str(maps / "evaluation.json"), "--out", str(other)]) == 0
     assert "chosen on other images" in capsys.readouterr().out
+    shown = ["evaluate", "--data", spec, "--masks", str(tmp_path / "data" / "masks"), "--out", str(other / "masks")]
+    assert cli.main(shown) == 0 and re.search(r"mean +100\.00\n", capsys.readouterr().out)
+    assert json.loads((other / "masks" / "evaluation.json").read_text())["reported"] == {"miou": 1.0}
+    assert cli.main([*shown, "--threshold-from", str(maps / "evaluation.json")]) == 1
+    assert "expected --threshold-from with --maps" in capsys.readouterr().err
+    assert "not allowed with argument" in refused(capsys, *shown, "--maps", str(maps))
+    assert "one of the arguments --maps --masks is required" in refused(capsys, *shown[:3])
     assert json.loads((other / "evaluation.json").read_text())["reported"]["threshold"] == result["best"]["threshold"]
 
     assert json.loads((maps / "config.json").read_text())["command"] == "cam"
     (tmp_path / "data" / "images" / "p0.png").write_bytes(b"nothing")
-    MapStore(maps).path("p0").unlink()
+    Store(maps).path("p0").unlink()
     (maps / "config.json").unlink()
     assert cli.main(cam) == 1
     assert "p0.png" in (said := capsys.readouterr().err) and "1 failed" in said
+    assert "p0.png" in json.loads((maps / "failures.jsonl").read_text())["error"]
     assert cli.main(evaluate) == 1 and "got none of p0; make them first" in capsys.readouterr().err
+    (maps / "config.json").write_text("{")
+    assert cli.main(cam) == 1 and "expected a run's configuration in" in capsys.readouterr().err
 
 
 def test_open_classifier(tmp_path):

@@ -191,6 +191,7 @@ def test_dense_crf(labels, capacity):
     def run():
         return torch.ops.ribfast.dense_crf(images, unary, [3.0, 3.0], [50.0, 5.0, 10.0], 5, 0, False, capacity)
 
+    unary[1] = torch.stack([unary[1], unary[1].flip(0), 2 * unary[1]])  # several problems of one image
     results = replayed(run, unary)
     for result, image, energies in zip(results, images, unary, strict=True):
         torch.testing.assert_close(result, reference.dense_crf(image, energies, iterations=5), rtol=0, atol=1e-4)
@@ -265,3 +266,56 @@ def test_mean_field_of_points():
         q = (1.5 / mass * lattice.filter(q) - unary.T).softmax(1)
     torch.testing.assert_close(result, q.T, rtol=0, atol=1e-4)
     assert torch.equal(result, run())
+
+
+@cpp_alone
+def test_random_walk():
+    boundary, cams = torch.rand(2, 30, 41, device="cuda"), torch.rand(2, 3, 30, 41, device="cuda")
+
+    def run():
+        weights = ops.path_affinity(boundary.abs().clamp(max=1), 5, 10.0)
+        return ops.random_walk(cams, affinity=weights, beta=1)
+
+    found = replayed(run, [boundary, cams])
+    for own, edge, value in zip(cams, boundary, found, strict=True):
+        affinity = reference.path_affinity(edge.abs().clamp(max=1)[None].double(), 5, 10.0)[0]
+        expected = reference.random_walk(own.double(), affinity, 256)
+        torch.testing.assert_close(value.double(), expected, rtol=0, atol=1e-4)
+
+
+@cpp_alone
+def test_pair_losses_with_their_gradient():
+    boundary = torch.rand(2, 30, 41, device="cuda").requires_grad_()
+    displacement = torch.randn(2, 2, 30, 41, device="cuda").requires_grad_()
+    labels = torch.randint(0, 3, (2, 30, 41), dtype=torch.uint8, device="cuda")
+
+    def run():
+        sums = ops.pair_losses(boundary.sigmoid(), displacement, labels, 4)
+        return *torch.autograd.grad(sums[:5].sum(), (boundary, displacement)), sums
+
+    to_boundary, to_displacement, sums = replayed(run, [boundary.detach(), displacement.detach()])
+    leaves = boundary.detach().double().requires_grad_(), displacement.detach().double().requires_grad_()
+    expected = reference.pair_losses(leaves[0].sigmoid(), leaves[1], labels, 4)
+    expected[:5].sum().backward()
+    torch.testing.assert_close(sums.double(), expected.detach(), rtol=1e-4, atol=1e-4)
+    for found, leaf in ((to_boundary, leaves[0]), (to_displacement, leaves[1])):
+        torch.testing.assert_close(found.double(), leaf.grad, rtol=1e-3, atol=1e-3 * leaf.grad.abs().max().item())
+
+
+@cpp_alone
+@pytest.mark.parametrize("method", ["par", "pamr"])
+@pytest.mark.parametrize("classes, iterations", [(1, 1), (3, 2), (21, 5)])
+def test_refine(method, classes, iterations):
+    pairs = [(torch.rand(2, 3, *size, device="cuda"), torch.rand(2, classes, *size, device="cuda"))
+             for size in ((50, 71), (33, 90))]  # fmt: skip
+    images, maps = map(list, zip(*pairs, strict=True))
+
+    def run():
+        return torch.ops.ribfast.refine(images, maps, method == "pamr", [1, 2, 4, 30], iterations, 0.3, 0.01)
+
+    results = replayed(run, [*images, *maps])
+    for result, image, given in zip(results, images, maps, strict=True):
+        expected = reference.refine(image, given, method=method, dilations=(1, 2, 4, 30), iterations=iterations)
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+    for result, repeated in zip(results, run(), strict=True):
+        assert torch.equal(result, repeated)

@@ -379,6 +379,8 @@ def test_views():
     image = RNG.integers(0, 256, (37, 50, 3), dtype=np.uint8)
     image.flags.writeable = False  # as caches hand it out
     views = data.make_views(image)
+    alone = data.make_views(image, mirror=False)
+    assert all(torch.equal(one, both[:1]) for one, both in zip(alone, views, strict=True))
     assert [tuple(view.shape) for view in views] == [(2, 3, *data.scaled_size((37, 50), s)) for s in (1, 0.5, 1.5, 2)]
     for view, scale in zip(views, (1, 0.5, 1.5, 2), strict=True):
         assert view.dtype == torch.float32 and view.is_contiguous() and torch.equal(view[1], view[0].flip(-1))

@@ -109,6 +109,69 @@ def test_batches_equal_single_images():
     assert ops.dense_crf([], []) == []
 
 
+def problems(height, width, count, labels, seed=0):
+    """A picture, and energies of several problems on it"""
+    image, unary = picture(height, width, count * labels, seed)
+    return image, unary.view(count, labels, height, width)
+
+
+@pytest.mark.parametrize("labels", [1, 2, 3, 4, 5, 6, 9, 21])
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_several_problems_of_one_image(labels, count):
+    image, unary = problems(18, 25, count, labels)
+    expected = reference.dense_crf(image, unary, iterations=3)
+    for exact in (False, True):
+        options = dict(iterations=3, exact=exact)
+        (result,) = ops.dense_crf([image], [unary], **options)
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-4 if not exact else 1e-5)
+        alone = torch.stack([ops.dense_crf([image], [energies], **options)[0] for energies in unary])
+        torch.testing.assert_close(result, alone, rtol=0, atol=1e-5)
+        if exact:
+            assert torch.equal(result, alone)
+
+
+def test_many_problems_and_tiles():
+    """More channels than a vector holds, more points than a chunk of tiles."""
+    image, unary = problems(61, 67, 23, 2)
+    (result,) = ops.dense_crf([image], [unary], iterations=4)
+    for got, energies in zip(result, unary, strict=True):
+        torch.testing.assert_close(got, ops.dense_crf([image], [energies], iterations=4)[0], rtol=0, atol=1e-4)
+
+
+def test_shapes_of_several_problems():
+    image, unary = problems(6, 7, 3, 2)
+    assert ops.dense_crf(image[None], unary[None]).shape == (1, 3, 2, 6, 7)
+    several, one = ops.dense_crf([image, image[:5]], [unary, unary[0, :, :5]])
+    assert several.shape == (3, 2, 6, 7) and one.shape == (2, 5, 7)
+    torch.testing.assert_close(several[1], ops.dense_crf([image], [unary[1]])[0], rtol=0, atol=1e-4)
+    for options in ({}, dict(exact=True), dict(differentiable=True)):
+        assert ops.dense_crf([image], [unary[:0]], **options)[0].shape == (0, 2, 6, 7)
+    assert reference.dense_crf(image, unary[:0]).shape == (0, 2, 6, 7)
+
+
+@pytest.mark.parametrize("labels", [2, 3, 5])
+def test_problems_are_independent(labels):
+    """Neither NaN nor an infinite energy of one problem reaches another."""
+    image, unary = problems(12, 13, 3, labels)
+    (expected,) = ops.dense_crf([image], [unary], iterations=2)
+    unary[0, 0, 3, 4] = math.nan
+    unary[1, 1] = math.inf
+    (result,) = ops.dense_crf([image], [unary], nan="propagate", iterations=2)
+    assert result[0].isnan().any() and torch.equal(result[2], expected[2])
+    assert result[1, 1].max() == 0
+    torch.testing.assert_close(result[1], reference.dense_crf(image, unary[1], iterations=2), rtol=0, atol=1e-4)
+
+
+def test_tiny_probabilities_of_two_labels():
+    """Both labels' are shares of one sum, not differences from 1, however many problems there are."""
+    image, unary = problems(9, 11, 3, 2)
+    unary[:, 1] += 30
+    (result,) = ops.dense_crf([image], [unary], iterations=2)
+    expected = reference.dense_crf(image, unary, iterations=2)
+    assert result.min() > 0
+    torch.testing.assert_close(result, expected, rtol=1e-3, atol=0)
+
+
 def test_threads_change_only_rounding():
     image, unary = picture(120, 150, 4)
     before = torch.get_num_threads()
@@ -143,8 +206,9 @@ def test_nan_is_refused_or_carried():
 
 def test_opcheck_and_gradient():
     image, unary = picture(12, 13, 3)
-    arguments = ([image], [unary], [3.0, 3.0], [50.0, 5.0, 10.0], 2, 0, False, 0)
-    torch.library.opcheck(torch.ops.ribfast.dense_crf.default, arguments)
+    for energies in (unary, torch.stack([unary, 2 * unary])):
+        arguments = ([image], [energies], [3.0, 3.0], [50.0, 5.0, 10.0], 2, 0, False, 0)
+        torch.library.opcheck(torch.ops.ribfast.dense_crf.default, arguments)
     with pytest.raises(RuntimeError, match="dense_crf: expected tensors that need no gradient"):
         ops.dense_crf([image], [unary.requires_grad_()])
 
@@ -157,7 +221,9 @@ def refused(error, match, *args, **kwargs):
 def test_refuses_bad_input():
     image, unary = picture(6, 7, 2)
     refused(TypeError, "two tensors or two lists, got list and Tensor", [image], unary)
-    refused(ValueError, r"images \(N, H, W, 3\) and unary \(N, L, H, W\), got shapes", image, unary)
+    refused(
+        ValueError, r"images \(N, H, W, 3\) and unary \(N, L, H, W\) or \(N, K, L, H, W\), got shapes", image, unary
+    )
     refused(ValueError, "a unary for each image, got 2 for 1", [image], [unary, unary])
     refused(TypeError, r"uint8 tensors \(H, W, 3\), got torch.float32", [image.float()], [unary])
     refused(ValueError, r"images \(H, W, 3\) with at least one pixel, got shape \(6, 7, 2\)", [image[..., :2]], [unary])
@@ -307,6 +373,11 @@ def test_differentiable():
     plain = unary.clone().requires_grad_()
     (reference.dense_crf(image, plain, iterations=3) * weights).sum().backward()
     torch.testing.assert_close(leaf.grad, plain.grad, rtol=1e-4, atol=1e-5)
+    several = torch.stack([unary, unary.flip(0)]).requires_grad_()
+    (results,) = ops.dense_crf([image], [several], iterations=3, differentiable=True)
+    assert torch.equal(results[0], result)
+    (results[0] * weights).sum().backward()
+    assert torch.equal(several.grad[0], leaf.grad) and not several.grad[1].any()
 
 
 def test_descends_along_the_gradient():

@@ -56,7 +56,7 @@ def test_readme_examples_run(tmp_path):
     (names["photos"] / "images").mkdir(parents=True)
     (names["photos"] / "masks").mkdir()
     mask = np.zeros((48, 64), np.uint8)
-    mask[10:20, 10:30] = 1
+    mask[8:24, 8:32] = 1
     for folder, picture in (("images", np.zeros((48, 64, 3), np.uint8)), ("masks", mask)):
         cv2.imwrite(str(names["photos"] / folder / "a.png"), picture)
     (names["photos"] / "labels.csv").write_text("image,labels\na.png,cat\n")
@@ -64,11 +64,12 @@ def test_readme_examples_run(tmp_path):
 
     def maps_of(scales):
         assert [view.shape[2:] for view in scales] == [data.scaled_size((48, 64), s) for s in (1, 0.5, 1.5, 2)]
-        return torch.zeros(1, 12, 16), mask[None] * np.float32(0.25)
+        maps = mask[None] * np.float32(0.25)
+        return maps[:, ::4, ::4], maps
 
     names["maps_of"] = maps_of
     exec(sources, names)
-    assert names["threshold"] == 0.1 and names["miou"] == 1
+    assert names["threshold"] == 0.1 and names["miou"] > 0.98  # enlarged maps have rounder corners
     names = {"classifier": models.cam_classifier("resnet18", 20)}
     sides = [(round(96 * scale), round(128 * scale)) for scale in (1, 0.5, 1.5, 2)]
     names |= {"views": [torch.randn(2, 3, *side) for side in sides]}

@@ -236,6 +236,17 @@ def test_dense_crf_of_a_batch_of_sizes(kernels):
 
 
 @pytest.mark.parametrize("labels", [2, 5, 21])
+def test_several_problems_of_one_image(kernels, labels):
+    """Their fields share its lattices: the same bits as of each problem alone."""
+    image, unary = picture(19, 21, 3 * labels)
+    problems = list(unary.view(3, labels, 19, 21).contiguous())
+    check(kernels, [(image, energies) for energies in problems], orders=ORDERS[:2])
+    together, _ = emulated(kernels, [image] * 3, problems)
+    for got, energies in zip(together, problems, strict=True):
+        assert torch.equal(got, emulated(kernels, [image], [energies])[0][0])
+
+
+@pytest.mark.parametrize("labels", [2, 5, 21])
 def test_dense_crf_of_large_energies(kernels, labels):
     image, unary = picture(10, 12, labels)
     unary[-1, :5] += 1e10

@@ -286,6 +286,108 @@ def test_update_folded(kernels, dtype, first, n, wide):
             torch.testing.assert_close(found, wanted.view(found.shape).to(found.dtype), **limits)
 
 
+def in_every_order(run):
+    """Sums in no fixed order: alike but for rounding."""
+    first, *others = [run(order) for order in ORDERS]
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4, equal_nan=True)
+    return first
+
+
+@pytest.mark.parametrize("radius, size", [(2, (1, 1)), (5, (11, 40)), (10, (9, 33)), (16, (3, 35))], ids=str)
+@pytest.mark.parametrize("beta", [1.0, 10.0])
+def test_path_affinity(kernels, radius, size, beta):
+    boundary = torch.rand(2, *size)
+    if size != (1, 1):
+        boundary[0, 0, 4] = torch.nan
+    pairs = len(ops.pair_offsets(radius))
+    grad = torch.randn(2, pairs, *size)
+
+    def run(order):
+        out, result = torch.full_like(grad, torch.nan), torch.zeros_like(boundary)
+        kernels.path_affinity(order, at(boundary), ctypes.c_int64(2), *size, radius, ctypes.c_float(beta), at(out),
+                              at(grad), at(result))  # fmt: skip
+        return out, result
+
+    found, result = in_every_order(run)
+    expected = reference.path_affinity(boundary, radius, beta)
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-6, equal_nan=True)
+    leaf = boundary[1:].double().requires_grad_()
+    reference.path_affinity(leaf, radius, beta).backward(grad[1:].double())
+    torch.testing.assert_close(result[1:].double(), leaf.grad, rtol=1e-4, atol=1e-5 * beta)
+
+
+@pytest.mark.parametrize("radius, size", [(2, (2, 3)), (4, (14, 45)), (10, (18, 30)), (16, (16, 31))], ids=str)
+def test_pair_losses(kernels, radius, size):
+    boundary, displacement = torch.rand(2, *size), torch.randn(2, 2, *size) * 3
+    labels = torch.randint(0, 3, (2, *size), dtype=torch.uint8)
+    labels[torch.rand(labels.shape) < 0.2] = 255
+    grads = torch.tensor([1.0, 0.5, 0.3, 0.7, 2.0, 0, 0, 0])
+
+    def run(order):
+        sums, gradients = torch.zeros(8), (torch.zeros_like(boundary), torch.zeros_like(displacement))
+        kernels.pair_losses(order, at(boundary), at(displacement), at(labels), ctypes.c_int64(2), *size, radius,
+                            at(sums), at(grads), *map(at, gradients))  # fmt: skip
+        return sums, *gradients
+
+    found = in_every_order(run)
+    leaves = boundary.double().requires_grad_(), displacement.double().requires_grad_()
+    expected = reference.pair_losses(*leaves, labels, radius)
+    (expected * grads).sum().backward()
+    assert expected[5:].sum() > 0
+    torch.testing.assert_close(found[0].double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    largest = max(1.0, leaves[0].grad.abs().max().item())
+    torch.testing.assert_close(found[1].double(), leaves[0].grad, rtol=1e-4, atol=1e-5 * largest)
+    torch.testing.assert_close(found[2].double(), leaves[1].grad, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "radius, steps, classes, sizes",
+    [(5, 256, 1, [(3, 4)]), (5, 16, 4, [(9, 40), (1, 1)]), (5, 3, 2, [(17, 33)]), (9, 64, 3, [(5, 6), (2, 9)])],
+    ids=str,
+)
+def test_random_walk(kernels, radius, steps, classes, sizes):
+    cams = [torch.rand(classes, *size) for size in sizes]
+    weights = [torch.rand(len(ops.pair_offsets(radius)), *size) ** 4 for size in sizes]
+
+    def run(order):
+        even, odd, results = ([torch.full_like(c, torch.nan) for c in cams] for _ in range(3))
+        inverses = [torch.full(size, torch.nan) for size in sizes]
+        sides = integers(ctypes.c_int32, [side for size in sizes for side in size])
+        kernels.random_walk(order, len(sizes), pointers(cams), pointers(weights), sides, classes, radius,
+                            ctypes.c_int64(steps), *map(pointers, (even, odd, results, inverses)))  # fmt: skip
+        return results if not results[0].isnan().any() else odd if steps % 2 else even
+
+    for found, own, weight in zip(same_in_every_order(run), cams, weights, strict=True):
+        expected = reference.random_walk(own.double(), weight.double(), steps)
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["par", "pamr"])
+@pytest.mark.parametrize("classes, iterations", [(1, 1), (2, 2), (3, 3), (9, 1)])
+def test_refine(kernels, method, classes, iterations):
+    """Images of several sizes in one batch, the last with one class alone."""
+    sizes, dilations = [(9, 37), (1, 1), (17, 3)], (1, 3, 12)
+    images = [torch.rand(3, *size) * 255 for size in sizes]
+    maps = [torch.rand(c, *size) for c, size in zip((classes, classes, 1), sizes, strict=True)]
+    shapes = integers(ctypes.c_int32, [side for m in maps for side in m.shape])
+
+    def run(order):
+        results = [torch.full_like(m, torch.nan) for m in maps]
+        kernels.refine(
+            order, len(maps), pointers(images), pointers(maps), shapes, method == "pamr",
+            integers(ctypes.c_int64, dilations), len(dilations), ctypes.c_int64(iterations), ctypes.c_float(0.3),
+            ctypes.c_float(0.01), pointers(results),
+        )  # fmt: skip
+        return results
+
+    for got, image, given in zip(same_in_every_order(run), images, maps, strict=True):
+        options = dict(method=method, dilations=dilations, iterations=iterations)
+        expected = reference.refine(image[None], given[None].double(), **options)[0]
+        torch.testing.assert_close(got.double(), expected, **tolerance(torch.float32))
+
+
 def test_emulated_kernels_equal_the_cpu_kernels(kernels):
     """One engine-sized case against the operator that everything else is tested with."""
     maps = scales((375, 500), (1, 0.5, 1.5, 2), 1, torch.float32)

@@ -16,7 +16,7 @@ from ribfast.pipeline import AdaptConfig, adapt_maps
 from ribfast.rib import Draws, Engine, Job, RIBConfig, Target, adapt
 from ribfast.rib.canvas import Canvas, arrange, arrange_roomily
 from ribfast.rib.step import Rows
-from ribfast.store import MapStore
+from ribfast.store import Store
 
 FOLDERS = [Path(__file__).parent / "golden", Path(__file__).parents[2] / "shared" / "golden"]
 GOLDEN = ["explode", "gap", "gndrp_one_class", "gndrp_three_classes", "stop"]
@@ -367,10 +367,10 @@ def test_draws_share_no_class_and_do_not_depend_on_the_share(source):
 def test_maps_do_not_depend_on_shards_or_on_what_is_there(source, tmp_path):
     model = small_model(classes=2)
     single = source.__class__(source.classes, tuple(i for i in source if len(i.classes) < 2), source.upright)
-    whole = MapStore(tmp_path / "whole")
+    whole = Store(tmp_path / "whole", "irn")
     made = adapt_maps(single, model, whole, AdaptConfig.released(**SMALL))
     assert made.made == len(whole.names()) == sum(map(bool, (i.classes for i in single))) and made.without_classes == 1
-    parts = MapStore(tmp_path / "parts")
+    parts = Store(tmp_path / "parts", "irn")
     adapt_maps(single, model, parts, AdaptConfig.released(**SMALL, shard="1/2"))
     first = parts.names()
     assert 0 < len(first) < made.made
@@ -380,18 +380,19 @@ def test_maps_do_not_depend_on_shards_or_on_what_is_there(source, tmp_path):
     assert parts.names() == whole.names()
     for name in whole.names():
         np.testing.assert_allclose(parts.load(name).high_res, whole.load(name).high_res, rtol=1e-4, atol=1e-5)
-    records = whole.records()
-    assert records["p9"] == {"skipped": "no classes"} and records["p0"]["steps"] >= 1
+    known = whole.metrics()
+    assert known["p9"] == {"skipped": "no classes"} and known["p0"]["steps"] >= 1 and not whole.failures()
+    assert known["p0"]["stopped"] in (True, False) and known["p0"]["seconds"] > 0
     again = adapt_maps(single, model, whole, AdaptConfig.released(**SMALL))
     assert (again.made, again.kept) == (0, made.made)
 
 
 def test_what_cannot_be_adapted_is_recorded(source, tmp_path):
-    store = MapStore(tmp_path)
+    store = Store(tmp_path)
     made = adapt_maps(source, small_model(classes=2), store, AdaptConfig.released(**SMALL))
     both = [item.name for item in source if len(item.classes) == 2]
     assert both and set(made.failed) == set(both) and made.made == 9 - len(both)
-    assert "every other image shares a class" in store.records()[both[0]]["error"]
+    assert "every other image shares a class" in store.failures()[both[0]]
 
 
 def test_an_engine_serves_many_calls():
@@ -480,12 +481,12 @@ def test_command_and_a_picture_that_cannot_be_read(tmp_path, capsys):
     ]
     out = tmp_path / "maps"
     assert cli.main(["rib", *options, "--out", str(out)]) == 1
-    store = MapStore(out)
+    store = Store(out)
     assert (
         store.names() == ["p0", "p1", "p3", "p4", "p5"]
         and "p2, drawn as another image, is left out" in capsys.readouterr().err
     )
-    assert "error" in store.records()["p2"] and store.records()["p6"] == {"skipped": "no classes"}
+    assert list(store.failures()) == ["p2"] and store.metrics()["p6"] == {"skipped": "no classes"}
     assert cli.main(["rib", *options, "--out", str(out), "--lr", "1e-3"]) == 1  # would mix two kinds of maps
     assert "lr" in capsys.readouterr().err
     (tmp_path / "pictures" / "some.txt").write_text("p0\np1\np3\n")
@@ -496,4 +497,4 @@ def test_command_and_a_picture_that_cannot_be_read(tmp_path, capsys):
     assert (
         cli.main(["rib", *options, "--out", str(tmp_path / "fast"), "--preset", "fast", "--precision", "float32"]) == 1
     )
-    assert MapStore(tmp_path / "fast").names() == store.names()
+    assert Store(tmp_path / "fast").names() == store.names()

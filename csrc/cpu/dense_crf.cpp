@@ -151,6 +151,7 @@ Options check_options(const char* op, at::ArrayRef<double> gaussian, at::ArrayRe
 void run_all(const Options& options, at::TensorList images, std::vector<MeanField>& crfs) {
   const Kernels& chosen = kernels_for(options.exact);
   const auto one = [&](int64_t i) {
+    if (crfs[i].labellings == 0) return;
     const Image image{images[i].const_data_ptr<uint8_t>(), images[i].size(0), images[i].size(1)};
     const std::vector<int32_t> order = point_order(image, options.exact);
     std::vector<std::shared_ptr<const ImageTerm>> terms;
@@ -204,7 +205,8 @@ std::vector<at::Tensor> dense_crf(at::TensorList images, at::TensorList unary, a
     dense_images.push_back(images[i].contiguous());
     dense_unary.push_back(unary[i].to(at::kFloat).contiguous());
     results.push_back(at::empty(unary[i].sizes(), dense_unary[i].options()));
-    crfs[i].labels = unary[i].size(0), crfs[i].unary = dense_unary[i].const_data_ptr<float>();
+    crfs[i].labels = unary[i].size(-3), crfs[i].labellings = problems_of(unary[i]);
+    crfs[i].unary = dense_unary[i].const_data_ptr<float>();
     crfs[i].probabilities = results[i].mutable_data_ptr<float>();
   }
   run_all(options, dense_images, crfs);

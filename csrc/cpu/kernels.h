@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "lattice.h"
+#include "pairs.h"
 
 namespace ribfast::cpu {
 
@@ -52,6 +53,37 @@ struct FoldedRow {
   bool first;
 };
 
+// Local refinement of one image's maps (refine.inl): planes of height rows, `stride` floats apart, `plane` floats from
+// one plane to the next.
+struct RefineJob {
+  const int32_t *rows, *columns;  // of each neighbour, from its pixel; columns within what rows are readable for
+  const float* position;          // what is added to each neighbour's weight; null: PAMR
+  float w1;                       // PAR's
+  int32_t neighbours;             // 8 for each dilation
+  int64_t height, width, stride, plane;
+};
+
+constexpr int64_t kRefineBlock = 16;  // pixels whose weights lie together
+constexpr int kMostRefineNeighbours = 128;
+
+constexpr int64_t kHistogramCopies = 4;
+
+// What threshold_row counts, and where (histogram.inl).
+struct ThresholdRow {
+  int64_t planes;  // classes on the image, at least 1
+  int64_t plane;   // elements from a class's row to the next class's
+  int64_t width;
+  int64_t bins;  // thresholds + 1
+  const float* cells;
+  const float* edges;  // the thresholds, ascending, and infinity
+  int32_t n_cells;
+  float low, scale;
+  int32_t steps;
+  const int32_t* label_rows;  // of each of 256 labels: where its counts (planes, bins) begin
+  uint32_t* counts;
+  int64_t copy;
+};
+
 struct Kernels {
   const char* name;
   // One map of n positions -> pooled value and stats {maximum, divisor}, in accumulators.
@@ -73,6 +105,21 @@ struct Kernels {
                                        void* result, void* sums);
   float (*folded_dot[kStorages])(const FoldedRow& row);  // not of double
   void (*folded_move[kStorages])(const FoldedRow& row);
+  // Pairs of pixels, a row at a time (pairs.h, pairs.inl).
+  void (*path_affinity)(const PairTable& pairs, const float* row, int64_t width, double beta, float* out,
+                        int64_t plane);
+  void (*path_affinity_backward)(const PairTable& pairs, const float* row, int64_t width, double beta,
+                                 const float* grad, int64_t plane, float* result);
+  void (*pair_losses)(const PairTable& pairs, const PairRow& row, double* sums);
+  void (*pair_losses_backward)(const PairTable& pairs, const PairRow& row, const float* grads, float* boundary,
+                               float* displacement_y, float* displacement_x);
+  void (*walk[kClassesTogether])(const WalkJob& job, int64_t begin, int64_t end);  // rows, of 1, 2, ... classes
+  // A row of weights from the image's three planes; a row of all classes from them, out: that row of the first plane.
+  void (*affinities)(const RefineJob& job, const float* image, int64_t row, float* weights);
+  void (*refine_row)(const RefineJob& job, const float* in, const float* weights, int64_t classes, int64_t row,
+                     float* out, int64_t out_plane);
+  // One row of an image; false if its maps hold NaN. Not of double.
+  bool (*threshold_row[kStorages])(const ThresholdRow& row, const void* maps, const uint8_t* mask);
   // The lattice's (lattice.h has the layouts).
   void (*embed)(const EmbedJob& job);
   // found[i]: the vertex of keys[i] + move, or 0

@@ -415,6 +415,9 @@ void normalize(const void* map_, int64_t n, double eps, void* result_) {
 
 #include "adapt.inl"
 #include "lattice.inl"
+#include "pairs.inl"
+#include "refine.inl"
+#include "histogram.inl"
 
 }  // namespace
 
@@ -432,6 +435,14 @@ extern const Kernels RIBFAST_TIER_TABLE = {
     RIBFAST_EACH_STORAGE(activate_backward),
     {nullptr, folded_dot<Stored<kFloat>>, folded_dot<Stored<kHalf>>, folded_dot<Stored<kBFloat16>>},
     {nullptr, folded_move<Stored<kFloat>>, folded_move<Stored<kHalf>>, folded_move<Stored<kBFloat16>>},
+    path_affinity,
+    path_affinity_backward,
+    pair_losses,
+    pair_losses_backward,
+    {walk<1>, walk<2>, walk<3>, walk<4>},
+    affinities,
+    refine_row,
+    {nullptr, threshold_row<Stored<kFloat>>, threshold_row<Stored<kHalf>>, threshold_row<Stored<kBFloat16>>},
     embed,
     find,
     blur,

@@ -94,14 +94,16 @@ struct PixelJob {
   int32_t labels;  // of a labelling, for `given`
   // energies, negated: rows with -inf in channels that pad; or, where null, from labels
   const float* negative_unary;
-  const float* left_out;  // in reduced form: of each point, the left-out label's; null: 0
+  const float* left_out;  // in reduced form: [tile][part][kTile], the left-out labels'; null: 0
   const uint8_t* given;  // [labelling][given_stride]
   int64_t given_stride;
   int32_t unsure;  // the given label that is none: all labels alike; or -1
   int32_t labellings;
   float gain, otherwise;  // negative energies of the given label and of the others
   float* probabilities;   // rows from tile `begin` on, or null where they are not wanted
-  float* left_out_probabilities;  // with them, in reduced form and but for groups: [tile][part][kTile]
+  // with them, in reduced form: of groups and of one channel, rows in which each channel of a labelling holds it; else
+  // [tile][part][kTile]
+  float* left_out_probabilities;
 };
 
 }  // namespace ribfast::cpu

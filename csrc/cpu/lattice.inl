@@ -558,9 +558,11 @@ RIBFAST_INLINE VFloat reciprocal(VFloat v) {
 }
 
 // Softmax of labellings of kGroup channels in a row, in place over `size` floats of rows. differences: of the
-// probabilities from the left-out label's, for the splat in reduced form.
+// probabilities from the left-out label's, for the splat in reduced form; left_out_probabilities: where these go, or
+// null.
 template <int kGroup>
-RIBFAST_INLINE void softmax_of_groups(float* rows, int64_t size, bool reduced, bool differences) {
+RIBFAST_INLINE void softmax_of_groups(float* rows, int64_t size, bool reduced, bool differences,
+                                      float* left_out_probabilities) {
   for (int64_t i = 0; i < size; i += kLanes) {
     const VFloat energy = load_raw<VFloat>(rows + i);
     VFloat top = over_group<kGroup>(energy, Larger()), left_out = VFloat{};
@@ -570,8 +572,10 @@ RIBFAST_INLINE void softmax_of_groups(float* rows, int64_t size, bool reduced, b
     }
     VFloat e = exp_of_negative<VFloat, VInt32>(energy - top);
     const VFloat sum = over_group<kGroup>(e, Sum()) + left_out;
+    const VFloat share = reciprocal(sum);
     if (differences) e -= left_out;
-    store_raw(rows + i, e * reciprocal(sum));
+    store_raw(rows + i, e * share);
+    if (left_out_probabilities != nullptr) store_raw(left_out_probabilities + i, left_out * share);
   }
 }
 
@@ -745,7 +749,7 @@ RIBFAST_INLINE void splat_of_tile(const PixelJob& job, int64_t tile, float* rows
     const bool shared = !job.exact && job.group == 0;  // rows are then to be multiplied with `share`
     if (job.exact) exact_softmax_of_rows(own, job.channels);
     if (shared) {
-      const float* last = job.left_out == nullptr ? nullptr : job.left_out + tile * kTile;
+      const float* last = job.left_out == nullptr ? nullptr : job.left_out + (tile * job.parts + part) * kTile;
       softmax_of_rows(own, job.channels, job.reduced, last, share, left_out);
     }
     for (int32_t l = 0; l < job.count; ++l) {
@@ -781,9 +785,11 @@ void update_points(const PixelJob& job, float* scratch) {
     float* rows = job.probabilities != nullptr ? job.probabilities + (begin - job.begin) * size : scratch;
     for (int64_t i = 0; i < count; ++i) energies_of_tile(job, begin + i, rows + i * size);
     const bool differences = job.reduced && job.probabilities == nullptr;
-    if (job.group == 1) softmax_of_groups<1>(rows, count * size, job.reduced, differences);
-    if (job.group == 2) softmax_of_groups<2>(rows, count * size, job.reduced, differences);
-    if (job.group == 4) softmax_of_groups<4>(rows, count * size, job.reduced, differences);
+    const bool both = job.reduced && job.probabilities != nullptr;
+    float* left_out = both && job.group != 0 ? job.left_out_probabilities + (begin - job.begin) * size : nullptr;
+    if (job.group == 1) softmax_of_groups<1>(rows, count * size, job.reduced, differences, left_out);
+    if (job.group == 2) softmax_of_groups<2>(rows, count * size, job.reduced, differences, left_out);
+    if (job.group == 4) softmax_of_groups<4>(rows, count * size, job.reduced, differences, left_out);
     for (int64_t i = 0; i < count; ++i) splat_of_tile(job, begin + i, rows + i * size);
   }
 }

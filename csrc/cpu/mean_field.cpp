@@ -4,6 +4,7 @@
 
 #include <ATen/Parallel.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -110,6 +111,7 @@ void clear_untouched(const LatticeArrays& lattice, int32_t channels, int32_t par
   }
 }
 
+constexpr float kLargest = 3e38f;  // of an energy that messages are still added to
 constexpr int64_t kMostOfCopies = int64_t{1} << 28;  // floats that threads' own vertices may take, a lattice
 
 struct Values {
@@ -214,27 +216,32 @@ void MeanField::run(const Kernels& kernels) const {
   if (unary != nullptr) {
     float* rows = energies.get(tiles * row_size);
     job.negative_unary = rows;
-    const bool differences = channels == 1;
+    // of two labels the one's energy above the other's, finite even where an infinite one forbids a label
+    const bool differences = layout.reduced && layout.group == 1;
+    const auto difference = [](float of, float from) { return std::clamp(of - from, -kLargest, kLargest); };
     float* last = nullptr;
-    if (layout.reduced && !differences) job.left_out = last = left_out.get(tiles * kTile);
+    if (layout.reduced && !differences) job.left_out = last = left_out.get(tiles * parts * kTile);
     at::parallel_for(0, tiles, 256, [&](int64_t begin, int64_t end) {
       for (int64_t tile = begin; tile < end; ++tile) {
         float* own = rows + tile * row_size;
         const int64_t count = std::min<int64_t>(kTile, points - tile * kTile);
-        if (used < channels) std::fill(own, own + row_size, -INFINITY);
-        for (int32_t c = 0; c < used; ++c) {
-          int32_t width;
-          float* to = own + layout.row_of(0, c, width);
-          if (differences) {
-            over_pixels(tile, [&](int64_t k, int64_t p) { to[k] = unary[points + p] - unary[p]; });
-          } else {
-            const float* from = unary + c * points;
-            over_pixels(tile, [&](int64_t k, int64_t p) { to[k * width] = -from[p]; });
+        if (labellings * used < int64_t{channels} * parts) std::fill(own, own + row_size, -INFINITY);
+        for (int64_t n = 0; n < labellings; ++n) {
+          const float* all = unary + n * labels * points;
+          for (int32_t c = 0; c < used; ++c) {
+            int32_t width;
+            float* to = own + layout.row_of(n, c, width);
+            const float* from = all + c * points;
+            if (differences) {
+              over_pixels(tile, [&](int64_t k, int64_t p) { to[k * width] = difference(from[points + p], from[p]); });
+            } else {
+              over_pixels(tile, [&](int64_t k, int64_t p) { to[k * width] = -from[p]; });
+            }
+            for (int64_t k = count; k < kTile; ++k) to[k * width] = 0;
           }
-          for (int64_t k = count; k < kTile; ++k) to[k * width] = 0;
-        }
-        for (int64_t k = 0; k < kTile && last != nullptr; ++k) {
-          last[tile * kTile + k] = k < count ? -unary[used * points + pixel(tile * kTile + k)] : 0.0f;
+          for (int64_t k = 0; k < kTile && last != nullptr; ++k) {  // a labelling a part
+            last[(tile * parts + n) * kTile + k] = k < count ? -all[used * points + pixel(tile * kTile + k)] : 0.0f;
+          }
         }
       }
     });
@@ -308,7 +315,8 @@ void MeanField::run(const Kernels& kernels) const {
   constexpr int64_t kChunk = 16;  // tiles whose probabilities are held at a time
   at::parallel_for(0, tiles, 256, [&](int64_t from, int64_t to) {
     const auto own = views(iterations > 0, false);
-    std::vector<float> rows(kChunk * row_size), rest_rows(kChunk * parts * kTile);
+    const int64_t rest_size = layout.group != 0 ? row_size : int64_t{parts} * kTile;
+    std::vector<float> rows(kChunk * row_size), rest_rows(kChunk * rest_size);
     for (int64_t begin = from; begin < to; begin += kChunk) {
       PixelJob part = job;
       part.lattices = own.data(), part.begin = begin, part.end = std::min(begin + kChunk, to);
@@ -316,27 +324,27 @@ void MeanField::run(const Kernels& kernels) const {
       kernels.update(part, nullptr);
       for (int64_t tile = begin; tile < part.end; ++tile) {
         const float* tile_rows = rows.data() + (tile - begin) * row_size;
+        const float* tile_rest = rest_rows.data() + (tile - begin) * rest_size;
         for (int64_t n = 0; n < labellings; ++n) {
-          float rest[kTile], top[kTile];
+          float top[kTile];
           int32_t label[kTile] = {};
-          for (int k = 0; k < kTile; ++k) rest[k] = 1, top[k] = -1;
+          for (int k = 0; k < kTile; ++k) top[k] = -1;
           for (int32_t c = 0; c < labels; ++c) {
             int32_t width = 1;
-            const float* row = rest;
+            const float* row = tile_rest + n * kTile;
             if (c < used) {
               row = tile_rows + layout.row_of(n, c, width);
-            } else if (layout.group == 0 || channels == 1) {
-              row = rest_rows.data() + ((tile - begin) * parts + (channels == 1 ? 0 : n)) * kTile;
+            } else if (layout.group != 0) {
+              row = tile_rest + layout.row_of(n, 0, width);
             }
             if (probabilities != nullptr) {
-              float* to = probabilities + c * points;
+              float* to = probabilities + (n * labels + c) * points;
               over_pixels(tile, [&](int64_t k, int64_t p) { to[p] = row[k * width]; });
               continue;
             }
             for (int64_t k = 0; k < kTile; ++k) {
               const float q = row[k * width];
               label[k] = q > top[k] ? c : label[k], top[k] = q > top[k] ? q : top[k];
-              rest[k] -= q;
             }
           }
           if (best == nullptr) continue;

@@ -31,11 +31,11 @@ struct MeanField {
   const int32_t* order = nullptr;  // the pixel of each point; null: the point's number
   int64_t iterations;
   bool exact;
-  const float* unary = nullptr;    // [label][pixel] energies of the one labelling; or
+  const float* unary = nullptr;    // [labelling][label][pixel] energies; or
   const uint8_t* given = nullptr;  // [labelling][pixel] labels, held with:
   double confidence = 0;
   int32_t unsure = -1;  // the label that is none, or -1
-  float* probabilities = nullptr;  // the result: [label][pixel] of the one labelling; or
+  float* probabilities = nullptr;  // the result: [labelling][label][pixel]; or
   uint8_t* best = nullptr;         // [labelling][pixel]: the most probable label
 
   bool has_one_channel() const;  // the lattices may then be made for one

@@ -31,21 +31,6 @@ struct CamBatch {
   bool relu, add;
 };
 
-// The last entry whose first_block is not beyond `block`.
-template <typename Entry>
-__device__ __forceinline__ int entry_of_block(const Entry* entries, int count, uint32_t block) {
-  int low = 0, high = count - 1;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (entries[middle].first_block <= block) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  return low;
-}
-
 // A_s at one cell.
 template <typename T>
 __device__ __forceinline__ Acc<T> merged(const T* map, const CamScale& scale, int32_t row, int32_t column, bool relu) {

@@ -137,11 +137,14 @@ std::vector<at::Tensor> dense_crf(at::TensorList images, at::TensorList unary, a
     const at::Tensor image = images[i].contiguous(), energies = unary[i].to(at::kFloat).contiguous();
     kept.insert(kept.end(), {image, energies});
     results.push_back(at::empty(energies.sizes(), energies.options()));
-    inputs.push_back({image.const_data_ptr<uint8_t>(), energies.const_data_ptr<float>(), nullptr,
-                      results.back().mutable_data_ptr<float>(), nullptr, image.size(0), image.size(1),
-                      static_cast<int32_t>(energies.size(0))});
+    const int64_t labels = energies.size(-3), size = labels * image.size(0) * image.size(1);
+    for (int64_t k = 0; k < problems_of(energies); ++k) {
+      inputs.push_back({image.const_data_ptr<uint8_t>(), energies.const_data_ptr<float>() + k * size, nullptr,
+                        results.back().mutable_data_ptr<float>() + k * size, nullptr, image.size(0), image.size(1),
+                        static_cast<int32_t>(labels)});
+    }
   }
-  run_all(op, inputs, options, images[0]);
+  if (!inputs.empty()) run_all(op, inputs, options, images[0]);
   return results;
 }
 

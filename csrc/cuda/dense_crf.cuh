@@ -327,7 +327,7 @@ inline CrfPlan plan(const CrfInput* inputs, size_t count, const CrfOptions& opti
   }
   plan.spatial = static_cast<unsigned>(plan.lattices.size());
   for (size_t i = 0; options.has_bilateral && i < count; ++i) {
-    const bool same = i > 0 && inputs[i].image == inputs[i - 1].image;  // label maps of one image
+    const bool same = i > 0 && inputs[i].image == inputs[i - 1].image;  // problems of one image
     bilateral_of[i] = same ? bilateral_of[i - 1] : add(inputs[i], 5);
   }
   if (!plan.fits) return plan;

@@ -49,13 +49,13 @@ inline unsigned checked_grid(const char* op, int64_t blocks) {
   return static_cast<unsigned>(blocks);
 }
 
-// Entries that travel in one launch's argument: 4 KiB of it before CUDA 12.1, 32 KiB since.
+// Entries that travel in one launch's argument, `beside` other bytes: 4 KiB of it before CUDA 12.1, 32 KiB since.
 template <typename Entry>
-constexpr int entries_per_launch() {
+constexpr int entries_per_launch(int beside = 64) {
 #if CUDART_VERSION >= 12010
-  return (32764 - 64) / static_cast<int>(sizeof(Entry));
+  return (32764 - beside) / static_cast<int>(sizeof(Entry));
 #else
-  return (4096 - 64) / static_cast<int>(sizeof(Entry));
+  return (4096 - beside) / static_cast<int>(sizeof(Entry));
 #endif
 }
 

@@ -52,17 +52,25 @@ def rescale(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def make_views(
-    image: np.ndarray, scales: Iterable[float] = (1.0, 0.5, 1.5, 2.0), normalization: Normalization = IMAGENET
+    image: np.ndarray,
+    scales: Iterable[float] = (1.0, 0.5, 1.5, 2.0),
+    normalization: Normalization = IMAGENET,
+    *,
+    mirror: bool = True,
 ) -> list[Tensor]:
-    """For each scale, float32 (2, 3, h, w): the image, rescaled from the original and normalised, and its mirror."""
+    """For each scale, float32 (2, 3, h, w): the image, rescaled from the original and normalised, and its mirror.
+
+    mirror=False: (1, 3, h, w), the image alone.
+    """
     _check_image(image, "make_views")
     table, views = normalization.table(), []
     for scale in scales:
         planes = _planes(image, scaled_size(image.shape[:2], scale))
-        view = np.empty((2, *planes.shape), np.float32)
+        view = np.empty((1 + mirror, *planes.shape), np.float32)
         for channel in range(3):
             cv2.LUT(planes[channel], table[channel], dst=view[0, channel])
-            cv2.flip(view[0, channel], 1, dst=view[1, channel])
+            if mirror:
+                cv2.flip(view[0, channel], 1, dst=view[1, channel])
         views.append(torch.from_numpy(view))
     return views
 

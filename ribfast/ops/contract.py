@@ -33,6 +33,24 @@ def same_device(op: str, first: Tensor, *others: Tensor) -> None:
             raise ValueError(f"{op}: expected all tensors on one device, got {first.device} and {other.device}")
 
 
+def labels(op: str, name: str, value) -> None:
+    """A label map."""
+    if not isinstance(value, Tensor) or value.dtype != torch.uint8:
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{op}: expected {name} to be a uint8 tensor (H, W), got {got}")
+    if value.ndim != 2:
+        raise ValueError(f"{op}: expected {name} (H, W), got shape {tuple(value.shape)}")
+
+
+def count(op: str, name: str, value, *, most: int) -> int:
+    """An integer from 1 to `most`."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or isinstance(value, Tensor):
+        raise TypeError(f"{op}: expected {name} to be an integer, got {type(value).__name__}")
+    if not 1 <= operator.index(value) <= most:
+        raise ValueError(f"{op}: expected {name} from 1 to {most}, got {value}")
+    return operator.index(value)
+
+
 def number(op: str, name: str, value, *, at_least: float = -math.inf) -> float:
     """A finite number."""
     if not isinstance(value, (int, float)):  # torch.compile passes symbolic ones off as these
@@ -43,6 +61,17 @@ def number(op: str, name: str, value, *, at_least: float = -math.inf) -> float:
         bound = "" if at_least == -math.inf else f" of at least {at_least:g}"
         raise ValueError(f"{op}: expected {name} to be a finite number{bound}, got {value}")
     return float(value) if type(value) is int else value  # operators take 64 bits of an int
+
+
+def integer(op: str, name: str, value, least: int, most: int | None = None) -> int:
+    """An integer of at least `least` and at most `most`."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{op}: expected {name} to be an integer, got {type(value).__name__}")
+    value = operator.index(value)
+    if value < least or (most is not None and value > most):
+        bound = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{op}: expected {name} {bound}, got {value}")
+    return value
 
 
 def size(op: str, name: str, value) -> tuple[int, int]:

@@ -1,6 +1,5 @@
 """The fully connected CRF's mean field: wrappers, contract, fake kernels; the gradient by a loop over the lattice's."""
 
-import operator
 from collections.abc import Sequence
 
 import torch
@@ -31,7 +30,8 @@ def dense_crf(
     """Probabilities of the labels of every pixel: mean field in a CRF that connects all pixels of an image.
 
     images: (N, H, W, 3) uint8, unary: (N, L, H, W) energies (-log p) -> (N, L, H, W) float32; or lists of (H, W, 3) and
-    (L, H, W), of different sizes and numbers of labels if need be -> a list.
+    (L, H, W), of different sizes and numbers of labels if need be -> a list. Several problems of one image,
+    (N, K, L, H, W) or lists of (K, L, H, W), share its lattices.
     gaussian: (standard deviation in pixels, strength), bilateral: (in pixels, in colour, strength) of the Potts terms;
     None leaves a term out. normalization: "symmetric" (pydensecrf's default), "after", "before" or "none".
     exact: pydensecrf's order of operations, for results equal to 1e-5; otherwise they are within 5e-4 of it.
@@ -43,7 +43,7 @@ def dense_crf(
     memory, and more vertices than that are an error (in a CUDA graph, where nothing can be raised: NaN results).
     """
     stacked = isinstance(images, Tensor)
-    each_image, each_unary = _paired(_OP, images, unary, "unary", "(N, L, H, W)", 4)
+    each_image, each_unary = _paired(_OP, images, unary, "unary", "(N, L, H, W) or (N, K, L, H, W)", 4, 5)
     if nan not in ("error", "propagate"):
         raise ValueError(f"{_OP}: expected nan to be 'error' or 'propagate', got {nan!r}")
     for image, energies in zip(each_image, each_unary, strict=True):
@@ -90,12 +90,12 @@ def dense_crf_labels(
     op = "dense_crf_labels"
     stacked = isinstance(images, Tensor)
     each_image, each_labels = _paired(op, images, labels, "labels", "(N, H, W) or (N, K, H, W)", 3, 4)
-    n_labels = _integer(op, "n_labels", n_labels, 1, 256)
+    n_labels = contract.integer(op, "n_labels", n_labels, 1, 256)
     confidence = float(contract.number(op, "confidence", confidence))
     if not 0 < confidence < 1:
         raise ValueError(f"{op}: expected a confidence above 0 and below 1, got {confidence}")
     if unsure is not None:
-        unsure = _integer(op, "unsure", unsure, 0, 255)
+        unsure = contract.integer(op, "unsure", unsure, 0, 255)
     maps = [
         _check_labels(op, image, given, n_labels, unsure) for image, given in zip(each_image, each_labels, strict=True)
     ]
@@ -149,7 +149,7 @@ def mean_field(
         raise ValueError(f"{op}: expected unary (L, P) with at least one label, got shape {tuple(unary.shape)}")
     _check_finite(op, unary, nan)
     how = [_normalization(op, name) for name in normalizations]
-    iterations = _integer(op, "iterations", iterations, 0)
+    iterations = contract.integer(op, "iterations", iterations, 0)
     _check_choice(op, exact, differentiable)
     fused = all(lattice._reference is None for lattice in lattices)
     if differentiable or not fused or _ext.backend(_OP, unary.device).name == "reference":
@@ -163,10 +163,10 @@ def mean_field(
 def _by_autograd(image, unary, gaussian, bilateral, iterations, normalization):
     lattices = [Lattice(features, filled=True) for features in reference.image_features(image, gaussian, bilateral)]
     strengths = [term[-1] for term in (gaussian, bilateral) if term is not None]
-    q = reference.mean_field(
-        unary.float().flatten(1), lattices, strengths, normalizations=normalization, iterations=iterations
-    )
-    return q.reshape(unary.shape)
+    options = dict(normalizations=normalization, iterations=iterations)
+    problems = unary.float().reshape(-1, unary.shape[-3], unary.shape[-2] * unary.shape[-1])
+    q = [reference.mean_field(energies, lattices, strengths, **options) for energies in problems]
+    return torch.stack(q).reshape(unary.shape) if q else unary.float()
 
 
 def _paired(op: str, images, others, name: str, shape: str, *ndims: int) -> tuple[list, list]:
@@ -203,10 +203,10 @@ def _check_image(op: str, image) -> None:
 
 
 def _check_unary(image, energies, nan: str) -> None:
-    contract.tensor(_OP, "unary", energies, 3, "(L, H, W)")
-    if energies.shape[0] == 0 or energies.shape[1:] != image.shape[:2]:
-        raise ValueError(f"{_OP}: expected unary (L, H, W) with L >= 1 and the image's size {tuple(image.shape[:2])}, "
-                         f"got shape {tuple(energies.shape)}")  # fmt: skip
+    contract.tensor(_OP, "unary", energies, shape="(L, H, W) or (K, L, H, W)")
+    if energies.ndim not in (3, 4) or energies.shape[-3] == 0 or energies.shape[-2:] != image.shape[:2]:
+        raise ValueError(f"{_OP}: expected unary (L, H, W) or (K, L, H, W) with L >= 1 and the image's size "
+                         f"{tuple(image.shape[:2])}, got shape {tuple(energies.shape)}")  # fmt: skip
     _check_finite(_OP, energies, nan)
 
 
@@ -241,8 +241,8 @@ def _check_labels(op: str, image, labels, n_labels: int, unsure: int | None) -> 
 def _options(op: str, gaussian, bilateral, iterations, normalization, exact, capacity) -> tuple:
     """What both operators take behind their tensors."""
     terms = _term(op, "gaussian", gaussian, 2), _term(op, "bilateral", bilateral, 3)
-    iterations = _integer(op, "iterations", iterations, 0)
-    capacity = 0 if capacity is None else _integer(op, "capacity", capacity, 1)
+    iterations = contract.integer(op, "iterations", iterations, 0)
+    capacity = 0 if capacity is None else contract.integer(op, "capacity", capacity, 1)
     return (*terms, iterations, _normalization(op, normalization), bool(exact), capacity)
 
 
@@ -250,16 +250,6 @@ def _normalization(op: str, name: str) -> int:
     if name not in NORMALIZATIONS:
         raise ValueError(f"{op}: expected normalization to be one of {', '.join(NORMALIZATIONS)}, got {name!r}")
     return NORMALIZATIONS.index(name)
-
-
-def _integer(op: str, name: str, value, least: int, most: int | None = None) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{op}: expected {name} to be an integer, got {type(value).__name__}")
-    value = operator.index(value)
-    if value < least or (most is not None and value > most):
-        bound = f"of at least {least}" if most is None else f"from {least} to {most}"
-        raise ValueError(f"{op}: expected {name} {bound}, got {value}")
-    return value
 
 
 def _term(op: str, name: str, term, count: int) -> list[float]:

@@ -132,10 +132,7 @@ class _Training:
             checkpoint.unlink(missing_ok=True)
             unfinished.unlink(missing_ok=True)
         journal = Journal(self.out / "metrics.jsonl" if self.here.rank == 0 else None, first)
-        try:
-            self._run(first, journal, progress, unfinished)
-        finally:
-            journal.close()
+        self._run(first, journal, progress, unfinished)
         self.task.finish(self.here)
         if self.here.rank == 0:
             models.save_checkpoint(checkpoint, self.task.tensors(), self._metadata())

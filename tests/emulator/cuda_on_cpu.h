@@ -173,3 +173,9 @@ template <typename T>
 T __ldg(const T* from) {
   return *from;
 }
+
+inline float atomicAdd(float* at, float value) {
+  const float old = *at;
+  *at += value;
+  return old;
+}

@@ -6,6 +6,11 @@
 #include "../../csrc/cuda/adapt.cuh"
 #include "../../csrc/cuda/gndrp.cuh"
 #include "../../csrc/cuda/normalize_cams.cuh"
+#include "../../csrc/cuda/pair_losses.cuh"
+#include "../../csrc/cuda/path_affinity.cuh"
+#include "../../csrc/cuda/random_walk.cuh"
+#include "../../csrc/walk_series.h"
+#include "../../csrc/cuda/refine.cuh"
 
 using namespace ribfast::cuda;
 
@@ -196,6 +201,89 @@ void update_folded(int storage, bool wide, unsigned order, const void** given, v
       });
     }
   });
+}
+
+void path_affinity(unsigned order, const float* boundary, int64_t count, int32_t height, int32_t width, int radius,
+                   float beta, float* out, const float* grad, float* result) {
+  const auto tiles_y = static_cast<int32_t>(pair_tiles(height, 1)), tiles_x = static_cast<int32_t>(pair_tiles(1, width));
+  const dim3 grid(static_cast<unsigned>(count * tiles_y * tiles_x));
+  emulator::launch(grid, kPairThreads, order,
+                   [&] { path_affinity_kernel(boundary, height, width, tiles_y, tiles_x, radius, beta, out); });
+  emulator::launch(grid, kPairThreads, order, [&] {
+    path_affinity_backward_kernel(grad, boundary, height, width, tiles_y, tiles_x, radius, beta, result);
+  });
+}
+
+// sums: of the blocks, added up here; results: the boundary's and the displacement's gradient.
+void pair_losses(unsigned order, const float* boundary, const float* displacement, const uint8_t* labels, int64_t count,
+                 int32_t height, int32_t width, int radius, float* sums, const float* grads, float* to_boundary,
+                 float* to_displacement) {
+  const int32_t rows = height - (radius - 1), columns = width - 2 * (radius - 1);
+  if (rows <= 0 || columns <= 0) return;
+  const auto tiles_y = static_cast<int32_t>(pair_tiles(rows, 1)), tiles_x = static_cast<int32_t>(pair_tiles(1, columns));
+  const PairMaps maps{boundary, displacement, labels, height, width, rows, columns, tiles_y, tiles_x, radius};
+  const auto blocks = static_cast<unsigned>(count * tiles_y * tiles_x);
+  std::vector<float> partial(blocks * kLossSums);
+  emulator::launch(blocks, kPairThreads, order, [&] { pair_losses_kernel(maps, partial.data()); });
+  for (size_t i = 0; i < partial.size(); ++i) sums[i % kLossSums] += partial[i];
+  emulator::launch(blocks, kPairThreads, order,
+                   [&] { pair_losses_backward_kernel(maps, grads, to_boundary, to_displacement); });
+}
+
+// Images of one number of classes; sizes: height and width of each; even, odd, results and inverses are scratch but for
+// the one that holds the result: results, or where the walk is plain even or odd by the steps.
+void random_walk(unsigned order, int images, const float** cams, const float** weights, const int32_t* sizes,
+                 int classes, int radius, int64_t steps, float** even, float** odd, float** results, float** inverses) {
+  static WalkBatch<8> batch;
+  const ribfast::WalkSeries series = ribfast::walk_series(steps, ribfast::kWalkTolerance);
+  const bool plain = series.factors.empty();
+  batch.count = images, batch.radius = radius;
+  int64_t blocks = 0;
+  for (int i = 0; i < images; ++i) {
+    batch.entries[i] = {cams[i], weights[i], even[i], odd[i], plain ? nullptr : results[i], inverses[i], classes,
+                        sizes[2 * i], sizes[2 * i + 1], static_cast<uint32_t>(blocks)};
+    blocks += walk_blocks(sizes[2 * i], sizes[2 * i + 1]);
+  }
+  const dim3 grid(static_cast<unsigned>(blocks));
+  emulator::launch(grid, kWalkPixels, order,
+                   [&] { walk_begin_kernel<8>(batch, plain ? 0.0f : static_cast<float>(series.factors[0])); });
+  for (int64_t k = 1; k <= series.applications; ++k) {
+    const float factor = plain ? 0.0f : static_cast<float>(series.factors[k]);
+    emulator::launch(grid, kWalkPixels, order, [&] {
+      const bool from_even = k % 2 == 1, twice = !plain && k > 1;
+      if (radius <= 5 && classes == 1) {
+        walk_step_kernel<4, 1, 8>(batch, from_even, twice, factor);
+      } else if (radius <= 5) {
+        walk_step_kernel<4, kWalkClasses, 8>(batch, from_even, twice, factor);
+      } else {
+        walk_step_kernel<ribfast::kLargestRadius - 1, kWalkClasses, 8>(batch, from_even, twice, factor);
+      }
+    });
+  }
+}
+
+// Images (3, H, W) and maps (C, H, W) of any sizes in one batch; shapes: C, H, W of each.
+void refine(unsigned order, int count, const float** images, const float** maps, const int32_t* shapes, bool pamr,
+            const int64_t* dilations, int32_t dilation_count, int64_t iterations, float w1, float w2, float** results) {
+  constexpr int kImages = 8;
+  static RefineBatch<kImages> batch;
+  batch.count = count, batch.options = {};
+  batch.options.dilation_count = dilation_count, batch.options.w1 = w1, batch.options.pamr = pamr;
+  for (int i = 0; i < dilation_count; ++i) batch.options.dilations[i] = static_cast<int32_t>(dilations[i]);
+  ribfast::position_weights(dilations, dilation_count, w1, w2, batch.options.position);
+  std::vector<std::vector<float>> memory;
+  for (int i = 0; i < count; ++i) {
+    const int32_t* shape = shapes + 3 * i;
+    const int64_t size = int64_t{shape[1]} * shape[2];
+    memory.emplace_back(size * dilation_count * ribfast::kAround, NAN);
+    memory.emplace_back(size * shape[0], NAN);
+    batch.images[i] = {images[i], maps[i], memory[2 * i].data(), memory[2 * i + 1].data(), results[i],
+                       shape[0],  shape[1], shape[2], 0};
+  }
+  const auto run = [&](auto kernel, dim3 grid, unsigned threads, const auto&... arguments) {
+    emulator::launch(grid, threads, order, [&] { kernel(arguments...); });
+  };
+  refine_images(run, batch, iterations);
 }
 
 }  // extern "C"

@@ -1,0 +1,115 @@
+"""Files that are whole or not there, and JSON lines that any number of processes append."""
+
+import contextlib
+import errno
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+log = logging.getLogger("ribfast")
+PARTIAL = ".partial"  # ends the names of files that are being written
+LONGEST_NAME = 255  # bytes of one part of a path, on every file system in use
+
+
+def write(path: Path, *parts, lasting: bool = False) -> None:
+    """The file holds these bytes or what it held before, whoever is killed meanwhile, by a loss of power too.
+
+    lasting: once this returns, its name survives a loss of power as well; otherwise the file may then be missing. A
+    folder's entry costs about as much again as the file, so this is for files that others rely on.
+    """
+    with explained(path):
+        if path.is_dir():
+            raise ValueError(f"expected no folder at {path}; remove it or choose another folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{os.urandom(12).hex()}{PARTIAL}")
+        try:
+            with open(partial, "xb") as file:
+                for part in parts:
+                    file.write(part)
+                file.flush()
+                os.fsync(file.fileno())  # or the name could reach the disk before the bytes
+            os.replace(partial, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
+        if lasting and os.name == "posix":
+            descriptor = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """What stands in the way of writing a path, said with the path and what to do."""
+    try:
+        yield
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"expected a folder for {path}, got a file in its place; choose another folder") from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            said = f"no space left for {path}: {_free(path)}; free some and run it again, or choose another folder"
+        elif error.errno == errno.EFBIG:
+            said = f"expected room for {path}, got a limit on the size of files; raise it (ulimit -f)"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            reason = os.strerror(error.errno).lower()
+            said = f"expected to be allowed to write {path}, got {reason}; give the right, or choose another folder"
+        elif error.errno == errno.ENAMETOOLONG:
+            said = f"expected names of at most {LONGEST_NAME} bytes, got {path}; rename the image"
+        else:
+            raise
+        raise OSError(error.errno, said) from error
+
+
+def _free(path: Path) -> str:
+    """`N bytes free` on the disk that the path is, or would be, on."""
+    for folder in path.parents:
+        try:
+            found = os.statvfs(folder)
+        except FileNotFoundError:
+            continue
+        return f"{found.f_bavail * found.f_frsize} bytes free" + ("" if found.f_favail else ", and no inodes")
+    return "unknown bytes free"
+
+
+def append(path: Path, facts: dict) -> None:
+    """Adds a line. It is not forced to the disk: what a loss of power takes are the last lines, at most halved."""
+    line = json.dumps(facts, default=_plain).encode() + b"\n"
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            size = os.fstat(descriptor).st_size
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":  # a killed run's half line, which ends here
+                line = b"\n" + line
+            if os.write(descriptor, line) != len(line):
+                raise OSError(errno.ENOSPC, f"{path} took a part of a line")
+        finally:
+            os.close(descriptor)
+
+
+def lines(path: Path) -> list[dict]:
+    """A file's JSON objects; what a killed run left half written is passed over."""
+    found = []
+    for number, line in enumerate(path.read_bytes().split(b"\n") if path.is_file() else (), 1):
+        try:
+            facts = json.loads(line) if line else None
+        except ValueError:
+            facts = line
+        if isinstance(facts, dict):
+            found.append(facts)
+        elif line:
+            log.warning("passed over line %d of %s, which is no whole record", number, path)
+    return found
+
+
+def _plain(value):
+    if hasattr(value, "tolist"):  # numpy's and torch's
+        return value.tolist()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise TypeError(f"expected facts that JSON knows, got a {type(value).__name__}")
