@@ -241,18 +241,21 @@ def test_resumed_training_equals_an_uninterrupted_one(source, labels, weights, t
 
 
 def test_what_follows_the_last_epoch_is_made_up_for(source, labels, weights, tmp_path, monkeypatch):
-    """A run that is cut off while it takes the mean displacement trains no epoch again."""
-    expected = models.load_checkpoint(train_irn(source, labels, SMALL, tmp_path / "whole", weights=weights))
-    out = tmp_path / "broken"
+    """A run that is cut off before the mean displacement is known trains no epoch again."""
+
+    def killed(self):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(models.IRNet, "eval", lambda self: (_ for _ in ()).throw(KeyboardInterrupt()))
         patch.setattr(models, "irn_network", lambda name, **o: models.IRNet(models.cam_classifier(name, 1, **o)))
-        train_irn(source, labels, SMALL, out, weights=weights)
-    found = models.load_checkpoint(
-        train_irn(source, labels, SMALL, out, resume=True, progress=lambda *facts: pytest.fail("a step"))
-    )
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert len(lines(out)) == 4
+        patch.setattr(models.IRNet, "eval", killed)
+        train_irn(source, labels, SMALL, tmp_path, weights=weights)
+    before = models.load_checkpoint(tmp_path / "unfinished.safetensors")
+    path = train_irn(source, labels, SMALL, tmp_path, resume=True, progress=lambda *facts: pytest.fail("a step"))
+    found = models.load_checkpoint(path)
+    assert found.pop("mean_shift.running_mean").abs().min() > 0
+    assert all(torch.equal(value, before[f"model.{name}"]) for name, value in found.items())
+    assert len(lines(tmp_path)) == 4
 
 
 CHILD = """
@@ -266,25 +269,30 @@ train_irn(data.open_source(spec), labels, SMALL, out, weights=weights)
 """
 
 
-def test_two_processes_share_each_batch(source, labels, weights, tmp_path):
+@pytest.mark.filterwarnings("ignore:.broadcast_buffers:FutureWarning")
+def test_two_processes_share_each_batch(source, labels, weights, tmp_path, monkeypatch):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     for name, mask in labels.items():
         cv2.imwrite(str(tmp_path / f"{name}.png"), mask)
-    spec = f"folder:{source[0].image.parents[1]}"
-    command = [sys.executable, "-c", CHILD, spec, str(tmp_path), str(weights), str(tmp_path / "two")]
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    children = [
-        subprocess.Popen(command, env=environment | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
+    spec, out = f"folder:{source[0].image.parents[1]}", tmp_path / "two"
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    path = os.pathsep.join(filter(None, sys.path))
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, spec, str(tmp_path), str(weights), str(out)],
+        env=os.environ | environment | {"RANK": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     alone = train_irn(source, labels, SMALL, tmp_path / "one", weights=weights)
-    for child in children:
-        assert child.wait(120) == 0, child.stderr.read()[-2000:]
-        child.stderr.close()
-    found, expected = models.load_checkpoint(tmp_path / "two" / "irn.safetensors"), models.load_checkpoint(alone)
+    with monkeypatch.context() as patch:
+        for name, value in {**environment, "RANK": "0"}.items():
+            patch.setenv(name, value)
+        together = train_irn(source, labels, SMALL, out, weights=weights)
+    assert child.wait(120) == 0, child.stderr.read()[-2000:]
+    child.stderr.close()
+    found, expected = models.load_checkpoint(together), models.load_checkpoint(alone)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4, msg=name)
     both = [[line["loss"] for line in lines(tmp_path / name)] for name in ("one", "two")]
