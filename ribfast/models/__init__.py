@@ -86,7 +86,7 @@ def open_irn(
     tensorflow_padding, normalization = _input(op, known, tensorflow_padding, normalization)
     model = irn_network(name, tensorflow_padding=tensorflow_padding)
     model.fill(state)
-    model.backbone.normalization = normalization
+    model.backbone.normalization, model.crop = normalization, int(known.get("crop", model.crop))
     return model
 
 
