@@ -89,12 +89,14 @@ def test_boundaries_of_images_and_mirrors():
         logits = model(large)[0][:, 0, :rows, :columns].detach()
         expected = ((logits[0] + logits[1].flip(-1)) / 2).sigmoid()
         torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
-    as_they_are = model.boundaries(views[:1])[0]
+    model.crop = 64
+    torch.testing.assert_close(model.boundaries(views), found)
+    as_they_are = model.boundaries(views[:1], 0)[0]
     assert (as_they_are - found[0]).abs().max() > 1e-3  # GroupNorm sees what is padded
     same = views[2][..., :48]
-    upright, mirrored = model.boundaries([same, same.flip(0)])
+    upright, mirrored = model.boundaries([same, same.flip(0)], 0)
     torch.testing.assert_close(mirrored, upright.flip(-1))
-    assert model.boundaries([]) == []
+    assert model.boundaries([], 0) == []
 
 
 def as_released(model, prefix, old):
@@ -141,14 +143,14 @@ def test_opens_irns_own_files(prefix, old, tmp_path):
 def test_checkpoints_say_what_they_are(tmp_path):
     path = tmp_path / "irn.safetensors"
     model = network("mobilenet_v2", tensorflow_padding=True)
-    model.backbone.normalization = "symmetric"
+    model.backbone.normalization, model.crop = "symmetric", 96
     models.save_checkpoint(path, model.tensors(), model.metadata())
     other = models.open_irn(path)
-    assert other.normalization == "symmetric" and other.backbone.tensorflow_padding
+    assert (other.normalization, other.crop) == ("symmetric", 96) and other.backbone.tensorflow_padding
     images = torch.randn(1, 3, 40, 47)
     assert torch.equal(other(images)[0], model(images)[0])
     models.save_checkpoint(path, model.tensors())
-    assert not models.open_irn(path).backbone.tensorflow_padding
+    assert not models.open_irn(path).backbone.tensorflow_padding and models.open_irn(path).crop == 512
     other = models.open_irn(path, tensorflow_padding=True)
     assert other.normalization == "symmetric" and torch.equal(other(images)[1], model(images)[1])
     backbone = models.cam_classifier("mobilenet_v2", 3)

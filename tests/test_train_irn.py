@@ -140,7 +140,8 @@ def test_boundaries_are_learned(weights, tmp_path):
     assert len(start) > 50 and all(
         torch.equal(trained[name], value) for name, value in start.items() if name in trained
     )
-    found = boundaries(model, [source.image(item) for item in source], padded=64)
+    assert model.crop == 64
+    found = boundaries(model, [source.image(item) for item in source])
     for item, boundary in zip(source, found, strict=True):
         mask = masks[item.name]
         rim = cv2.morphologyEx(mask, cv2.MORPH_GRADIENT, np.ones((5, 5), np.uint8))[::4, ::4] > 0

@@ -26,13 +26,14 @@ class WalkConfig:
     beta: float = 10.0  # affinities of pixels, of 0 to 1, are raised to it
     log2_steps: int = 8  # 2 ** this many steps
     radius: int = 5  # a step leads to pixels, of a quarter of the image's, that are closer than this
-    # the network sees photographs padded with zeros up to this side, as its crops were, for GroupNorm; 0: as they are
-    padded: int = 512
+    # the network sees photographs padded with zeros up to this side, for GroupNorm; none: to its crops' in training
+    padded: int | None = None
 
     def __post_init__(self):
         for name in ("background", "power", "beta", "padded"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"WalkConfig: expected {name} of at least 0, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"WalkConfig: expected {name} of at least 0, got {value}")
         if not 0 <= self.log2_steps <= 16:
             raise ValueError(f"WalkConfig: expected log2_steps from 0 to 16, got {self.log2_steps}")
         ops.pair_offsets(self.radius)
@@ -57,7 +58,7 @@ class WalkConfig:
 
 @torch.no_grad()
 def boundaries(
-    model: IRNet, images: np.ndarray | Tensor | Sequence, *, padded: int = 512, precision: str = "float32"
+    model: IRNet, images: np.ndarray | Tensor | Sequence, *, padded: int | None = None, precision: str = "float32"
 ) -> Tensor | list[Tensor]:
     """The class boundary of an image, (ceil(H / 4), ceil(W / 4)) in [0, 1], from it and its mirror; or a list's.
 

@@ -54,7 +54,7 @@ def open_classifier(
     if n_classes is not None and has != n_classes:
         raise ValueError(f"{op}: expected a classifier of the data's {n_classes} classes, got {has} in {path}; train "
                          f"one on this data")  # fmt: skip
-    name = network or known.get("network") or _network(op, state, path)
+    name = network or known.get("network") or _network(state, path, op)
     tensorflow_padding, normalization = _input(op, known, tensorflow_padding, normalization)
     model = cam_classifier(name, has, tensorflow_padding=tensorflow_padding)
     load_into(model, state)
@@ -82,11 +82,11 @@ def open_irn(
         kind = "a classifier" if "classifier.weight" in state else "a backbone or another network"
         raise ValueError(f"{op}: expected IRN's network, with fc_edge6.weight, got {path}, {kind}; train IRN on it "
                          f"first")  # fmt: skip
-    name = network or known.get("network") or _network(op, state, path)
+    name = network or known.get("network") or _network(state, path, op)
     tensorflow_padding, normalization = _input(op, known, tensorflow_padding, normalization)
     model = irn_network(name, tensorflow_padding=tensorflow_padding)
     model.fill(state)
-    model.backbone.normalization = normalization
+    model.backbone.normalization, model.crop = normalization, int(known.get("crop", model.crop))
     return model
 
 
@@ -103,7 +103,7 @@ def _input(
     return tensorflow_padding, normalization
 
 
-def _network(op: str, state: dict[str, Tensor], path) -> str:
+def _network(state: dict[str, Tensor], path, op: str = "open_classifier") -> str:
     """Told by the names of its tensors."""
     if "features.0.0.weight" in state:
         return "mobilenet_v2"

@@ -75,6 +75,8 @@ def _together(features: list[Tensor]) -> Tensor:
 class IRNet(nn.Module):
     """Only the branches train: the backbone is frozen, its features are computed without a graph."""
 
+    crop: int = 512  # the side of what it was trained on; IRN's own
+
     def __init__(self, backbone: CamClassifier):
         super().__init__()
         self.backbone = backbone.requires_grad_(False)
@@ -87,7 +89,8 @@ class IRNet(nn.Module):
     def metadata(self) -> dict[str, str]:
         """What a checkpoint must say beside its tensors for open_irn."""
         known = self.backbone.metadata()
-        return {"kind": "irn"} | {name: known[name] for name in ("network", "normalization", "tensorflow_padding")}
+        own = {"kind": "irn", "crop": str(self.crop)}
+        return own | {name: known[name] for name in ("network", "normalization", "tensorflow_padding")}
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds: the backbone's under torchvision's names, the branches' under IRN's."""
@@ -113,13 +116,14 @@ class IRNet(nn.Module):
         return self.branches.boundary(features), self.branches.displacement(features)
 
     @torch.no_grad()
-    def boundaries(self, views: Sequence[Tensor], padded: int = 0) -> list[Tensor]:
+    def boundaries(self, views: Sequence[Tensor], padded: int | None = None) -> list[Tensor]:
         """Each image and its mirror, normalised, (2, 3, H, W) -> its boundary (ceil(H / 4), ceil(W / 4)) in [0, 1].
 
-        Sizes are any. padded: images are padded with zeros at the right and below up to so many pixels a side, as the
-        crops were that the network was trained with, since GroupNorm sees the padding; larger sides stay as they are.
+        Sizes are any. padded: images are padded with zeros at the right and below up to so many pixels a side, since
+        GroupNorm sees the padding; larger sides stay as they are. None: up to the crop that the network was trained on.
         Images that are of one size then are computed together.
         """
+        padded = self.crop if padded is None else padded
         members: dict[tuple[int, int], list[int]] = {}
         for number, view in enumerate(views):
             height, width = view.shape[2:]

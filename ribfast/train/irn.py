@@ -128,7 +128,7 @@ class _Irn:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(c.seed)
             self.model = models.irn_network(c.network, tensorflow_padding=c.tensorflow_padding)
-        self.model.backbone.normalization = c.normalization
+        self.model.backbone.normalization, self.model.crop = c.normalization, c.crop
         if filled:
             return
         if self.weights is None:
