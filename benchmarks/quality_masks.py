@@ -81,7 +81,6 @@ def measure(method, sources, maps, network) -> dict:
     preset, grid = METHODS[method]
     ((field, values),) = grid.items()
     config = getattr(MaskConfig, preset)()
-    config = dataclasses.replace(config, padded=0) if preset == "irn" else config
     on_train = [
         miou(sources["some"], maps["train"], dataclasses.replace(config, **{field: value}), network)
         for value in (values if len(values) > 1 else [])

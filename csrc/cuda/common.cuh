@@ -86,21 +86,6 @@ struct Plus {
   }
 };
 
-// The last entry whose first_block is not beyond `block`.
-template <typename Entry>
-__device__ __forceinline__ int entry_of_block(const Entry* entries, int count, uint32_t block) {
-  int low = 0, high = count - 1;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (entries[middle].first_block <= block) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  return low;
-}
-
 // The combination of all threads' values, known to all threads. blockDim.x is a multiple of 32; `shared` holds 32 and
 // may be used again after a __syncthreads().
 template <typename S, typename Op>

@@ -35,7 +35,8 @@ class MaskConfig:
     beta: float = 10.0  # of irn: affinities of pixels are raised to it
     log2_steps: int = 8  # of irn: 2 ** this many steps
     radius: int = 5  # of irn: a step leads to pixels, of a quarter of the image's, that are closer than this
-    padded: int = 512  # of irn: photographs are padded with zeros up to this side for its network; 0: not
+    # of irn: photographs are padded with zeros up to this side for its network; none: to its crops' in training
+    padded: int | None = None
     least: float = 0.05  # of ppmg: values below it count as 0
     cv_scale: float = 0.3  # of ppmg: how much a map's coefficient of variation smoothes it
     dilations: tuple[int, ...] = (1, 2, 4, 8, 12, 24)  # of par and pamr: distances of the neighbours
