@@ -33,6 +33,13 @@ RIB = {
     "rib_arithmetic[mobilenet_v2-fast-auto]": "MobileNetV2, fast",
     "rib_with_loading[mobilenet_v2-fast-auto]": "the same, from JPEG files to map files",
 }
+PAIRS = {
+    "random_walk[{}]": "`random_walk`, 256 steps, 94x125, 2 classes, against the dense matrix (one squaring, times 8)",
+    "series_against_steps[{}]": "the same, against its own kernel taking every step",
+    "pair_losses[{}-2]": "`pair_losses`, forward and backward, (2, 128, 128), radius 10, against plain torch",
+    "refine[{}-par-3]": "`refine`, PAR, 3 classes, 375x500, 10 iterations, against plain torch",
+    "refine[{}-par-21]": "the same, 21 classes",
+}
 EVALUATE = {"npz": "npz, strided maps", "irn": "IRN's files"}
 
 
@@ -70,6 +77,20 @@ def table() -> str:
     lines.append(f"\nMemory that a call adds, its result included (pydensecrf2's): {small}; a 4096x4096 image with 21 "
                  f"labels {large['ours_mib'] / 1024:.1f} GiB, beside its unary of {unary:.1f}.")  # fmt: skip
     lines.append(f"\nOn two threads: {one:.1f} times as fast for one image, {four:.1f} for a batch of four.")
+    problems = rows["problems_of_one_image"]
+    lines.append(f"\nThree CRFs of two labels of one image together: {problems['ratio']:.1f} times as fast as apart.")
+    lines += [
+        "\nFrom maps to masks, times faster in one run:\n",
+        "| | one thread | two threads | asked |",
+        "|---|---|---|---|",
+    ]
+    for pattern, label in PAIRS.items():
+        one, two = (rows[pattern.format(threads)] for threads in ("1 thread", "2 threads"))
+        asked = "" if one["target"] is None else f"{one['target']:.0f}"
+        lines.append(f"| {label} | {_rounded(one['ratio'])} | {_rounded(two['ratio'])} | {asked} |")
+    walk = rows["random_walk_memory"]
+    lines.append(f"\nA walk at 120x160 adds {walk['ours_mib']:.0f} MiB to the process (asked: less than 95); the dense "
+                 f"matrix and its square are {walk['baseline_mib']:.0f}.")  # fmt: skip
     lines += [
         "\nRIB, 128-pixel images with 20 others, 4 steps, times faster than the released procedure written straight, "
         "on two threads:\n",
@@ -91,6 +112,10 @@ def table() -> str:
         lines.append(f"| {label} | {one['ratio']:.0f} | {two['ratio']:.0f} | {one['target']:.0f} | "
                      f"{one['largest_difference']:.1g} |")  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def _rounded(ratio: float) -> str:
+    return f"{ratio:,.0f}" if ratio >= 100 else f"{ratio:.1f}"
 
 
 def with_table(text: str) -> str:

@@ -26,6 +26,11 @@ def merge_cams(maps: Sequence[Tensor], keys, size: tuple[int, int]) -> tuple[Ten
     return ops.normalize_cams(strided, inplace=True), ops.normalize_cams(high_res, inplace=True)
 
 
+def shrink_cams(high_res: Tensor) -> Tensor:
+    """Maps (n, H, W) -> (n, ceil(H / 4), ceil(W / 4)): the mean of each 4 x 4 pixels, of those that there are."""
+    return F.avg_pool2d(high_res, 4, ceil_mode=True)
+
+
 CROP_SCALES = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
 
 

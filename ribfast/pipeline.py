@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from . import data, masks, models, rib
-from .cams import merge_cams
+from .cams import CROP_SCALES, merge_cams, multi_crop_cams, shrink_cams
 from .metrics import Confusion, PerImage, ThresholdSweep, bootstrap_interval
 from .processes import choose_device, choose_shard
 from .rib import RIBConfig
@@ -31,6 +31,8 @@ class CamConfig:
     """The defaults are IRN's and RIB's."""
 
     scales: tuple[float, ...] = (1.0, 0.5, 1.5, 2.0)  # each of the original photograph, with its mirror
+    crop: int = 0  # PMM's: each scale in overlapping crops of this side, without mirrors; 0: whole
+    stride: int = 300  # from one crop to the next
     precision: Literal["float32", "bfloat16"] = "float32"  # of the network; maps are merged in float32
     format: Literal["npz", "irn", "pmm"] = "npz"  # of the files
     high_res: bool = False  # keep maps of the photograph's size in npz files too, not only at a quarter of it
@@ -41,6 +43,8 @@ class CamConfig:
     def __post_init__(self):
         if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
             raise ValueError(f"CamConfig: expected scales above 0, got {self.scales}")
+        if self.crop and not 0 < self.stride <= self.crop:
+            raise ValueError(f"CamConfig: expected 0 < stride <= crop, got stride {self.stride} and crop {self.crop}")
         if self.workers < 0:
             raise ValueError(f"CamConfig: expected workers of at least 0, got {self.workers}")
         choose_shard(self.shard)
@@ -48,6 +52,10 @@ class CamConfig:
     @classmethod
     def released(cls) -> "CamConfig":
         return cls()
+
+    @classmethod
+    def pmm(cls) -> "CamConfig":
+        return cls(scales=CROP_SCALES, crop=448)
 
 
 def _check_classes(stage: str, source: data.Source, model: models.CamClassifier) -> None:
@@ -101,12 +109,16 @@ def make_cams(
             image = source.image(item)
         except (OSError, ValueError) as error:
             return item, None, str(error)
+        if config.crop:
+            return item, image.shape[:2], image
         return item, image.shape[:2], data.make_views(image, config.scales, data.NORMALIZATIONS[model.normalization])
 
     def maps() -> Iterator[tuple]:
         for item, size, views in data.prefetch(load, todo, workers=config.workers, ahead=max(2, config.workers)):
             if size is None:
                 yield item, views, None, None
+            elif config.crop:
+                yield item, None, *_crop_cams(model, views, item.classes, config)
             else:
                 yield item, None, *_cams(model, views, item.classes, size, device, config.precision)
 
@@ -155,6 +167,13 @@ def _cams(model, views, classes, size, device, precision):
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             maps.append(model(view).float())
     return merge_cams(maps, classes, size)
+
+
+def _crop_cams(model, image, classes, config: CamConfig):
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        high_res = multi_crop_cams(model, image, classes, scales=config.scales, crop=config.crop, stride=config.stride)
+    return shrink_cams(high_res), high_res
 
 
 @dataclass(frozen=True)

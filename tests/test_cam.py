@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from ribfast import data, models
-from ribfast.cams import merge_cams
+from ribfast.cams import merge_cams, multi_crop_cams
 from ribfast.metrics import Confusion, PerImage, bootstrap_interval
 from ribfast.pipeline import CamConfig, EvaluateConfig, evaluate_maps, evaluate_masks, make_cams
 from ribfast.store import Store, open_masks
@@ -59,6 +59,21 @@ def test_cams_equal_the_naive_ones(source, model, normalization, tmp_path):
         assert maps.keys.tolist() == list(item.classes)
         torch.testing.assert_close(maps.cam, small, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(torch.from_numpy(maps.high_res), large, rtol=1e-3, atol=1e-3)
+
+
+def test_cams_of_crops(source, model, tmp_path):
+    config = CamConfig(scales=(1.0, 1.5), crop=48, stride=32, device="cpu")
+    store = Store(tmp_path, high_res=True)
+    assert make_cams(source, model, store, config).made == 5
+    for item in source[:-1]:
+        maps = store.load(item.name)
+        expected = multi_crop_cams(model, source.image(item), item.classes, scales=(1.0, 1.5), crop=48, stride=32)
+        torch.testing.assert_close(torch.from_numpy(maps.high_res), expected, rtol=0, atol=1e-3)
+        corner = expected[:, 48:51, 68:70].mean((1, 2))  # of a size that is no multiple of 4, what there is
+        torch.testing.assert_close(maps.cam[:, 12, 17].float(), corner, rtol=0, atol=1e-3)
+    assert (CamConfig.pmm().crop, CamConfig.pmm().stride, max(CamConfig.pmm().scales)) == (448, 300, 3.0)
+    with pytest.raises(ValueError, match="expected 0 < stride <= crop, got stride 300 and crop 48"):
+        CamConfig(crop=48)
 
 
 def copied(model, normalization):
