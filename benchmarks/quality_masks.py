@@ -73,7 +73,7 @@ def irn_of(source, maps, classifier, folder, seed) -> models.IRNet:
             IrnConfig.small(), network=model.name, normalization=model.normalization, seed=seed, precision="bfloat16",
             tensorflow_padding=model.name == "mobilenet_v2", epochs=8, crop=256,
         )  # fmt: skip
-        train_irn(source, folder / "labels" / "masks", config, folder / "irn", weights=classifier)
+        train_irn(source, folder / "labels" / "masks", config, folder / "irn", weights=classifier, resume=True)
     return models.open_irn(path)
 
 
