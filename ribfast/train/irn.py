@@ -71,8 +71,8 @@ class IrnConfig:
 
     @classmethod
     def small(cls) -> "IrnConfig":
-        """For hundreds of images: as many steps as there is something to learn from, on crops of small photographs."""
-        return cls(epochs=20, batch=16, crop=320)
+        """For some hundreds of photographs of about 320 pixels: smaller batches and crops, more passes."""
+        return cls(epochs=10, batch=8, crop=224)
 
 
 def train_irn(
