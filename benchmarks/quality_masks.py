@@ -29,7 +29,7 @@ METHODS = {  # the configuration, and the constant that is chosen
     "CAM + CRF": (MaskConfig.crf(), BACKGROUNDS),
     "CAM + IRN walk": (MaskConfig.irn(), BACKGROUNDS),
     "CAM + IRN walk of 64 steps": (dataclasses.replace(MaskConfig.irn(), log2_steps=6), BACKGROUNDS),
-    "CAM + PPMG": (MaskConfig.ppmg(), {"power": [2.0, 3.0, 5.0, 8.0, 11.0, 15.0]}),
+    "CAM + PPMG": (MaskConfig.ppmg(), {"power": [1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 11.0, 15.0]}),
     "CAM + PPMG, as published": (MaskConfig.ppmg(), {"power": [11.0]}),
     "CAM + PAR": (MaskConfig.par(), BACKGROUNDS),
     "CAM + PAMR": (MaskConfig.pamr(), BACKGROUNDS),

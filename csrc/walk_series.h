@@ -36,7 +36,8 @@ inline WalkSeries walk_series(int64_t steps, double tolerance) {
   return series;
 }
 
-// 1e-9 leaves any pixel within 1e-9 sqrt(69 pixels) of the largest value: 1e-6 at 94 x 125.
-constexpr double kWalkTolerance = 1e-9;
+// 1e-10 leaves any pixel within 1e-10 sqrt(D pixels) of the largest value that walks, D being the largest sum of a
+// column before division, at most 1 + 2 pairs: 1e-6 at a million pixels and radius 5.
+constexpr double kWalkTolerance = 1e-10;
 
 }  // namespace ribfast

@@ -22,6 +22,8 @@ from typing import Any
 from . import __version__, config
 
 log = logging.getLogger("ribfast")
+# fields of how a run is put to work, which change no result
+INDIFFERENT = ("shard", "workers", "device", "batch", "cache_mib", "concurrency", "graphs")
 EXPECTED = (ValueError, OSError, ArithmeticError, MemoryError)  # said in a line; others are bugs and show where
 
 
@@ -183,13 +185,17 @@ def _make_config(kind: type, options: argparse.Namespace):
 def begin(options: argparse.Namespace, settings, indifferent: tuple[str, ...] | None = None, **inputs) -> None:
     """Writes OUT/config.json: the configuration, the inputs (files by their digests) and the command line.
 
-    indifferent: the fields that do not change results; with it, an OUT whose config.json differs in others, or was
-    made from other inputs, is refused, for its files would be taken for this run's; unless --keep says that they may
-    (what OUT began with stays in its config.json, under `before`), or --overwrite that they go.
+    An OUT that another command began is refused. indifferent: the fields that do not change results; with it, an OUT
+    whose config.json differs in others, or was made from other inputs, or that holds results and no config.json, is
+    refused, for its files would be taken for this run's; unless --keep says that they may (what OUT began with stays in
+    its config.json, under `before`), or --overwrite that they go, which this command alone may have made.
     """
     path = options.out / "config.json"
+    refuse_another_command(options, keep=indifferent is not None)
     inputs = {name: _digest(value) if isinstance(value, Path) else value for name, value in inputs.items()}
     before = {}
+    if indifferent is not None and not path.is_file() and not getattr(options, "keep", False):
+        _refuse_unknown_results(options)
     if indifferent is not None and getattr(options, "overwrite", False):
         _clear(options, settings)
     elif indifferent is not None and path.is_file():
@@ -209,6 +215,35 @@ def begin(options: argparse.Namespace, settings, indifferent: tuple[str, ...] | 
         before = {name: value for name, value in before.items() if value}
         config.write(path, settings, command=options.command, ribfast=__version__, options=words, inputs=inputs,
                      **before)  # fmt: skip
+
+
+def refuse_another_command(options: argparse.Namespace, keep: bool = False) -> None:
+    """keep: --keep may say otherwise."""
+    path = options.out / "config.json"
+    there = _read_run(path).get("command", options.command) if path.is_file() else options.command
+    if there != options.command and not (keep and getattr(options, "keep", False)):
+        raise ValueError(f"expected an --out of its own, or one that `{options.command}` began, got {options.out}, "
+                         f"which `{there}` began; choose another --out")  # fmt: skip
+
+
+def _refuse_unknown_results(options: argparse.Namespace) -> None:
+    from .store import Store
+
+    if options.out.is_dir() and Store(options.out).has_results():
+        raise ValueError(
+            f"expected an empty --out or a run's, got {options.out}, with maps or masks and no "
+            f"config.json that says whose; choose another --out, or say --keep to add to them"
+        )
+
+
+def _run_of(folder: Path) -> dict:
+    """What tells the run in a folder from others: its command, configuration and inputs; nothing if there is none."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    there = _read_run(path)
+    settings = {name: value for name, value in there.get("config", {}).items() if name not in INDIFFERENT}
+    return {"command": there.get("command"), "config": settings, "inputs": there.get("inputs", {})}
 
 
 def _read_run(path: Path) -> dict:
@@ -258,6 +293,7 @@ def _train_classifier(options: argparse.Namespace, settings) -> None:
 
     source = open_source(options.data, options.split)
     validation = None if options.validation is None else open_source(options.data, options.validation)
+    refuse_another_command(options)
     if not options.resume:
         begin(options, settings)
     path = train_classifier(
@@ -296,7 +332,7 @@ def _cam(options: argparse.Namespace, settings) -> int:
     from .pipeline import make_cams
 
     source, model = _open(options)
-    begin(options, settings, ("shard", "workers", "device"), checkpoint=options.checkpoint, classifier=model.metadata())
+    begin(options, settings, INDIFFERENT, checkpoint=options.checkpoint, classifier=model.metadata())
     return _make_maps(options, settings, make_cams, source, model)
 
 
@@ -309,7 +345,7 @@ def _rib(options: argparse.Namespace, settings) -> int:
     source, model = _open(options)
     others = source if options.others is None else open_source(options.data, options.others)
     begin(
-        options, settings, ("shard", "workers", "device", "cache_mib", "concurrency", "graphs"),
+        options, settings, INDIFFERENT,
         checkpoint=options.checkpoint, classifier=model.metadata(), images=source.digest(), others=others.digest(),
         arithmetic=resolve_precision(settings.precision, choose_device(settings.device)),
     )  # fmt: skip
@@ -359,19 +395,23 @@ def _masks(options: argparse.Namespace, settings) -> int:
     from .data import open_source
     from .models import open_irn
     from .pipeline import make_masks, read_threshold
+    from .processes import choose_device
     from .store import Store, open_maps
 
     if options.background_from is not None:
+        if settings.method in ("ppmg", "labels"):
+            raise ValueError(f"expected --background-from with a method that cuts maps at one threshold, got "
+                             f"{settings.method}")  # fmt: skip
         settings = dataclasses.replace(settings, background=read_threshold(options.background_from))
-    if options.out.resolve() == options.maps.resolve():
-        raise ValueError(f"expected an --out of its own, got {options.out}, the folder of the maps")
     if (options.irn is None) != (settings.method != "irn"):
         raise ValueError(f"expected --irn with method irn, and with it alone, got method {settings.method} "
                          f"{'without' if options.irn is None else 'with'} --irn")  # fmt: skip
     source, maps = open_source(options.data, options.split), open_maps(options.maps)
     network = None if options.irn is None else open_irn(options.irn)
+    choose_device(settings.device)  # or an error, before anything is written
     inputs = {} if options.irn is None else {"irn": options.irn}
-    begin(options, settings, ("shard", "workers", "device", "batch"), maps=str(options.maps.resolve()), **inputs)
+    begin(options, settings, INDIFFERENT, maps=str(maps.folder.resolve()), run=_run_of(maps.folder),
+          images=source.digest(), **inputs)  # fmt: skip
     store = Store(options.out)
     return _report(options, make_masks(source, maps, store, settings, network=network, progress=_progress()))
 
@@ -390,6 +430,7 @@ def _train_irn(options: argparse.Namespace, settings) -> None:
     from .train import train_irn
 
     source, labels = open_source(options.data, options.split), options.labels / "masks"
+    refuse_another_command(options)
     if not options.resume:
         begin(options, settings)
     path = train_irn(
@@ -474,7 +515,7 @@ COMMANDS = {
         "train IRN's network on confident labels", "ribfast.train:IrnConfig", _irn_arguments, _train_irn
     ),
     "masks": Command(
-        "masks from class maps: by CRF, IRN's walk, PMM's generation, PAR", "ribfast.masks:MaskConfig",
+        "masks from class maps: by CRF, IRN's walk, PMM's generation, PAR", "ribfast.pipeline:MasksConfig",
         _masks_arguments, _masks,
     ),
     "evaluate": Command(

@@ -301,11 +301,28 @@ def _one_ahead(things: Iterator) -> Iterator:
         held = coming
 
 
+@dataclass(frozen=True)
+class MasksConfig(masks.MaskConfig):
+    """A method's constants, and how it is put to work."""
+
+    batch: int = 8  # images at a time
+    shard: str | None = None  # i/n: the i-th of n shares, from 0; none: torchrun's, else everything
+    workers: int = 2  # threads that decode
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.batch < 1 or self.workers < 0:
+            raise ValueError(f"MasksConfig: expected batch of at least 1 and workers of at least 0, got {self.batch} "
+                             f"and {self.workers}")  # fmt: skip
+        choose_shard(self.shard)
+
+
 def make_masks(
     source: data.Source,
     maps: Store,
     store: Store,
-    config: masks.MaskConfig | None = None,
+    config: MasksConfig | None = None,
     *,
     network: models.IRNet | None = None,
     progress: Callable[[int, int, str], None] | None = None,
@@ -315,7 +332,7 @@ def make_masks(
     Masks that are there already are left alone. Images without classes are background. What cannot be read or has no
     maps is recorded as a failure and does not stop the others. network: IRN's, for method irn.
     """
-    config = config or masks.MaskConfig.crf()
+    config = config or MasksConfig.crf()
     device, (index, count), result = choose_device(config.device), choose_shard(config.shard), Made()
     if config.method == "irn" and network is None:
         raise ValueError("make_masks: expected IRN's network for method irn, got none; train it first (train-irn)")
@@ -329,23 +346,31 @@ def make_masks(
             image = source.image(item)
             if not item.classes:
                 return item, image, None
-            own = maps.load(item.name)
-            if own.high_res.shape[1:] != image.shape[:2]:
-                raise ValueError(f"expected maps of the photograph's {image.shape[:2]} pixels, got "
-                                 f"{own.high_res.shape[1:]}; make them again")  # fmt: skip
+            own = maps.read(item.name) if config.method == "irn" else maps.load(item.name)
             if config.method == "irn" and own.cam is None:
                 raise ValueError("expected maps at a quarter of the photograph's size, which walk, got PMM's file")
+            if config.method != "irn" and own.high_res.shape[1:] != image.shape[:2]:
+                raise ValueError(f"expected maps of the photograph's {image.shape[:2]} pixels, got "
+                                 f"{own.high_res.shape[1:]}; make them again")  # fmt: skip
+            if not {*own.keys.tolist()} <= {*item.classes}:
+                raise ValueError(f"expected maps of the photograph's classes {item.classes}, got "
+                                 f"{own.keys.tolist()}; they are another data set's")  # fmt: skip
             return item, image, own
         except (OSError, ValueError) as error:
             return item, None, str(error)
 
     def label(block: list[tuple]) -> list[tuple]:
-        """Of a block's images that have maps."""
-        own = [each for _, _, each in block]
-        cams = [None if each.cam is None else each.cam.float().to(device) for each in own]
-        large = [torch.from_numpy(each.high_res).to(device) for each in own]
+        """Of a block's images that have maps; one after another where one of them cannot be."""
+        own, walks = [each for _, _, each in block], config.method == "irn"
+        cams = [each.cam.float().to(device) if walks else None for each in own]
+        large = [None if walks else torch.from_numpy(each.high_res).to(device) for each in own]
         keys = [each.keys.tolist() for each in own]
-        found = masks.make_masks([image for _, image, _ in block], cams, large, keys, config, network)
+        try:
+            found = masks.make_masks([image for _, image, _ in block], cams, large, keys, config, network)
+        except ValueError as error:
+            if len(block) > 1:
+                return [made for each in block for made in label([each])]
+            return [(block[0][0], None, str(error))]
         return [(item, mask.cpu().numpy(), None) for (item, _, _), mask in zip(block, found, strict=True)]
 
     def made() -> Iterator[tuple]:
@@ -356,6 +381,7 @@ def make_masks(
                 if image is None:
                     yield item, None, own
                 elif own is None:
+                    result.without_classes += 1
                     yield item, np.zeros(image.shape[:2], np.uint8), None
             ready = [each for each in block if each[1] is not None and each[2] is not None]
             if ready:

@@ -31,6 +31,7 @@ from .data.decode import VOC_PALETTE, read_mask
 
 SUFFIXES = {"npz": ".npz", "irn": ".npy", "pmm": ".npy"}
 CONFIG, METRICS, FAILURES = "config.json", "metrics.jsonl", "failures.jsonl"
+EVALUATION = "evaluation.json"
 _STALE = 3600  # seconds: no file takes that long to write, so its writer was killed
 
 
@@ -183,6 +184,12 @@ class Store:
         found = _last(self.folder / FAILURES)
         return {name: facts["error"] for name, facts in found.items() if facts.get("error") is not None}
 
+    def has_results(self) -> bool:
+        """Whether there are maps or masks, whoever made them."""
+        return any(
+            path.suffix in (*SUFFIXES.values(), ".png") for base in (self._maps, self._masks) for path in _walk(base)
+        )
+
     def clear(self) -> None:
         """Removes maps, masks, facts and failures, and last the configuration, which says whose maps are left if this
         is cut off."""
@@ -190,7 +197,7 @@ class Store:
             for path in _walk(base):
                 if path.suffix in suffixes:
                     path.unlink()
-        for name in (METRICS, FAILURES, CONFIG):
+        for name in (METRICS, FAILURES, EVALUATION, CONFIG):
             (self.folder / name).unlink(missing_ok=True)
 
     def _remove_stale(self) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pictures
@@ -12,7 +13,7 @@ from ribfast import config, data, masks, models, ops
 from ribfast.cams import enlarge_cams
 from ribfast.cli import main
 from ribfast.masks import MaskConfig
-from ribfast.pipeline import make_masks
+from ribfast.pipeline import MasksConfig, make_masks
 from ribfast.store import Store, open_masks
 
 METHODS = ["threshold", "crf", "labels", "ppmg", "par", "pamr", "irn"]
@@ -49,7 +50,7 @@ def maps(source, tmp_path_factory):
 
 
 def preset(method, **changes):
-    return dataclasses.replace(getattr(MaskConfig, method)(), device="cpu", padded=0, **changes)
+    return dataclasses.replace(getattr(MasksConfig, method)(), device="cpu", padded=0, **changes)
 
 
 def by_hand(item, source, maps, method, network):
@@ -78,7 +79,7 @@ def test_every_method(source, maps, network, method, tmp_path):
     store = Store(tmp_path)
     network_of = {"network": network} if method == "irn" else {}
     made = make_masks(source, maps, store, preset(method, batch=4), **network_of)
-    assert (made.made, made.kept, made.failed) == (6, 0, {})
+    assert (made.made, made.kept, made.without_classes, made.failed) == (6, 0, 1, {})
     differ = 0
     for item in source:
         found = store.load_mask(item.name)
@@ -127,7 +128,7 @@ def test_presets_are_the_published_constants():
         (80, 13, 10),
     )
     assert MaskConfig.coco().background == 0.22 and MaskConfig.irn().background == 0.25
-    assert config.presets(MaskConfig)[0] == "crf"
+    assert config.presets(MasksConfig)[0] == "crf"
 
 
 def test_one_bad_image_stops_nothing(source, maps, tmp_path):
@@ -146,11 +147,38 @@ def test_one_bad_image_stops_nothing(source, maps, tmp_path):
     assert make_masks(source, maps, store, preset("crf")).made == 2 and not store.failures()
 
 
+def test_maps_that_are_none_stop_nothing(source, maps, network, tmp_path):
+    """NaN, other classes, negative values in files of other tools: that image fails by name, in a block with others."""
+    bad, good = source[0], source[1]
+    own, other = maps.load(bad.name), maps.load(good.name)
+    spoilt = {
+        "NaN or infinity": (own.keys, own.cam * float("nan"), own.high_res * float("nan")),
+        "they are another data set's": (torch.tensor([300]), own.cam[:1], own.high_res[:1]),
+    }
+    for number, (reason, (keys, cam, high_res)) in enumerate(spoilt.items()):
+        store = Store(tmp_path / str(number), "irn")
+        for item in source[2:5]:
+            store.save(item.name, *maps.load(item.name)[:3])
+        store.save(good.name, good.classes, other.cam, other.high_res)
+        content = {"keys": keys, "cam": cam, "high_res": np.asarray(high_res)}
+        np.save(store.path(bad.name), np.array(content, dtype=object), allow_pickle=True)
+        for method in ("threshold", "labels", "ppmg", "irn"):
+            made = make_masks(source, store, Store(tmp_path / f"{number}{method}"), preset(method),
+                              **({"network": network} if method == "irn" else {}))  # fmt: skip
+            assert made.made == 5 and made.failed.keys() == {bad.name}, (method, reason)
+            assert reason in made.failed[bad.name]
+
+
 def test_refusals(source, maps, tmp_path):
     with pytest.raises(ValueError, match="expected IRN's network for method irn, got none; train it first"):
         make_masks(source, maps, Store(tmp_path), preset("irn"))
-    with pytest.raises(ValueError, match="expected background of at least 0 and below 1, got 1"):
-        MaskConfig(background=1)
+    wrong = {"background": 1, "confidence": 2, "iterations": -1, "dilations": (), "least": float("nan"), "power": -2,
+             "beta": 0, "gaussian": (0, 3), "radius": 1}  # fmt: skip
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=f"expected .*{name}"):
+            MaskConfig(**{name: value})
+    with pytest.raises(ValueError, match="shard: expected i/n"):
+        MasksConfig(shard="9/4")
     with pytest.raises(ValueError, match="expected 0 <= background <= foreground < 1"):
         MaskConfig(method="labels", background=0.5, foreground=0.3)
 
@@ -173,10 +201,51 @@ def test_commands_from_maps_to_a_trained_network_to_masks(folder, source, maps, 
     assert (open_masks(tmp_path / "walked").load_mask(item.name) == expected.numpy()).mean() > 0.999
     assert main([*walk, "--irn", str(trained), "--background", "0.5"]) == 1  # another run's masks are there
     assert "background (here 0.5, there 0.27)" in capsys.readouterr().err
-    assert main(["masks", *given, "--out", str(maps.folder)]) == 1
-    assert "expected an --out of its own" in capsys.readouterr().err
+    capsys.readouterr()
+    assert main(["masks", *given, "--out", str(tmp_path / "walked")]) == 1  # crf's in place of rib's
+    assert "method (here crf, there irn)" in capsys.readouterr().err
+    assert main(["train-irn", *train[1:-1], str(tmp_path / "labels"), *small]) == 1
+    assert "which `masks` began; choose another --out" in capsys.readouterr().err
+    before = sorted((tmp_path / "walked").rglob("*.png"))
+    with pytest.raises(SystemExit):
+        main([*walk, "--irn", str(trained), "--overwrite", "--confidence", "2"])
+    assert sorted((tmp_path / "walked").rglob("*.png")) == before
     evaluated = ["evaluate", "--data", folder, "--masks", str(tmp_path / "walked")]
     assert main(evaluated) == 0 and "IoU" in capsys.readouterr().out
+
+
+def test_what_no_run_made_is_not_touched(folder, source, maps, tmp_path, capsys):
+    """--overwrite removes what this command made: neither ground truth nor the maps of another run."""
+    root = tmp_path / "photographs"
+    shutil.copytree(folder.removeprefix("folder:"), root)
+    given = ["masks", "--data", f"folder:{root}", "--maps", str(maps.folder), "--device", "cpu", "--out"]
+    for more in ([], ["--overwrite"]):
+        assert main([*given, str(root), *more]) == 1
+        assert "with maps or masks and no config.json that says whose" in capsys.readouterr().err
+    assert len(list((root / "masks").glob("*.png"))) == 6 and not (root / "config.json").exists()
+    cams = tmp_path / "cams"
+    shutil.copytree(maps.folder, cams)
+    config.write(cams / "config.json", MasksConfig(), command="cam")
+    count = len(list(cams.rglob("*.npz")))
+    for inner in (cams, cams / "maps"):
+        assert main([*given[:4], str(inner), *given[5:], str(cams), "--overwrite"]) == 1
+        assert "which `cam` began; choose another --out" in capsys.readouterr().err
+    assert len(list(cams.rglob("*.npz"))) == count == 5
+    assert main([*given, str(tmp_path / "masks")]) == 0
+    assert main([*given, str(tmp_path / "masks"), "--overwrite"]) == 0
+    assert main([*given, str(tmp_path / "ppmg"), "--preset", "ppmg", "--background-from", "x.json"]) == 1
+    assert "expected --background-from with a method that cuts maps at one threshold" in capsys.readouterr().err
+
+
+def test_masks_of_maps_that_were_made_anew(folder, maps, tmp_path, capsys):
+    """A run that goes on is told apart from one on other maps in the same place."""
+    cams = tmp_path / "cams"
+    shutil.copytree(maps.folder, cams)
+    config.write(cams / "config.json", MasksConfig(), command="cam", inputs={"checkpoint": "1" * 64})
+    given = ["masks", "--data", folder, "--maps", str(cams), "--device", "cpu", "--out", str(tmp_path / "masks")]
+    assert main(given) == 0 and main(given) == 0
+    config.write(cams / "config.json", MasksConfig(), command="cam", inputs={"checkpoint": "2" * 64})
+    assert main(given) == 1 and "got another run" in capsys.readouterr().err
 
 
 def test_background_from_an_evaluation(folder, source, maps, tmp_path):

@@ -34,6 +34,8 @@ class WalkConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"WalkConfig: expected {name} of at least 0, got {value}")
+        if self.beta == 0:
+            raise ValueError("WalkConfig: expected beta above 0, got 0; every pair would be alike")
         if not 0 <= self.log2_steps <= 16:
             raise ValueError(f"WalkConfig: expected log2_steps from 0 to 16, got {self.log2_steps}")
         ops.pair_offsets(self.radius)

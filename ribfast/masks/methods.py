@@ -1,6 +1,7 @@
 """Every way from an image's class maps to its mask, behind one configuration."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,7 +13,7 @@ from torch import Tensor
 from .. import ops
 from ..models import IRNet
 from .irn import WalkConfig, boundaries, walk_labels
-from .labels import LabelConfig, confident_labels
+from .labels import LabelConfig, check_keys, confident_labels
 from .pmm import ppmg
 
 Pixels = tuple[float, float] | None
@@ -40,21 +41,26 @@ class MaskConfig:
     least: float = 0.05  # of ppmg: values below it count as 0
     cv_scale: float = 0.3  # of ppmg: how much a map's coefficient of variation smoothes it
     dilations: tuple[int, ...] = (1, 2, 4, 8, 12, 24)  # of par and pamr: distances of the neighbours
-    batch: int = 8  # images at a time
-    shard: str | None = None  # i/n: the i-th of n shares, from 0; none: torchrun's, else everything
-    workers: int = 2  # threads that decode
-    device: str = "auto"  # auto, cpu, cuda or cuda:N
 
     def __post_init__(self):
-        if not 0 <= self.background < 1:
-            raise ValueError(f"MaskConfig: expected background of at least 0 and below 1, got {self.background}")
-        if self.batch < 1 or self.workers < 0:
-            raise ValueError(f"MaskConfig: expected batch of at least 1 and workers of at least 0, got {self.batch} "
-                             f"and {self.workers}")  # fmt: skip
+        within = {"background": 0 <= self.background < 1, "foreground": 0 <= self.foreground < 1,
+                  "confidence": 0 < self.confidence < 1, "least": 0 <= self.least <= 1}  # fmt: skip
+        least = {"power": 0, "cv_scale": 0, "iterations": 0}
+        for name, right in within.items():
+            if not right:
+                raise ValueError(f"MaskConfig: expected {name} between 0 and 1, got {getattr(self, name)}")
+        for name, bound in least.items():
+            if not bound <= getattr(self, name) < math.inf:
+                raise ValueError(f"MaskConfig: expected {name} of at least {bound}, got {getattr(self, name)}")
+        for name in ("gaussian", "bilateral"):
+            term = getattr(self, name)
+            if term is not None and not (all(map(math.isfinite, term)) and min(term[:-1]) > 0):
+                raise ValueError(f"MaskConfig: expected {name} with standard deviations above 0, got {term}")
+        if not 1 <= len(self.dilations) <= 16 or min(self.dilations) < 1:
+            raise ValueError(f"MaskConfig: expected 1 to 16 dilations of at least 1, got {self.dilations}")
+        self._walk()
         if self.method == "labels":
             self._labels()
-        if self.method == "irn":
-            self._walk()
 
     def _labels(self) -> LabelConfig:
         return LabelConfig(self.foreground, self.background, self.confidence, self.gaussian, self.bilateral,
@@ -109,7 +115,7 @@ class MaskConfig:
 def make_masks(
     images: Sequence[np.ndarray],
     cams: Sequence[Tensor | None],
-    maps: Sequence[Tensor],
+    maps: Sequence[Tensor | None],
     keys: Sequence[Sequence[int]],
     config: MaskConfig,
     network: IRNet | None = None,
@@ -120,6 +126,8 @@ def make_masks(
     others read, both in [0, 1]; keys: their n classes from 0. network: IRN's, for irn.
     """
     op, method = "make_masks", config.method
+    for own, given in zip(keys, cams if method == "irn" else maps, strict=True):
+        check_keys(op, torch.tensor(own, dtype=torch.long), given)
     if method == "irn":
         if network is None:
             raise ValueError(f"{op}: expected IRN's network for method irn, got none; train it first (train-irn)")

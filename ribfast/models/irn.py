@@ -10,6 +10,7 @@ from .checkpoint import load_into
 from .classifier import CamClassifier
 
 STRIDE = 4  # of both outputs
+TOGETHER = 1 << 21  # pixels whose boundaries are computed at once, mirrors not counted
 _OWN = ("fc_edge", "fc_dp", "mean_shift.")  # what names of the branches' tensors begin with
 
 
@@ -121,7 +122,7 @@ class IRNet(nn.Module):
 
         Sizes are any. padded: images are padded with zeros at the right and below up to so many pixels a side, since
         GroupNorm sees the padding; larger sides stay as they are. None: up to the crop that the network was trained on.
-        Images that are of one size then are computed together.
+        Images that are of one size then are computed together, up to TOGETHER pixels at a time.
         """
         padded = self.crop if padded is None else padded
         members: dict[tuple[int, int], list[int]] = {}
@@ -129,7 +130,11 @@ class IRNet(nn.Module):
             height, width = view.shape[2:]
             members.setdefault((max(height, padded), max(width, padded)), []).append(number)
         found = {}
+        chunks = []
         for (height, width), numbers in members.items():
+            count = max(1, TOGETHER // (height * width))
+            chunks += [(height, width, numbers[i : i + count]) for i in range(0, len(numbers), count)]
+        for height, width, numbers in chunks:
             parts = [F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2])) for x in (views[n] for n in numbers)]
             images = torch.cat(parts).contiguous(memory_format=torch.channels_last)
             logits = self.branches.boundary(self.features(images)).float()

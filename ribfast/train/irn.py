@@ -1,5 +1,7 @@
 """Training IRN's network on confident labels: which neighbouring pixels are of one class, and where objects are."""
 
+import hashlib
+import json
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -94,9 +96,22 @@ def train_irn(
     """
     if not len(source):
         raise ValueError("train_irn: expected images, got none")
-    task = _Irn(source, _reader(source, labels), config, weights)
+    reader = _reader(source, labels)
+    task = _Irn(source, reader, config, weights, _inputs(source, labels, weights))
     with processes(config.device) as here:
         return loop.train(task, Path(out), here, resume=resume, progress=progress)
+
+
+def _inputs(source: data.Source, labels: Labels, weights: str | Path | None) -> dict[str, str]:
+    """What a training must be given again to go on: the images, a folder's labels (names and sizes), the weights."""
+    found = {"data": source.digest()}
+    if isinstance(labels, (str, Path)):
+        sizes = [(item.name, (Path(labels) / f"{item.name}.png").stat().st_size) for item in source]
+        found["labels"] = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
+    if weights is not None:
+        with open(weights, "rb") as file:
+            found["weights"] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def _reader(source: data.Source, labels: Labels) -> Callable[[str], np.ndarray]:
@@ -119,8 +134,8 @@ class _Irn:
 
     name, checkpoint = "train_irn", CHECKPOINT
 
-    def __init__(self, source, labels, config, weights):
-        self.source, self.labels, self.config, self.weights = source, labels, config, weights
+    def __init__(self, source, labels, config, weights, inputs):
+        self.source, self.labels, self.config, self.weights, self.inputs = source, labels, config, weights, inputs
         self.images, self.augmentation = len(source), config.augmentation()
 
     def begin(self, filled: bool) -> None:
@@ -204,10 +219,10 @@ class _Irn:
         self.model.fill(state)
 
     def metadata(self) -> dict[str, str]:
-        return self.model.metadata() | {"data": self.source.digest()}
+        return self.model.metadata() | self.inputs
 
     def others(self, known: dict[str, str]) -> list[str]:
-        return ["data"] if known.get("data") != self.source.digest() else []
+        return [name for name, digest in self.inputs.items() if known.get(name, digest) != digest]
 
 
 def irn_losses(sums: Tensor, counts: Tensor) -> dict[str, Tensor]:
