@@ -23,7 +23,7 @@ from ribfast.pipeline import EvaluateConfig, evaluate_maps, make_cams, make_mask
 from ribfast.store import Store
 from ribfast.train import IrnConfig, train_irn
 
-BACKGROUNDS = {"background": [round(0.05 * i, 2) for i in range(2, 15)]}
+BACKGROUNDS = {"background": [round(0.05 * i, 2) for i in range(2, 19)]}
 METHODS = {  # the configuration, and the constant that is chosen
     "CAM": (MaskConfig.threshold(), BACKGROUNDS),
     "CAM + CRF": (MaskConfig.crf(), BACKGROUNDS),
