@@ -17,22 +17,21 @@ import numpy as np
 from quality import RESULTS, write_report
 
 from ribfast import data, models
-from ribfast.masks import MaskConfig
 from ribfast.metrics import Confusion
-from ribfast.pipeline import EvaluateConfig, evaluate_maps, make_cams, make_masks
+from ribfast.pipeline import EvaluateConfig, MasksConfig, evaluate_maps, make_cams, make_masks
 from ribfast.store import Store
 from ribfast.train import IrnConfig, train_irn
 
 BACKGROUNDS = {"background": [round(0.05 * i, 2) for i in range(2, 19)]}
 METHODS = {  # the configuration, and the constant that is chosen
-    "CAM": (MaskConfig.threshold(), BACKGROUNDS),
-    "CAM + CRF": (MaskConfig.crf(), BACKGROUNDS),
-    "CAM + IRN walk": (MaskConfig.irn(), BACKGROUNDS),
-    "CAM + IRN walk of 64 steps": (dataclasses.replace(MaskConfig.irn(), log2_steps=6), BACKGROUNDS),
-    "CAM + PPMG": (MaskConfig.ppmg(), {"power": [1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 11.0, 15.0]}),
-    "CAM + PPMG, as published": (MaskConfig.ppmg(), {"power": [11.0]}),
-    "CAM + PAR": (MaskConfig.par(), BACKGROUNDS),
-    "CAM + PAMR": (MaskConfig.pamr(), BACKGROUNDS),
+    "CAM": (MasksConfig.threshold(), BACKGROUNDS),
+    "CAM + CRF": (MasksConfig.crf(), BACKGROUNDS),
+    "CAM + IRN walk": (MasksConfig.irn(), BACKGROUNDS),
+    "CAM + IRN walk of 64 steps": (dataclasses.replace(MasksConfig.irn(), log2_steps=6), BACKGROUNDS),
+    "CAM + PPMG": (MasksConfig.ppmg(), {"power": [1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 11.0, 15.0]}),
+    "CAM + PPMG, as published": (MasksConfig.ppmg(), {"power": [11.0]}),
+    "CAM + PAR": (MasksConfig.par(), BACKGROUNDS),
+    "CAM + PAMR": (MasksConfig.pamr(), BACKGROUNDS),
 }
 
 
@@ -68,7 +67,7 @@ def irn_of(source, maps, classifier, folder, seed) -> models.IRNet:
     if not path.exists():
         best = evaluate_maps(source, maps, EvaluateConfig(resamples=0))["best"]["threshold"]
         labels = Store(folder / "labels")
-        sure = dataclasses.replace(MaskConfig.labels(), foreground=1.1 * best, background=0.5 * best)
+        sure = dataclasses.replace(MasksConfig.labels(), foreground=1.1 * best, background=0.5 * best)
         make_masks(source, maps, labels, sure)
         model = models.open_classifier(classifier)
         config = dataclasses.replace(
