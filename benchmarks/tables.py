@@ -77,7 +77,7 @@ def table() -> str:
     lines.append(f"\nMemory that a call adds, its result included (pydensecrf2's): {small}; a 4096x4096 image with 21 "
                  f"labels {large['ours_mib'] / 1024:.1f} GiB, beside its unary of {unary:.1f}.")  # fmt: skip
     lines.append(f"\nOn two threads: {one:.1f} times as fast for one image, {four:.1f} for a batch of four.")
-    problems = rows["problems_of_one_image"]
+    problems = rows["problems_of_one_image[three calls]"]
     lines.append(f"\nThree CRFs of two labels of one image together: {problems['ratio']:.1f} times as fast as apart.")
     lines += [
         "\nFrom maps to masks, times faster in one run:\n",
