@@ -4,7 +4,7 @@
 // log(x) for finite x > 0 that is not subnormal, to 1 ulp; NaN for x <= 0 and NaN.
 RIBFAST_INLINE VFloat log_of(VFloat x) {
   constexpr int32_t kHalfRoot = 0x3f3504f3;  // sqrt(0.5): mantissas are taken from there to sqrt(2)
-  const VInt32 shifted = bits<VInt32>(x) + (0x3f800000 - kHalfRoot);
+  const VInt32 shifted = bits<VInt32>(bits<VUInt32>(x) + static_cast<uint32_t>(0x3f800000 - kHalfRoot));  // NaN wraps
   const VFloat exponent = __builtin_convertvector((shifted >> 23) - 127, VFloat);
   const VFloat f = bits<VFloat>((shifted & 0x007fffff) + kHalfRoot) - 1.0f;
   const VFloat s = f / (2.0f + f), z = s * s, w = z * z;
