@@ -97,13 +97,21 @@ def crop_origins(length: int, crop: int, stride: int) -> list[int]:
 
 
 def merge_crops(
-    maps: Tensor, rows: Sequence[int], columns: Sequence[int], crop: int, plane: tuple[int, int], out: Tensor
+    maps: Tensor,
+    rows: Sequence[int],
+    columns: Sequence[int],
+    crop: int,
+    plane: tuple[int, int],
+    out: Tensor,
+    *,
+    relu: bool = True,
 ) -> Tensor:
     """Adds the class maps of one scale's crops to `out` (C, H, W), at the image's size, and returns it.
 
     maps: (len(rows) * len(columns), C, h, w), row by row, of crops (crop, crop) that begin at rows and columns and
-    cover the scale's plane (h', w'); rectified here. Each is enlarged (bilinear, align_corners=False) to its crop, the
-    mean is taken of all that cover a pixel of the plane, and the plane is resized likewise to the size of `out`.
+    cover the scale's plane (h', w'); rectified here unless relu is False. Each is enlarged (bilinear,
+    align_corners=False) to its crop, the mean is taken of all that cover a pixel of the plane, and the plane is resized
+    likewise to the size of `out`.
 
     Crops that begin on a grid make all of this one linear map of rows and one of columns: with the crops' maps side by
     side, out += R maps C', two matrix products, and nothing of the plane's size is ever in memory.
@@ -112,7 +120,7 @@ def merge_crops(
     like = dict(dtype=out.dtype, device=out.device)
     down = _along_a_side(rows, crop, height, plane[0], out.shape[1], like)
     across = _along_a_side(columns, crop, width, plane[1], out.shape[2], like)
-    grid = maps.relu().to(out.dtype).view(len(rows), len(columns), channels, height, width)
+    grid = (maps.relu() if relu else maps).to(out.dtype).view(len(rows), len(columns), channels, height, width)
     side_by_side = grid.permute(2, 0, 3, 1, 4).reshape(channels, len(rows) * height, len(columns) * width)
     with torch.autocast(out.device.type, enabled=False):
         return out.baddbmm_(down.T.expand(channels, -1, -1), side_by_side @ across)

@@ -100,7 +100,7 @@ def test_nobody_below_sees_masks():
 
 
 def test_training_and_adapting_see_what_they_are_made_of():
-    below = ["cams", "config", "data", "files", "metrics", "models", "ops", "processes", "store"]
+    below = ["cams", "config", "data", "files", "metrics", "models", "ops", "processes", "segment", "store"]
     for room in ("train", "rib"):
         allowed = ["torch", "numpy", *(f"ribfast.{name}" for name in (*below, room)), *sys.stdlib_module_names]
         paths = list((PACKAGE / room).glob("*.py"))
@@ -115,6 +115,8 @@ def test_single_modules():
     assert foreign(PACKAGE / "config.py", ["ribfast.files", *standard]) == []
     assert foreign(PACKAGE / "processes.py", ["torch", *standard]) == []
     assert foreign(PACKAGE / "cams.py", ["torch", "numpy", "ribfast.data", "ribfast.ops", *standard]) == []
+    allowed = ["torch", "numpy", "ribfast.cams", "ribfast.data", *standard]
+    assert foreign(PACKAGE / "segment.py", allowed) == []
     assert foreign(PACKAGE / "cli.py", ["ribfast", *standard]) == []  # torch only where a command needs it
 
 

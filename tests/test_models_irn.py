@@ -189,5 +189,5 @@ def test_refuses_wrong_files(tmp_path):
     torch.save(state, path)
     with pytest.raises(ValueError, match=r"tensors of a resnet50, got a checkpoint without"):
         models.open_irn(path, network="resnet50")
-    with pytest.raises(ValueError, match="open_irn: expected normalization of imagenet or symmetric"):
+    with pytest.raises(ValueError, match="open_irn: expected normalization of imagenet, symmetric, caffe"):
         models.open_irn(path, normalization="none")

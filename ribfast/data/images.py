@@ -24,7 +24,8 @@ class Normalization(NamedTuple):
 
 IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 SYMMETRIC = Normalization((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # pixel / 127.5 - 1
-NORMALIZATIONS = {"imagenet": IMAGENET, "symmetric": SYMMETRIC}
+CAFFE = Normalization((122.675 / 255, 116.669 / 255, 104.008 / 255), (1 / 255,) * 3)  # pixel - mean
+NORMALIZATIONS = {"imagenet": IMAGENET, "symmetric": SYMMETRIC, "caffe": CAFFE}
 
 
 def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:

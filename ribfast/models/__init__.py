@@ -1,4 +1,4 @@
-"""Networks: the CAM classifiers, IRN's, and the formats of their checkpoints."""
+"""Networks: the CAM classifiers, IRN's, DeepLab's, and the formats of their checkpoints."""
 
 import json
 import os
@@ -10,9 +10,11 @@ from .checkpoint import load_checkpoint, load_into, read_metadata, save_checkpoi
 from .classifier import CamClassifier
 from .irn import IRNet
 from .mobilenet import MobileNetV2
-from .resnet import LAYERS, ResNet
+from .resnet import LAYERS, Form, ResNet
+from .segmenter import Segmenter
 
 NAMES = (*LAYERS, "mobilenet_v2")
+NORMALIZATIONS = ("imagenet", "symmetric", "caffe")  # data.NORMALIZATIONS's
 
 
 def cam_classifier(name: str, n_classes: int, *, tensorflow_padding: bool = False) -> CamClassifier:
@@ -20,15 +22,19 @@ def cam_classifier(name: str, n_classes: int, *, tensorflow_padding: bool = Fals
 
     tensorflow_padding: for MobileNetV2 weights that were trained with TensorFlow's SAME padding.
     """
-    if name not in NAMES:
-        raise ValueError(f"cam_classifier: expected one of {', '.join(NAMES)}, got {name!r}")
-    if isinstance(n_classes, bool) or not isinstance(n_classes, int) or n_classes < 1:
-        raise ValueError(f"cam_classifier: expected n_classes of at least 1, got {n_classes!r}")
+    _check("cam_classifier", name, n_classes, tensorflow_padding)
     if name == "mobilenet_v2":
         return MobileNetV2(n_classes, tensorflow_padding=tensorflow_padding).eval()
-    if tensorflow_padding:
-        raise ValueError(f"cam_classifier: expected tensorflow_padding with mobilenet_v2 alone, got {name}")
     return ResNet(name, n_classes).eval()
+
+
+def _check(op: str, name: str, n_classes: int, tensorflow_padding: bool) -> None:
+    if name not in NAMES:
+        raise ValueError(f"{op}: expected one of {', '.join(NAMES)}, got {name!r}")
+    if isinstance(n_classes, bool) or not isinstance(n_classes, int) or n_classes < 1:
+        raise ValueError(f"{op}: expected n_classes of at least 1, got {n_classes!r}")
+    if tensorflow_padding and name != "mobilenet_v2":
+        raise ValueError(f"{op}: expected tensorflow_padding with mobilenet_v2 alone, got {name}")
 
 
 def open_classifier(
@@ -90,6 +96,60 @@ def open_irn(
     return model
 
 
+def segmenter(
+    name: str, n_classes: int, *, tensorflow_padding: bool = False, caffe: bool = False, auxiliary: bool = False
+) -> Segmenter:
+    """DeepLab-v2 on a ResNet, or a light head on MobileNetV2: logits at stride 8; the heads have random weights.
+
+    caffe: layers as Caffe's ResNets have them, for deeplab-pytorch's weights. auxiliary: with a second head, which
+    training alone uses.
+    """
+    _check("segmenter", name, n_classes, tensorflow_padding)
+    if caffe and name not in ("resnet50", "resnet101"):
+        raise ValueError(f"segmenter: expected caffe with resnet50 or resnet101, got {name}")
+    if n_classes > 254:
+        raise ValueError(f"segmenter: expected at most 254 classes, as labels are 8 bits and 255 is none, got "
+                         f"{n_classes}")  # fmt: skip
+    if name == "mobilenet_v2":
+        backbone = MobileNetV2(1, tensorflow_padding=tensorflow_padding)
+    else:
+        backbone = ResNet(name, 1, Form(strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4), caffe=caffe))
+    return Segmenter(backbone, n_classes, caffe=caffe, auxiliary=auxiliary).eval()
+
+
+def open_segmenter(
+    path: str | os.PathLike,
+    *,
+    network: str | None = None,
+    n_classes: int | None = None,
+    tensorflow_padding: bool | None = None,
+    normalization: str | None = None,
+) -> Segmenter:
+    """The trained network that a checkpoint holds, ours or deeplab-pytorch's; arguments as of open_classifier."""
+    op, state, known = "open_segmenter", load_checkpoint(path), read_metadata(path)
+    last = next((state[name] for name in ("head.coarse.weight", "head.c0.weight") if name in state), None)
+    if last is None:
+        kind = "a classifier" if "classifier.weight" in state else "a backbone or another network"
+        raise ValueError(f"{op}: expected a trained segmenter, with head., got {path}, {kind}; train one on it first")
+    has = len(last) - 1
+    if n_classes is not None and has != n_classes:
+        raise ValueError(f"{op}: expected a segmenter of the data's {n_classes} classes, got {has} in {path}; train "
+                         f"one on this data")  # fmt: skip
+    caffe = "caffe" in state or known.get("caffe") == "true"
+    tensorflow_padding, normalization = _input(
+        op, {"normalization": "caffe"} | known if "caffe" in state else known, tensorflow_padding, normalization
+    )
+    model = segmenter(
+        network or known.get("network") or _network(state, path, op), has,
+        tensorflow_padding=tensorflow_padding, caffe=caffe,
+    )  # fmt: skip
+    model.fill(state)
+    model.backbone.normalization = normalization
+    if "classes" in known:
+        model.classes = tuple(json.loads(known["classes"]))
+    return model
+
+
 def _input(
     op: str, known: Mapping[str, str], tensorflow_padding: bool | None, normalization: str | None
 ) -> tuple[bool, str]:
@@ -98,8 +158,8 @@ def _input(
         tensorflow_padding = known.get("tensorflow_padding") == "true"
     default = "symmetric" if tensorflow_padding else "imagenet"
     normalization = normalization or known.get("normalization") or default
-    if normalization not in ("imagenet", "symmetric"):
-        raise ValueError(f"{op}: expected normalization of imagenet or symmetric, got {normalization!r}")
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(f"{op}: expected normalization of {', '.join(NORMALIZATIONS)}, got {normalization!r}")
     return tensorflow_padding, normalization
 
 
@@ -119,12 +179,15 @@ __all__ = [
     "NAMES",
     "CamClassifier",
     "IRNet",
+    "Segmenter",
     "cam_classifier",
     "irn_network",
     "load_checkpoint",
     "load_into",
     "open_classifier",
     "open_irn",
+    "open_segmenter",
     "read_metadata",
     "save_checkpoint",
+    "segmenter",
 ]

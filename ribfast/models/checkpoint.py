@@ -16,6 +16,9 @@ _IRN_STAGES = {"stage1.0": "conv1", "stage1.1": "bn1", "stage2.0": "layer1", "st
 _COPIES = ("backbone.", "newly_added.", "edge_layers.", "dp_layers.")
 _IRN_BESIDE = ("path_indices", "ind_from", "ind_to", "disp_target", "fc_dp7.4.running_var", "fc_dp7.4.num_batches")
 _HEADS = ("fc.", "classifier.1.")  # ImageNet's, of torchvision's ResNets and MobileNetV2
+# deeplab-pytorch's: what it wraps its network in, and the parts of a bottleneck
+_DEEPLAB_WRAPPERS = ("base.", "scale.", "Scale.")
+_DEEPLAB_PARTS = {"reduce": "1", "conv3x3": "2", "increase": "3", "shortcut": "", "proj": ""}
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
            "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -25,7 +28,8 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     """The tensors of a checkpoint under torchvision's names (and classifier.weight), whoever wrote it.
 
     Knows torchvision's state dicts (their ImageNet head is left out), IRN's and RIB's res50_cam.pth and res50_irn.pth
-    with their copies of every tensor, and safetensors.
+    with their copies of every tensor, deeplab-pytorch's files and safetensors. deeplab-pytorch's weights are Caffe's:
+    `caffe` (a one) among the tensors says so, their first layer is turned from BGR to RGB, their pyramid is `head.`.
     """
     path = Path(path)
     if not path.is_file():
@@ -45,6 +49,8 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
         kind = f"a {type(state).__name__}" if not isinstance(state, dict) else f"a dict of {_some(state)}"
         raise ValueError(f"load_checkpoint: expected a dict of tensors, got {kind} in {path}")
     state = {key.removeprefix("module."): value for key, value in state.items()}
+    if any(".reduce.conv." in key for key in state):
+        return _from_deeplab(state, path)
     stages = _IRN_STAGES if any(key.startswith("fc_edge") for key in state) else _STAGES
     return {name: value for key, value in state.items() if (name := _torchvision_name(key, stages)) is not None}
 
@@ -146,6 +152,31 @@ def _torchvision_name(name: str, stages: dict[str, str]) -> str | None:
         if name.startswith(stage + "."):
             name = layer + name.removeprefix(stage)
     return None if name.startswith(_HEADS) else name
+
+
+def _from_deeplab(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """deeplab-pytorch's layer1.conv1.conv, layerN.blockM.reduce.bn, aspp.c0 and the like under torchvision's names."""
+    found = {"caffe": torch.ones(())}
+    for key, value in state.items():
+        for wrapper in _DEEPLAB_WRAPPERS:
+            key = key.removeprefix(wrapper)
+        first, *parts = key.split(".")
+        if first == "aspp":
+            found[".".join(["head", *(part for part in parts if part != "stages")])] = value
+            continue
+        try:
+            if first == "layer1":
+                _, kind, tensor = parts
+                name = f"{'conv1' if kind == 'conv' else 'bn1'}.{tensor}"
+            else:
+                block, part, kind, tensor = parts
+                number, place = _DEEPLAB_PARTS[part], {"conv": 0, "bn": 1}[kind]
+                inner = f"{('conv', 'bn')[place]}{number}" if number else f"downsample.{place}"
+                name = f"layer{int(first[5:]) - 1}.{int(block.removeprefix('block')) - 1}.{inner}.{tensor}"
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"load_checkpoint: expected deeplab-pytorch's tensors, got {key} in {path}") from error
+        found[name] = value.flip(1) if name == "conv1.weight" else value
+    return found
 
 
 def _some(names) -> str:

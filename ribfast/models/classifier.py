@@ -68,6 +68,11 @@ class CamClassifier(nn.Module, ABC):
     def stages(self, images: Tensor) -> list[Tensor]:
         """The features of five depths, at strides 4, 4, 8, 16 and 16; the last ones are what is classified."""
 
+    @property
+    @abstractmethod
+    def stage_modules(self) -> list[list[nn.Module]]:
+        """What `stages` runs for each depth."""
+
     @abstractmethod
     def tail_blocks(self) -> list[Block]:
         """What the tail computes, block by block, for those who compute it in another way."""

@@ -74,6 +74,10 @@ class MobileNetV2(CamClassifier):
     def stage_channels(self) -> tuple[int, ...]:
         return 24, 24, 32, 96, self.classifier.in_channels
 
+    @property
+    def stage_modules(self) -> list[list[nn.Module]]:
+        return [list(self.features[begin:end]) for begin, end in zip((0, *DEPTHS[:-1]), DEPTHS, strict=True)]
+
     def stages(self, images: Tensor) -> list[Tensor]:
         """Those of 24 channels (both blocks'), 32, 96 and 1280."""
         found, begin = [], 0

@@ -107,6 +107,7 @@ def _labels(source: data.Source) -> Tensor:
 class _Classifier:
     """The task of `loop`."""
 
+    parts = 1
     name, checkpoint = "train_classifier", CHECKPOINT
 
     def __init__(self, source, labels, config, weights, validation):
@@ -127,12 +128,21 @@ class _Classifier:
         else:
             models.load_into(self.model, models.load_checkpoint(self.weights), classifier=False)
 
+    def schedule(self, per_epoch: int) -> loop.Schedule:
+        return loop.Schedule(self.config.epochs * per_epoch, per_epoch)
+
     def groups(self) -> list[dict]:
         backbone, head = self.model.trained_parameters()
         return [{"params": backbone, "scale": 1.0}, {"params": head, "scale": self.config.classifier_lr_scale}]
 
     def load(self, index: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         return self.augmentation(self.source.image(self.source[index]), rng), self.labels[index]
+
+    def prepared(self, here: Processes, images: int) -> torch.nn.Module:
+        return self.model
+
+    def begin_step(self, batch: list[Tensor], here: Processes) -> None:
+        pass
 
     def losses(self, forward, batch, here: Processes) -> dict[str, Tensor]:
         images, targets = batch
@@ -141,7 +151,7 @@ class _Classifier:
         return {"loss": F.multilabel_soft_margin_loss(maps.float().mean((2, 3)), targets)}
 
     @torch.no_grad()
-    def end_epoch(self, here: Processes) -> dict[str, float]:
+    def pause(self, steps: int, here: Processes) -> dict[str, float]:
         """Of the validation's photographs whole, at their size unless it exceeds the training's, with their mirrors."""
         if self.validation is None:
             return {}

@@ -1,10 +1,7 @@
 """Training IRN's network on confident labels: which neighbouring pixels are of one class, and where objects are."""
 
-import hashlib
-import json
 import logging
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,14 +11,13 @@ import torch
 from torch import Tensor, distributed
 
 from .. import data, models, ops
-from ..data.decode import read_mask
 from ..processes import Processes, processes
+from . import labels as given
 from . import loop
 
 log = logging.getLogger("ribfast")
 CHECKPOINT = "irn.safetensors"
 STRIDE = 4  # of the network's outputs
-Labels = Callable[[str], np.ndarray] | Mapping[str, np.ndarray] | str | Path
 
 
 @dataclass(frozen=True)
@@ -79,7 +75,7 @@ class IrnConfig:
 
 def train_irn(
     source: data.Source,
-    labels: Labels,
+    labels: given.Labels,
     config: IrnConfig,
     out: str | Path,
     *,
@@ -96,42 +92,16 @@ def train_irn(
     """
     if not len(source):
         raise ValueError("train_irn: expected images, got none")
-    reader = _reader(source, labels)
-    task = _Irn(source, reader, config, weights, _inputs(source, labels, weights))
+    reader = given.reader("train_irn", source, labels)
+    task = _Irn(source, reader, config, weights, given.inputs(source, labels, weights))
     with processes(config.device) as here:
         return loop.train(task, Path(out), here, resume=resume, progress=progress)
-
-
-def _inputs(source: data.Source, labels: Labels, weights: str | Path | None) -> dict[str, str]:
-    """What a training must be given again to go on: the images, a folder's labels (names and sizes), the weights."""
-    found = {"data": source.digest()}
-    if isinstance(labels, (str, Path)):
-        sizes = [(item.name, (Path(labels) / f"{item.name}.png").stat().st_size) for item in source]
-        found["labels"] = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
-    if weights is not None:
-        with open(weights, "rb") as file:
-            found["weights"] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
-
-
-def _reader(source: data.Source, labels: Labels) -> Callable[[str], np.ndarray]:
-    if callable(labels):
-        return labels
-    if isinstance(labels, Mapping):
-        place, missing = "the mapping", [item.name for item in source if item.name not in labels]
-    else:
-        place = folder = Path(labels)
-        missing = [item.name for item in source if not (folder / f"{item.name}.png").is_file()]
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise ValueError(f"train_irn: expected labels of {len(source)} images in {place}, got none of "
-                         f"{', '.join(missing[:3])}{more}; make them first")  # fmt: skip
-    return labels.__getitem__ if isinstance(labels, Mapping) else lambda name: read_mask(folder / f"{name}.png")
 
 
 class _Irn:
     """The task of `loop`."""
 
+    parts = 1
     name, checkpoint = "train_irn", CHECKPOINT
 
     def __init__(self, source, labels, config, weights, inputs):
@@ -156,6 +126,9 @@ class _Irn:
                                  f"with {known[name]}; set {name} to that")  # fmt: skip
         self.model.fill(models.load_checkpoint(self.weights), branches=False)
 
+    def schedule(self, per_epoch: int) -> loop.Schedule:
+        return loop.Schedule(self.config.epochs * per_epoch, per_epoch)
+
     def groups(self) -> list[dict]:
         named = list(self.model.branches.named_parameters())
         boundary = [p for name, p in named if name.startswith("fc_edge")]
@@ -172,6 +145,12 @@ class _Irn:
             raise ValueError(f"train_irn: {item.name}: {error}") from error
         return image, labels[STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE].contiguous()
 
+    def prepared(self, here: Processes, images: int) -> torch.nn.Module:
+        return self.model
+
+    def begin_step(self, batch: list[Tensor], here: Processes) -> None:
+        pass
+
     def losses(self, forward, batch, here: Processes) -> dict[str, Tensor]:
         images, labels = batch
         with loop.autocast(self.config, here):
@@ -183,7 +162,7 @@ class _Irn:
             distributed.all_reduce(counts)
         return irn_losses(sums[:5] * here.world, counts)
 
-    def end_epoch(self, here: Processes) -> dict[str, float]:
+    def pause(self, steps: int, here: Processes) -> dict[str, float]:
         return {}
 
     @torch.no_grad()
@@ -222,7 +201,7 @@ class _Irn:
         return self.model.metadata() | self.inputs
 
     def others(self, known: dict[str, str]) -> list[str]:
-        return [name for name, digest in self.inputs.items() if known.get(name, digest) != digest]
+        return given.changed(self.inputs, known)
 
 
 def irn_losses(sums: Tensor, counts: Tensor) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
-"""What trainings share: steps of SGD, shared by processes, a line of metrics.jsonl each, resumed after whole epochs."""
+"""What trainings share: steps of SGD, shared by processes, a line of metrics.jsonl each, resumed after a pause."""
 
+import contextlib
 import functools
 import json
 import logging
@@ -7,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,14 +21,13 @@ from .journal import Journal
 
 log = logging.getLogger("ribfast")
 UNFINISHED = "unfinished.safetensors"
-INDIFFERENT = ("workers", "device")  # fields that may change when a training goes on
+INDIFFERENT = ("workers", "device", "cache_mib")  # fields that may change when a training goes on
 Progress = Callable[[int, int, str], None]
 
 
 class Config(Protocol):
     """The fields that a training's configuration has at least."""
 
-    epochs: int
     batch: int
     lr: float
     weight_decay: float
@@ -38,6 +38,11 @@ class Config(Protocol):
     workers: int
 
 
+class Schedule(NamedTuple):
+    steps: int
+    every: int  # steps from one pause to the next: there the state is saved, which a stopped training goes on from
+
+
 class Task(Protocol):
     """What one kind of training has of its own."""
 
@@ -45,7 +50,11 @@ class Task(Protocol):
     checkpoint: str  # the file's name
     config: Config
     images: int  # how many there are
+    parts: int  # of a process's share of a batch, computed one after another to save memory; gradients are added
     model: nn.Module  # once `begin` has made it
+
+    def schedule(self, per_epoch: int) -> Schedule:
+        """per_epoch: steps that go once through the images."""
 
     def begin(self, filled: bool) -> None:
         """Makes the model; filled: whether an unfinished training's weights will replace its own."""
@@ -53,14 +62,20 @@ class Task(Protocol):
     def groups(self) -> list[dict]:
         """What SGD trains: "params", and "scale", so many times the learning rate."""
 
+    def prepared(self, here: Processes, images: int) -> nn.Module:
+        """The model, which is on its device, as steps run it: on so many images at a time."""
+
     def load(self, index: int, rng: np.random.Generator) -> tuple[Tensor, ...]:
         """An image and what belongs to it, to be stacked; called by threads."""
 
-    def losses(self, forward: nn.Module, batch: tuple[Tensor, ...], here: Processes) -> dict[str, Tensor]:
-        """ "loss", whose mean over the processes is minimised, and parts of it to be reported."""
+    def begin_step(self, batch: list[Tensor], here: Processes) -> None:
+        """What losses of the batch's parts need to know of all of it."""
 
-    def end_epoch(self, here: Processes) -> dict[str, float]:
-        """What is to be reported of a whole epoch."""
+    def losses(self, forward: nn.Module, part: list[Tensor], here: Processes) -> dict[str, Tensor]:
+        """ "loss", whose sum over the parts and mean over the processes is minimised, and others to be reported."""
+
+    def pause(self, steps: int, here: Processes) -> dict[str, float]:
+        """What is to be reported after so many steps, at a pause."""
 
     def finish(self, here: Processes) -> None:
         """What the model still needs after the last step."""
@@ -86,8 +101,8 @@ def train(task: Task, out: Path, here: Processes, *, resume: bool, progress: Pro
 def check(config: Config) -> None:
     """Of the fields that all configurations have."""
     kind = type(config).__name__
-    for name in ("epochs", "batch"):
-        if getattr(config, name) < 1:
+    for name in ("epochs", "steps", "batch"):
+        if getattr(config, name, 1) < 1:
             raise ValueError(f"{kind}: expected {name} of at least 1, got {getattr(config, name)}")
     for name in ("lr", "weight_decay", "momentum", "power", "seed", "workers"):
         if not 0 <= getattr(config, name) < math.inf:
@@ -112,8 +127,11 @@ class _Training:
         self.batch = min(self.config.batch, task.images // here.world * here.world)
         if not self.batch:
             raise ValueError(f"{task.name}: expected an image for each of {here.world} processes, got {task.images}")
+        if self.batch // here.world % task.parts:
+            raise ValueError(f"{task.name}: expected each process's {self.batch // here.world} images to be shared by "
+                             f"{task.parts} parts; choose another batch")  # fmt: skip
         self.per_epoch = task.images // self.batch
-        self.steps = self.config.epochs * self.per_epoch
+        self.steps, self.every = task.schedule(self.per_epoch)
 
     def run(self, progress: Progress) -> Path:
         self.out.mkdir(parents=True, exist_ok=True)
@@ -127,6 +145,9 @@ class _Training:
         self.task.model.to(self.here.device, memory_format=torch.channels_last).train()
         c = self.config
         self.optimizer = torch.optim.SGD(self.task.groups(), c.lr, momentum=c.momentum, weight_decay=c.weight_decay)
+        if self.here.device.type == "cuda":
+            for parameter in self._trained():
+                parameter.grad = torch.zeros_like(parameter)
         first = self._restore(unfinished) if goes_on else 0
         if self.here.rank == 0 and not self.resume:  # or another run's would be taken for this one's
             checkpoint.unlink(missing_ok=True)
@@ -142,7 +163,8 @@ class _Training:
         return checkpoint
 
     def _run(self, first: int, journal: Journal, progress: Progress, unfinished: Path) -> None:
-        c, here, forward, start = self.config, self.here, self.task.model, time.perf_counter()
+        c, here, start = self.config, self.here, time.perf_counter()
+        forward = self.task.prepared(here, self.batch // here.world // self.task.parts)
         if here.world > 1:
             devices = [here.device] if here.device.type == "cuda" else None
             forward = nn.parallel.DistributedDataParallel(forward, devices, broadcast_buffers=False)
@@ -151,15 +173,12 @@ class _Training:
             rate = c.lr * (1 - step / self.steps) ** c.power
             for group in self.optimizer.param_groups:
                 group["lr"] = rate * group["scale"]
-            losses = self.task.losses(forward, to_device(batch, here), here)
-            self.optimizer.zero_grad(set_to_none=True)
-            losses["loss"].backward()
+            names, values = self._gradients(forward, to_device(batch, here))
             self.optimizer.step()
-            values = torch.stack([loss.detach() for loss in losses.values()])
             if here.world > 1:
                 distributed.all_reduce(values)
 
-            def report(step=step, rate=rate, names=tuple(losses), values=values):
+            def report(step=step, rate=rate, names=names, values=values):
                 found = dict(zip(names, (values / here.world).tolist(), strict=True))
                 loss = found["loss"]
                 if not math.isfinite(loss):
@@ -167,27 +186,45 @@ class _Training:
                                              f"lower lr ({c.lr})")  # fmt: skip
                 epoch, seconds = step // self.per_epoch, round(time.perf_counter() - start, 3)
                 journal.write(step=step, epoch=epoch, **found, lr=rate, seconds=seconds)
-                progress(step + 1, self.steps, f"epoch {epoch + 1} of {c.epochs}, loss {loss:.4f}")
+                epochs = math.ceil(self.steps / self.per_epoch)
+                progress(step + 1, self.steps, f"epoch {epoch + 1} of {epochs}, loss {loss:.4f}")
 
             if before is not None:
                 before()
             before = report
-            if (step + 1) % self.per_epoch == 0:
+            if (step + 1) % self.every == 0 or step + 1 == self.steps:
                 report()
                 before = None
-                self._end_epoch(step, journal, unfinished)
+                self._pause(step, journal, unfinished)
 
-    def _end_epoch(self, step: int, journal: Journal, unfinished: Path) -> None:
+    def _gradients(self, forward: nn.Module, batch: list[Tensor]) -> tuple[tuple[str, ...], Tensor]:
+        """A step's losses, by name, once their gradients are there."""
+        task, parts, total = self.task, self.task.parts, 0
+        # a graph would write the next part's gradients where autograd has left this one's, had it not its own memory
+        self.optimizer.zero_grad(set_to_none=self.here.device.type != "cuda")
+        task.begin_step(batch, self.here)
+        for number, part in enumerate(zip(*(t.chunk(parts) for t in batch), strict=True), 1):
+            waits = self.here.world > 1 and number < parts  # processes' gradients are added once
+            with forward.no_sync() if waits else contextlib.nullcontext():
+                losses = task.losses(forward, list(part), self.here)
+                losses["loss"].backward()
+            total = total + torch.stack([loss.detach() for loss in losses.values()])
+        return tuple(losses), total
+
+    def _pause(self, step: int, journal: Journal, unfinished: Path) -> None:
         epoch = step // self.per_epoch
-        if not all(torch.isfinite(p).all() for group in self.optimizer.param_groups for p in group["params"]):
+        if not all(torch.isfinite(p).all() for p in self._trained()):
             raise FloatingPointError(f"{self.task.name}: expected finite weights, got others after step {step}; lower "
                                      f"lr ({self.config.lr})")  # fmt: skip
-        if self.here.rank == 0:
-            self._save(unfinished, epoch + 1)
-        if found := self.task.end_epoch(self.here):
+        if found := self.task.pause(step + 1, self.here):
             journal.write(step=step, epoch=epoch, **found)
             if self.here.rank == 0:
                 log.info("epoch %d: %s", epoch + 1, ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
+        if self.here.rank == 0:
+            self._save(unfinished, step + 1)
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _batches(self, first: int) -> Iterator[tuple[Tensor, ...]]:
         """This process's share of each batch. A crop depends on the seed, the epoch and its place in it alone."""
@@ -211,14 +248,14 @@ class _Training:
     def _metadata(self) -> dict[str, str]:
         return self.task.metadata() | {"training": json.dumps(configuration.plain(self.config))}
 
-    def _save(self, path: Path, epochs: int) -> None:
-        """Everything that the next epoch needs."""
+    def _save(self, path: Path, steps: int) -> None:
+        """Everything that the next step needs."""
         state = {f"model.{name}": value for name, value in self.task.tensors().items()}
         for name, p in self.task.model.named_parameters():
             buffer = self.optimizer.state.get(p, {}).get("momentum_buffer")
             if buffer is not None:
                 state[f"momentum.{name}"] = buffer
-        models.save_checkpoint(path, state, self._metadata() | {"epochs": str(epochs)})
+        models.save_checkpoint(path, state, self._metadata() | {"steps": str(steps)})
 
     def _restore(self, path: Path) -> int:
         """The step to go on with."""
@@ -228,9 +265,9 @@ class _Training:
         for name, p in self.task.model.named_parameters():
             if f"momentum.{name}" in state:
                 self.optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(state[f"momentum.{name}"])
-        epochs = int(models.read_metadata(path)["epochs"])
-        log.info("going on after epoch %d of %d", epochs, self.config.epochs)
-        return epochs * self.per_epoch
+        steps = int(models.read_metadata(path)["steps"])
+        log.info("going on after step %d of %d", steps, self.steps)
+        return steps
 
     def _refuse_another_run(self, path: Path) -> None:
         known = models.read_metadata(path)
