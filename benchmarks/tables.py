@@ -52,11 +52,8 @@ def table() -> str:
         f"({result['tier']}):\n",
         "| | one thread | two threads | asked |",
         "|---|---|---|---|",
+        *_on_threads(rows, ROWS),
     ]
-    for pattern, label in ROWS.items():
-        one, two = (rows[pattern.format(threads)] for threads in ("1 thread", "2 threads"))
-        asked = "" if one["target"] is None else f"{one['target']:.0f}"
-        lines.append(f"| {label} | {one['ratio']:.1f} | {two['ratio']:.1f} | {asked} |")
     lines += [
         "\n`dense_crf` of a 375x500 photograph, 10 iterations, times faster than pydensecrf2, one thread each:\n",
         "| | times faster | asked | largest difference |",
@@ -83,11 +80,8 @@ def table() -> str:
         "\nFrom maps to masks, times faster in one run:\n",
         "| | one thread | two threads | asked |",
         "|---|---|---|---|",
+        *_on_threads(rows, PAIRS),
     ]
-    for pattern, label in PAIRS.items():
-        one, two = (rows[pattern.format(threads)] for threads in ("1 thread", "2 threads"))
-        asked = "" if one["target"] is None else f"{one['target']:.0f}"
-        lines.append(f"| {label} | {_rounded(one['ratio'])} | {_rounded(two['ratio'])} | {asked} |")
     walk = rows["random_walk_memory"]
     lines.append(f"\nA walk at 120x160 adds {walk['ours_mib']:.0f} MiB to the process (asked: less than 95); the dense "
                  f"matrix and its square are {walk['baseline_mib']:.0f}.")  # fmt: skip
@@ -112,6 +106,16 @@ def table() -> str:
         lines.append(f"| {label} | {one['ratio']:.0f} | {two['ratio']:.0f} | {one['target']:.0f} | "
                      f"{one['largest_difference']:.1g} |")  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def _on_threads(rows: dict[str, dict], labels: dict[str, str]) -> list[str]:
+    """A line for each pattern of a row's name: its ratios on one thread and on two."""
+    lines = []
+    for pattern, label in labels.items():
+        one, two = (rows[pattern.format(threads)] for threads in ("1 thread", "2 threads"))
+        asked = "" if one["target"] is None else f"{one['target']:.0f}"
+        lines.append(f"| {label} | {_rounded(one['ratio'])} | {_rounded(two['ratio'])} | {asked} |")
+    return lines
 
 
 def _rounded(ratio: float) -> str:

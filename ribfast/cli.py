@@ -6,6 +6,7 @@ for, and a function of both.
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import importlib
 import json
@@ -293,13 +294,15 @@ def _train_classifier(options: argparse.Namespace, settings) -> None:
 
     source = open_source(options.data, options.split)
     validation = None if options.validation is None else open_source(options.data, options.validation)
+    _train(options, settings, functools.partial(train_classifier, source, settings, validation=validation))
+
+
+def _train(options: argparse.Namespace, settings, training: Callable[..., Path]) -> None:
+    """What is resumed is compared with its checkpoint first: only then is config.json written."""
     refuse_another_command(options)
     if not options.resume:
         begin(options, settings)
-    path = train_classifier(
-        source, settings, options.out, weights=options.weights, validation=validation, resume=options.resume,
-        progress=_progress(),
-    )  # fmt: skip
+    path = training(out=options.out, weights=options.weights, resume=options.resume, progress=_progress())
     if options.resume:
         begin(options, settings)
     log.info("wrote %s", path)
@@ -430,16 +433,8 @@ def _train_irn(options: argparse.Namespace, settings) -> None:
     from .train import train_irn
 
     source, labels = open_source(options.data, options.split), options.labels / "masks"
-    refuse_another_command(options)
-    if not options.resume:
-        begin(options, settings)
-    path = train_irn(
-        source, labels if labels.is_dir() else options.labels, settings, options.out,
-        weights=options.weights, resume=options.resume, progress=_progress(),
-    )  # fmt: skip
-    if options.resume:
-        begin(options, settings)
-    log.info("wrote %s", path)
+    labels = labels if labels.is_dir() else options.labels
+    _train(options, settings, functools.partial(train_irn, source, labels, settings))
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:

@@ -93,7 +93,7 @@ def make_cams(
     _check_classes("make_cams", source, model)
     device, (index, count), result = choose_device(config.device), choose_shard(config.shard), Made()
     model = model.to(device, memory_format=torch.channels_last).eval()
-    known, failures, todo, start = store.metrics(), store.failures(), [], time.perf_counter()
+    known, todo, start = store.metrics(), [], time.perf_counter()
     items = source[index::count]
     for item in items:
         if item.name in store:
@@ -116,29 +116,41 @@ def make_cams(
     def maps() -> Iterator[tuple]:
         for item, size, views in data.prefetch(load, todo, workers=config.workers, ahead=max(2, config.workers)):
             if size is None:
-                yield item, views, None, None
+                yield item, views
             elif config.crop:
                 yield item, None, *_crop_cams(model, views, item.classes, config)
             else:
                 yield item, None, *_cams(model, views, item.classes, size, device, config.precision)
 
-    def save(made: tuple) -> tuple[str, str | None]:
-        item, error, cam, high_res = made
+    def keep(item: data.Item, cam, high_res) -> None:
+        _keep(store, item.name, item.classes, cam, high_res, seconds=_since(start))
+
+    return _save_all(store, maps(), keep, result, len(items), progress, ahead=4)
+
+
+def _save_all(
+    store: Store, made: Iterator[tuple], keep: Callable, result: Made, total: int, progress, *, ahead: int
+) -> Made:
+    """`keep` of each (item, error, what was made of it), by a thread of its own; where there is an error, a failure."""
+    failures, before = store.failures(), result.kept + result.without_classes
+
+    def save(one: tuple) -> tuple[str, str | None]:
+        item, error, *found = one
         if error is not None:
             store.fail(item.name, error)
         else:
-            _keep(store, item.name, item.classes, cam, high_res, failures, seconds=_since(start))
+            keep(item, *found)
+            _mend(store, item.name, failures)
         return item.name, error
 
-    before = len(items) - len(todo)
-    for done, (name, error) in enumerate(data.prefetch(save, maps(), workers=1, ahead=4), before + 1):
+    for done, (name, error) in enumerate(data.prefetch(save, made, workers=1, ahead=ahead), before + 1):
         if error is None:
             result.made += 1
         else:
             result.failed[name] = error
             log.warning("%s: %s", name, error)
         if progress is not None:
-            progress(done, len(items), name)
+            progress(done, total, name)
     return result
 
 
@@ -147,10 +159,13 @@ def _skip(store: Store, name: str, known: dict[str, dict]) -> None:
         store.record(name, skipped="no classes")
 
 
-def _keep(store: Store, name: str, keys, cam, high_res, failures: dict[str, str], **facts) -> None:
+def _keep(store: Store, name: str, keys, cam, high_res, **facts) -> None:
     """Facts before maps: an image with maps is not made again, so its facts would be missing for good."""
     store.record(name, **facts)
     store.save(name, keys, cam, high_res)
+
+
+def _mend(store: Store, name: str, failures: dict[str, str]) -> None:
     if name in failures:
         store.fail(name, None)
 
@@ -270,7 +285,8 @@ def adapt_maps(
         name, found = made
         if found.error is None:
             facts = {"steps": found.steps, "stopped": found.stopped, "seconds": _since(start)}
-            _keep(store, name, found.keys, found.cam, found.high_res, failures, **facts)
+            _keep(store, name, found.keys, found.cam, found.high_res, **facts)
+            _mend(store, name, failures)
         return name, found.error
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -337,7 +353,7 @@ def make_masks(
     if config.method == "irn" and network is None:
         raise ValueError("make_masks: expected IRN's network for method irn, got none; train it first (train-irn)")
     network = None if network is None else network.to(device, memory_format=torch.channels_last).eval()
-    failures, items = store.failures(), source[index::count]
+    items = source[index::count]
     todo = [item for item in items if not store.has_mask(item.name)]
     result.kept = len(items) - len(todo)
 
@@ -370,42 +386,27 @@ def make_masks(
         except ValueError as error:
             if len(block) > 1:
                 return [made for each in block for made in label([each])]
-            return [(block[0][0], None, str(error))]
-        return [(item, mask.cpu().numpy(), None) for (item, _, _), mask in zip(block, found, strict=True)]
+            return [(block[0][0], str(error))]
+        return [(item, None, mask.cpu().numpy()) for (item, _, _), mask in zip(block, found, strict=True)]
 
     def made() -> Iterator[tuple]:
-        """(item, mask, error), block by block."""
+        """(item, error, mask), block by block."""
         loaded = data.prefetch(load, todo, workers=config.workers, ahead=2 * config.batch)
         for block in _blocks(loaded, config.batch):
             for item, image, own in block:
                 if image is None:
-                    yield item, None, own
+                    yield item, own
                 elif own is None:
                     result.without_classes += 1
-                    yield item, np.zeros(image.shape[:2], np.uint8), None
+                    yield item, None, np.zeros(image.shape[:2], np.uint8)
             ready = [each for each in block if each[1] is not None and each[2] is not None]
             if ready:
                 yield from label(ready)
 
-    def save(found: tuple) -> tuple[str, str | None]:
-        item, mask, error = found
-        if error is not None:
-            store.fail(item.name, error)
-        else:
-            store.save_mask(item.name, mask)
-            if item.name in failures:
-                store.fail(item.name, None)
-        return item.name, error
+    def keep(item: data.Item, mask: np.ndarray) -> None:
+        store.save_mask(item.name, mask)
 
-    for done, (name, error) in enumerate(data.prefetch(save, made(), workers=1, ahead=config.batch), result.kept + 1):
-        if error is None:
-            result.made += 1
-        else:
-            result.failed[name] = error
-            log.warning("%s: %s", name, error)
-        if progress is not None:
-            progress(done, len(items), name)
-    return result
+    return _save_all(store, made(), keep, result, len(items), progress, ahead=config.batch)
 
 
 def _blocks(things: Iterator, size: int) -> Iterator[list]:

@@ -115,24 +115,25 @@ def test_a_torch_is_fetched_only_where_there_is_none():
     assert found == "False" and "torch>=2.6" in wanted
 
 
-@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
-def test_demanding_cuda_without_it_names_what_is_missing():
-    environment = os.environ | {"RIBFAST_CUDA": "1"}
+def refused_build(choice):
+    """What the build says of RIBFAST_CUDA=choice."""
+    environment = os.environ | {"RIBFAST_CUDA": choice}
     result = subprocess.run(
         [sys.executable, "setup.py", "build_ext"], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert result.returncode != 0
-    assert "RIBFAST_CUDA=1: cannot build with CUDA, missing: a torch with CUDA" in result.stderr
-    assert "RIBFAST_CUDA=0" in result.stderr
+    return result.stderr
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+def test_demanding_cuda_without_it_names_what_is_missing():
+    said = refused_build("1")
+    assert "RIBFAST_CUDA=1: cannot build with CUDA, missing: a torch with CUDA" in said
+    assert "RIBFAST_CUDA=0" in said
 
 
 def test_unknown_cuda_choice_is_refused():
-    environment = os.environ | {"RIBFAST_CUDA": "yes"}
-    result = subprocess.run(
-        [sys.executable, "setup.py", "build_ext"], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert result.returncode != 0
-    assert "RIBFAST_CUDA: expected auto, 0 or 1, got 'yes'" in result.stderr
+    assert "RIBFAST_CUDA: expected auto, 0 or 1, got 'yes'" in refused_build("yes")
 
 
 @pytest.mark.parametrize("tier", ["default", "avx2", "avx512"])

@@ -1,5 +1,4 @@
 import dataclasses
-import json
 import os
 import shutil
 import socket
@@ -11,32 +10,14 @@ import pictures
 import pytest
 import torch
 from torch.nn import functional as F
+from trainings import lines
+from trainings import source as source
+from trainings import weights as weights
 
 from ribfast import data, metrics, models
 from ribfast.train import ClassifierConfig, train_classifier
 
 SMALL = ClassifierConfig("resnet18", 2, 4, lr=0.003, momentum=0.9, long_side=(48, 72), crop=64, workers=2, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return data.open_source(pictures.draw(tmp_path_factory.mktemp("data") / "pictures", 9))
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """A backbone whose features neither vanish nor explode."""
-    torch.manual_seed(0)
-    state = models.cam_classifier("resnet18", 1).state_dict()
-    state = {name: value for name, value in state.items() if not name.startswith("classifier")}
-    state |= {name: value * 0.6 for name, value in state.items() if name.endswith("bn2.weight")}
-    path = tmp_path_factory.mktemp("weights") / "backbone.safetensors"
-    models.save_checkpoint(path, state)
-    return path
-
-
-def lines(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_loss_falls_and_the_checkpoint_tells_what_it_is(source, weights, tmp_path):

@@ -1,5 +1,4 @@
 import dataclasses
-import json
 import os
 import socket
 import subprocess
@@ -7,10 +6,12 @@ import sys
 
 import cv2
 import numpy as np
-import pictures
 import pytest
 import torch
 from torch.nn import functional as F
+from trainings import lines
+from trainings import source as source
+from trainings import weights as weights
 
 from ribfast import data, models, ops
 from ribfast.masks import boundaries
@@ -22,33 +23,12 @@ SMALL = IrnConfig("resnet18", 2, 4, lr=0.02, momentum=0.9, rescale=(0.5, 0.8), c
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return data.open_source(pictures.draw(tmp_path_factory.mktemp("data") / "pictures", 9))
-
-
-@pytest.fixture(scope="module")
 def labels(source):
     """The masks, with unknown pixels in a corner."""
     found = {item.name: source.mask(item).copy() for item in source}
     for mask in found.values():
         mask[:9, :12] = 255
     return found
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """A backbone whose features neither vanish nor explode."""
-    torch.manual_seed(0)
-    state = models.cam_classifier("resnet18", 1).state_dict()
-    state = {name: value for name, value in state.items() if not name.startswith("classifier")}
-    state |= {name: value * 0.6 for name, value in state.items() if name.endswith("bn2.weight")}
-    path = tmp_path_factory.mktemp("weights") / "backbone.safetensors"
-    models.save_checkpoint(path, state)
-    return path
-
-
-def lines(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def gathered_losses(boundary, displacement, labels, radius):

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .. import ops
 from ..ops import contract
+from .labels import MOST_CLASS
 
-MOST_CLASS = 253  # labels are classes + 1 in uint8, and 255 says that a pixel is to be ignored
 LEAST_PROBABILITY = 1e-5  # of an energy, as pydensecrf's unary_from_softmax clips
 
 
@@ -102,8 +102,7 @@ def _maps(op: str, image: Tensor, cams) -> tuple[list[int], Tensor]:
         by_class[operator.index(key)] = values
     maps = torch.empty(len(by_class), *image.shape[:2], device=image.device)
     for out, (key, values) in zip(maps, sorted(by_class.items()), strict=True):
-        if not 0 <= key <= MOST_CLASS:
-            raise ValueError(f"{op}: expected classes from 0 to {MOST_CLASS}, got {key}")
+        contract.integer(op, "classes", key, 0, MOST_CLASS)
         if isinstance(values, np.ndarray) and values.dtype.kind == "f":
             values = _from_numpy(values).to(image.device)
         contract.tensor(op, f"the map of class {key}", values, shape="(H, W)")

@@ -33,6 +33,25 @@ def same_device(op: str, first: Tensor, *others: Tensor) -> None:
             raise ValueError(f"{op}: expected all tensors on one device, got {first.device} and {other.device}")
 
 
+def stacked(op: str, first: str, a, second: str, b) -> bool:
+    """Whether two arguments are tensors that hold all images' at once, rather than lists of each image's."""
+    if isinstance(a, Tensor) != isinstance(b, Tensor):
+        raise TypeError(f"{op}: expected {first} and {second} to be two tensors or two lists, "
+                        f"got {type(a).__name__} and {type(b).__name__}")  # fmt: skip
+    return isinstance(a, Tensor)
+
+
+def paired(op: str, first: str, a, second: str, b, each: str) -> tuple[list, list]:
+    """What each image has of both; each: what it needs of the second one, in the error."""
+    for value, what in ((a, first), (b, second)):
+        if not hasattr(value, "__iter__"):
+            raise TypeError(f"{op}: expected {what} to be a tensor or a list of tensors, got {type(value).__name__}")
+    each_a, each_b = list(a), list(b)
+    if len(each_a) != len(each_b):
+        raise ValueError(f"{op}: expected {each} for each image, got {len(each_b)} for {len(each_a)}")
+    return each_a, each_b
+
+
 def labels(op: str, name: str, value) -> None:
     """A label map."""
     if not isinstance(value, Tensor) or value.dtype != torch.uint8:

@@ -171,20 +171,10 @@ def _by_autograd(image, unary, gaussian, bilateral, iterations, normalization):
 
 def _paired(op: str, images, others, name: str, shape: str, *ndims: int) -> tuple[list, list]:
     """Each image and what belongs to it, from stacked tensors or lists."""
-    stacked = isinstance(images, Tensor)
-    if stacked != isinstance(others, Tensor):
-        raise TypeError(f"{op}: expected images and {name} to be two tensors or two lists, "
-                        f"got {type(images).__name__} and {type(others).__name__}")  # fmt: skip
-    if stacked and (images.ndim != 4 or others.ndim not in ndims):
+    if contract.stacked(op, "images", images, name, others) and (images.ndim != 4 or others.ndim not in ndims):
         raise ValueError(f"{op}: expected images (N, H, W, 3) and {name} {shape}, got shapes "
                          f"{tuple(images.shape)} and {tuple(others.shape)}")  # fmt: skip
-    for value, what in ((images, "images"), (others, name)):
-        if not hasattr(value, "__iter__"):
-            raise TypeError(f"{op}: expected {what} to be a tensor or a list of tensors, got {type(value).__name__}")
-    each_image, each_other = list(images), list(others)
-    if len(each_image) != len(each_other):
-        raise ValueError(f"{op}: expected a {name} for each image, got {len(each_other)} for {len(each_image)}")
-    return each_image, each_other
+    return contract.paired(op, "images", images, name, others, f"a {name}")
 
 
 def _check_choice(op: str, exact: bool, differentiable: bool) -> None:

@@ -71,10 +71,8 @@ def random_walk(
 
 def _paired(cams, given, name: str) -> tuple[list, list, bool]:
     """Each image's cams and what belongs to them; whether they are stacked."""
-    if isinstance(cams, Tensor) != isinstance(given, Tensor):
-        raise TypeError(f"{_OP}: expected cams and {name} to be two tensors or two lists, "
-                        f"got {type(cams).__name__} and {type(given).__name__}")  # fmt: skip
-    if isinstance(cams, Tensor):
+    stacked = contract.stacked(_OP, "cams", cams, name, given)
+    if stacked:
         below = 1 if name == "boundary" else 0  # dimensions that cams have before it
         if cams.ndim not in (3, 4) or given.ndim != cams.ndim - below:
             shapes = ("(h, w)", "(N, h, w)") if below else ("(P, h, w)", "(N, P, h, w)")
@@ -82,16 +80,7 @@ def _paired(cams, given, name: str) -> tuple[list, list, bool]:
                              f"{shapes[1]}, got shapes {tuple(cams.shape)} and {tuple(given.shape)}")  # fmt: skip
         if cams.ndim == 3:
             return [cams], [given], False
-        if len(cams) != len(given):
-            raise ValueError(f"{_OP}: expected a {name} for each image, got {len(given)} for {len(cams)}")
-        return list(cams), list(given), True
-    for value, what in ((cams, "cams"), (given, name)):
-        if not hasattr(value, "__iter__"):
-            raise TypeError(f"{_OP}: expected {what} to be a tensor or a list of tensors, got {type(value).__name__}")
-    each_cams, each_given = list(cams), list(given)
-    if len(each_cams) != len(each_given):
-        raise ValueError(f"{_OP}: expected a {name} for each image, got {len(each_given)} for {len(each_cams)}")
-    return each_cams, each_given, False
+    return *contract.paired(_OP, "cams", cams, name, given, f"a {name}"), stacked
 
 
 def _check(cams, given, name: str, radius: int) -> None:

@@ -37,11 +37,11 @@ def refine(
     and of the centre once for each dilation, as released; without w1 and w2.
     A NaN spreads as far as neighbours reach in `iterations` steps, and stays in its class if it was in a map.
     """
-    stacked = isinstance(images, Tensor)
-    if stacked != isinstance(maps, Tensor):
-        raise TypeError(f"{_OP}: expected images and maps to be two tensors or two lists, "
-                        f"got {type(images).__name__} and {type(maps).__name__}")  # fmt: skip
-    pairs = [(images, maps)] if stacked else _pairs(images, maps)
+    stacked = contract.stacked(_OP, "images", images, "maps", maps)
+    if stacked:
+        pairs = [(images, maps)]
+    else:
+        pairs = list(zip(*contract.paired(_OP, "images", images, "maps", maps, "maps"), strict=True))
     for image, map_ in pairs:
         _check_pair(image, map_, stacked)
     if method not in ("par", "pamr"):
@@ -65,16 +65,6 @@ def refine(
         each_image, each_map = map(list, zip(*pairs, strict=True))
         results = torch.ops.ribfast.refine(each_image, each_map, method == "pamr", dilations, iterations, w1, w2)
     return results[0] if stacked else [result[0] for result in results]
-
-
-def _pairs(images, maps) -> list[tuple]:
-    for value, name in ((images, "images"), (maps, "maps")):
-        if not hasattr(value, "__iter__"):
-            raise TypeError(f"{_OP}: expected {name} to be a tensor or a list of tensors, got {type(value).__name__}")
-    images, maps = list(images), list(maps)
-    if len(images) != len(maps):
-        raise ValueError(f"{_OP}: expected maps for each image, got {len(maps)} for {len(images)}")
-    return list(zip(images, maps, strict=True))
 
 
 def _check_pair(image, map_, stacked: bool) -> None:

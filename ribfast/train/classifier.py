@@ -53,8 +53,6 @@ class ClassifierConfig:
             raise ValueError(f"ClassifierConfig: expected classifier_lr_scale of at least 0, got "
                              f"{self.classifier_lr_scale}")  # fmt: skip
         self.augmentation()
-        if self.tensorflow_padding and self.network != "mobilenet_v2":
-            raise ValueError(f"ClassifierConfig: expected tensorflow_padding with mobilenet_v2, got {self.network}")
 
     def augmentation(self) -> data.Augmentation:
         return data.Augmentation(self.long_side, self.crop, self.flip, data.NORMALIZATIONS[self.normalization])

@@ -55,8 +55,6 @@ class IrnConfig:
             raise ValueError(f"IrnConfig: expected crop to be a multiple of {STRIDE} of at least {least}, where pairs "
                              f"closer than {self.radius} fit, got {self.crop}")  # fmt: skip
         self.augmentation()
-        if self.tensorflow_padding and self.network != "mobilenet_v2":
-            raise ValueError(f"IrnConfig: expected tensorflow_padding with mobilenet_v2, got {self.network}")
 
     def augmentation(self) -> data.Augmentation:
         return data.Augmentation(

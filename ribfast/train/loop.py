@@ -28,11 +28,13 @@ Progress = Callable[[int, int, str], None]
 class Config(Protocol):
     """The fields that a training's configuration has at least."""
 
+    network: str
     batch: int
     lr: float
     weight_decay: float
     momentum: float
     power: float
+    tensorflow_padding: bool
     precision: str
     seed: int
     workers: int
@@ -107,6 +109,8 @@ def check(config: Config) -> None:
     for name in ("lr", "weight_decay", "momentum", "power", "seed", "workers"):
         if not 0 <= getattr(config, name) < math.inf:
             raise ValueError(f"{kind}: expected {name} of at least 0, got {getattr(config, name)}")
+    if config.tensorflow_padding and config.network != "mobilenet_v2":
+        raise ValueError(f"{kind}: expected tensorflow_padding with mobilenet_v2, got {config.network}")
 
 
 def autocast(config: Config, here: Processes):
