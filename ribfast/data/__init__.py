@@ -2,6 +2,7 @@
 
 from .images import IMAGENET, NORMALIZATIONS, SYMMETRIC, Augmentation, Normalization, make_views, rescale, scaled_size
 from .loading import ImageCache, prefetch
+from .scan import Problem, Scan, scan
 from .sources import VOC_CLASSES, Item, Source, open_source
 
 __all__ = [
@@ -13,10 +14,13 @@ __all__ = [
     "ImageCache",
     "Item",
     "Normalization",
+    "Problem",
+    "Scan",
     "Source",
     "make_views",
     "open_source",
     "prefetch",
     "rescale",
     "scaled_size",
+    "scan",
 ]
