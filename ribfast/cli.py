@@ -437,6 +437,84 @@ def _train_irn(options: argparse.Namespace, settings) -> None:
     _train(options, settings, functools.partial(train_irn, source, labels, settings))
 
 
+def _segmenter_arguments(parser: argparse.ArgumentParser) -> None:
+    _data_arguments(parser)
+    parser.add_argument("--masks", type=Path, metavar="FOLDER",
+                        help="a run's folder, or one of NAME.png (default: the data's own masks)")  # fmt: skip
+    parser.add_argument("--validation", metavar="NAME", help="a split with masks, whose mIoU is looked at")
+    parser.add_argument("--weights", type=Path, metavar="FILE",
+                        help="the backbone to start from: ImageNet's, a classifier, deeplab-pytorch's")  # fmt: skip
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for segmenter.safetensors")
+    parser.add_argument("--resume", action="store_true", help="go on after the last pause in --out")
+    parser.add_argument("--cycle", action="store_true",
+                        help="PMM's: train, predict the training images, train again on these masks")  # fmt: skip
+    parser.add_argument("--prediction", type=Path, metavar="FILE",
+                        help="with --cycle: JSON of predict's fields (default: its preset multi)")  # fmt: skip
+
+
+def _train_seg(options: argparse.Namespace, settings) -> None:
+    from .data import open_source
+    from .pipeline import PredictConfig, train_cycle
+    from .store import open_masks
+    from .train import train_segmenter
+
+    if options.prediction is not None and not options.cycle:
+        raise ValueError("expected --prediction with --cycle, got it alone")
+    source = open_source(options.data, options.split)
+    validation = None if options.validation is None else open_source(options.data, options.validation)
+    labels = None if options.masks is None else open_masks(options.masks).mask_path("x").parent
+    given = dict(source=source, config=settings, labels=labels, validation=validation)
+    if not options.cycle:
+        _train(options, settings, lambda **more: train_segmenter(**given, **more, scanned=_progress()))
+        return
+    prediction = None
+    if options.prediction is not None:
+        prediction = config.make(PredictConfig, config.read(options.prediction), "multi")
+
+    def cycle(progress, **more) -> Path:
+        return train_cycle(**given, **more, prediction=prediction, progress=_stage)
+
+    _train(options, settings, cycle)
+
+
+def _stage(name: str) -> Progress | None:
+    log.info("%s", {"scan": "looking at images and masks", "first": "training on these masks", "masks": "predicting "
+                    "the training images", "last": "training on what was predicted"}[name])  # fmt: skip
+    return _progress()
+
+
+def _predict_arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--images", type=Path, metavar="PATH", help="an image, or a folder of images")
+    what.add_argument("--data", metavar="KIND:PATH", help="folder:PATH, voc:PATH or coco:PATH")
+    parser.add_argument("--split", metavar="NAME", help="of --data: a list of its images (default: its training ones)")
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE",
+                        help="a trained segmenter: train-seg's, or deeplab-pytorch's")  # fmt: skip
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for masks/NAME.png")
+    _again_arguments(parser)
+
+
+def _predict(options: argparse.Namespace, settings) -> int:
+    from .data import open_images, open_source
+    from .models import open_segmenter
+    from .pipeline import predict_masks
+    from .processes import choose_device
+    from .store import Store
+
+    if options.images is not None and (settings.known or options.split is not None):
+        raise ValueError("expected --data with --known and with --split, got --images, of which no classes are known")
+    model = open_segmenter(options.checkpoint)
+    if options.images is not None:
+        classes = model.classes or tuple(f"class {number}" for number in range(model.n_classes))
+        source = open_images(options.images, classes)
+    else:
+        source = open_source(options.data, options.split)
+    choose_device(settings.device)  # or an error, before anything is written
+    begin(options, settings, INDIFFERENT, checkpoint=options.checkpoint, images=source.digest())
+    made = predict_masks(source, model, Store(options.out), settings, progress=_progress())
+    return _report(options, made)
+
+
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     _data_arguments(parser)
     what = parser.add_mutually_exclusive_group(required=True)
@@ -513,7 +591,13 @@ COMMANDS = {
         "masks from class maps: by CRF, IRN's walk, PMM's generation, PAR", "ribfast.pipeline:MasksConfig",
         _masks_arguments, _masks,
     ),
-    "evaluate": Command(
+    "train-seg": Command(
+        "train a segmentation network on masks", "ribfast.train:SegmentationConfig", _segmenter_arguments, _train_seg
+    ),
+    "predict": Command(
+        "masks of a trained segmentation network", "ribfast.pipeline:PredictConfig", _predict_arguments, _predict
+    ),
+    "eval": Command(
         "mIoU of class maps at every threshold, or of masks",
         "ribfast.pipeline:EvaluateConfig", _evaluate_arguments, _evaluate,
     ),

@@ -16,11 +16,12 @@ from typing import Literal
 import numpy as np
 import torch
 
-from . import data, masks, models, rib
+from . import data, masks, models, ops, rib, train
 from .cams import CROP_SCALES, merge_cams, multi_crop_cams, shrink_cams
 from .metrics import Confusion, PerImage, ThresholdSweep, bootstrap_interval
-from .processes import choose_device, choose_shard
+from .processes import choose_device, choose_shard, processes, together
 from .rib import RIBConfig
+from .segment import label_probabilities
 from .store import Store
 
 log = logging.getLogger("ribfast")
@@ -407,6 +408,147 @@ def make_masks(
         store.save_mask(item.name, mask)
 
     return _save_all(store, made(), keep, result, len(items), progress, ahead=config.batch)
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """The defaults are one pass over the photograph and one over its mirror."""
+
+    scales: tuple[float, ...] = (1.0,)  # of the photograph; probabilities are averaged over them
+    mirror: bool = True  # each scale's mirror too
+    window: int = 0  # scales are computed in overlapping windows of this side; 0: whole
+    stride: int = 0  # from one window to the next; 0: two thirds of a window
+    crf: bool = False  # refine the probabilities by a dense CRF
+    gaussian: tuple[float, float] | None = (1.0, 3.0)  # of crf: pixels, strength
+    bilateral: tuple[float, float, float] | None = (67.0, 3.0, 4.0)  # of crf: pixels, colours, strength
+    iterations: int = 10  # of crf
+    known: bool = False  # no labels but background and the classes that the data names for the photograph
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the network; probabilities are float32
+    batch: int = 4  # images at a time; those of one size go through the network together
+    shard: str | None = None  # i/n: the i-th of n shares, from 0; none: torchrun's, else everything
+    workers: int = 2  # threads that decode
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+
+    def __post_init__(self):
+        if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
+            raise ValueError(f"PredictConfig: expected scales above 0, got {self.scales}")
+        if self.window < 0 or not 0 <= self.stride <= max(self.window, 0):
+            raise ValueError(f"PredictConfig: expected a window of at least 0 and a stride of at most that, got "
+                             f"{self.window} and {self.stride}")  # fmt: skip
+        if self.batch < 1 or self.workers < 0 or self.iterations < 0:
+            raise ValueError(f"PredictConfig: expected batch of at least 1, workers and iterations of at least 0, got "
+                             f"{self.batch}, {self.workers} and {self.iterations}")  # fmt: skip
+        choose_shard(self.shard)
+
+    @classmethod
+    def single(cls) -> "PredictConfig":
+        return cls()
+
+    @classmethod
+    def multi(cls) -> "PredictConfig":
+        """DeepLab's and PMM's tests: six scales, mirrors, CRF."""
+        return cls(scales=(0.5, 0.75, 1.0, 1.25, 1.5, 1.75), crf=True)
+
+
+def predict_masks(
+    source: data.Source,
+    model: models.Segmenter,
+    store: Store,
+    config: PredictConfig | None = None,
+    *,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Made:
+    """A segmenter's mask of each image into the store. What is there already is left alone; an image that cannot be
+    read is recorded as a failure and does not stop the others."""
+    config = config or PredictConfig()
+    if model.n_classes != len(source.classes) or model.classes not in (None, source.classes):
+        has = _some(model.classes) if model.classes else model.n_classes
+        raise ValueError(f"predict_masks: expected a segmenter of the data's classes ({_some(source.classes)}), got "
+                         f"one of {has}; train one on this data")  # fmt: skip
+    device, (index, count), result = choose_device(config.device), choose_shard(config.shard), Made()
+    model = model.to(device, memory_format=torch.channels_last).eval()
+    items = source[index::count]
+    todo = [item for item in items if not store.has_mask(item.name)]
+    result.kept = len(items) - len(todo)
+
+    def load(item: data.Item):
+        try:
+            return item, source.image(item), None
+        except (OSError, ValueError) as error:
+            return item, None, str(error)
+
+    def made() -> Iterator[tuple]:
+        """(item, error, mask), block by block."""
+        loaded = data.prefetch(load, todo, workers=config.workers, ahead=2 * config.batch)
+        for block in _blocks(loaded, config.batch):
+            ready = [(item, image) for item, image, error in block if error is None]
+            yield from ((item, error) for item, _, error in block if error is not None)
+            if ready:
+                found = _predict(model, [image for _, image in ready], [item.classes for item, _ in ready], config)
+                yield from ((item, None, mask.cpu().numpy()) for (item, _), mask in zip(ready, found, strict=True))
+
+    def keep(item: data.Item, mask: np.ndarray) -> None:
+        store.save_mask(item.name, mask)
+
+    return _save_all(store, made(), keep, result, len(items), progress, ahead=config.batch)
+
+
+def train_cycle(
+    source: data.Source,
+    config: train.SegmentationConfig,
+    out: str | Path,
+    *,
+    labels=None,
+    weights: str | Path | None = None,
+    validation: data.Source | None = None,
+    prediction: PredictConfig | None = None,
+    resume: bool = False,
+    progress: Callable[[str], Callable[[int, int, str], None] | None] = lambda stage: None,
+) -> Path:
+    """PMM's cyclic pseudo masks: a segmenter is trained in OUT/first, predicts the images that it was trained on
+    (OUT/first/masks), and another one is trained on these from the start, in OUT, without pretended under-fitting.
+
+    Arguments as of train.train_segmenter. prediction: None: PredictConfig.multi(). resume: goes on where it was
+    stopped. progress: of a stage's name, what it reports to.
+    """
+    out, folder = Path(out), Path(out) / "first"
+    given = dict(weights=weights, validation=validation, resume=resume)
+    with processes(config.device) as here:
+        checkpoint = train.train_segmenter(source, config, folder, labels=labels, progress=progress("first"),
+                                           scanned=progress("scan"), **given)  # fmt: skip
+        store = Store(folder)
+        if here.rank == 0 and not resume:
+            for name in store.mask_names():  # another training's
+                store.mask_path(name).unlink()
+        together(here)
+        made = predict_masks(source, models.open_segmenter(checkpoint), store, prediction or PredictConfig.multi(),
+                             progress=progress("masks"))  # fmt: skip
+        failed = {name: reason for part in together(here, made.failed) for name, reason in part.items()}
+        if failed:
+            name, reason = next(iter(failed.items()))
+            raise ValueError(f"train_cycle: expected a mask of every image, got none of {len(failed)}, {name} for one: "
+                             f"{reason}; mend it and go on with resume")  # fmt: skip
+        last = dataclasses.replace(config, under_fitting=None)
+        return train.train_segmenter(source, last, out, labels=folder / "masks", progress=progress("last"), **given)
+
+
+def _predict(model, images: list[np.ndarray], classes: list[tuple[int, ...]], config: PredictConfig):
+    """(H, W) uint8 of each."""
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        found = label_probabilities(model, images, scales=config.scales, mirror=config.mirror, window=config.window,
+                                    stride=config.stride)  # fmt: skip
+    if config.known:
+        for own, present in zip(found, classes, strict=True):
+            allowed = torch.zeros(len(own), dtype=torch.bool)
+            allowed[[0, *(key + 1 for key in present)]] = True
+            own[~allowed.to(device)] = 0
+    if config.crf:
+        pictures = [torch.from_numpy(image).to(device) for image in images]
+        energies = [own.clamp_(min=1e-5).log_().neg_() for own in found]
+        terms = dict(gaussian=config.gaussian, bilateral=config.bilateral, iterations=config.iterations)
+        found = ops.dense_crf(pictures, energies, **terms)
+    return [own.argmax(0).to(torch.uint8) for own in found]
 
 
 def _blocks(things: Iterator, size: int) -> Iterator[list]:

@@ -57,3 +57,11 @@ def processes(device: str = "auto") -> Iterator[Processes]:
     finally:
         if joins:
             distributed.destroy_process_group()
+
+
+def together(here: Processes, value=None) -> list:
+    """Each process's value, once all of them are here."""
+    values = [value] * here.world
+    if here.world > 1:
+        distributed.all_gather_object(values, value)
+    return values

@@ -229,7 +229,7 @@ def test_from_pictures_to_an_evaluation(tmp_path, capsys):
     assert cli.main([*cam, "--overwrite"]) == 0 and "5 made, 0 there before" in capsys.readouterr().err
     assert "not allowed with argument" in refused(capsys, *cam, "--overwrite", "--keep")
 
-    evaluate = ["evaluate", "--data", spec, "--maps", str(maps)]
+    evaluate = ["eval", "--data", spec, "--maps", str(maps)]
     assert cli.main([*evaluate, "--thresholds", "0:1:0.1"]) == 0
     said, result = capsys.readouterr().out, json.loads((maps / "evaluation.json").read_text())
     assert "best" in said and "background" in said and len(result["mious"]) == 11
@@ -238,7 +238,7 @@ def test_from_pictures_to_an_evaluation(tmp_path, capsys):
     other = tmp_path / "other"
     assert cli.main([*evaluate, "--threshold-from", str(maps / "evaluation.json"), "--out", str(other)]) == 0
     assert "chosen on other images" in capsys.readouterr().out
-    shown = ["evaluate", "--data", spec, "--masks", str(tmp_path / "data" / "masks"), "--out", str(other / "masks")]
+    shown = ["eval", "--data", spec, "--masks", str(tmp_path / "data" / "masks"), "--out", str(other / "masks")]
     assert cli.main(shown) == 0 and re.search(r"mean +100\.00\n", capsys.readouterr().out)
     assert json.loads((other / "masks" / "evaluation.json").read_text())["reported"] == {"miou": 1.0}
     assert cli.main([*shown, "--threshold-from", str(maps / "evaluation.json")]) == 1
@@ -276,7 +276,7 @@ def test_open_classifier(tmp_path):
     assert (again.classes, again.tensorflow_padding, again.normalization) == (model.classes, True, "symmetric")
     with pytest.raises(ValueError, match="classifier of the data's 4 classes, got 3"):
         models.open_classifier(path, n_classes=4)
-    with pytest.raises(ValueError, match="expected normalization of imagenet or symmetric, got 'x'"):
+    with pytest.raises(ValueError, match="expected normalization of imagenet, symmetric, caffe, got 'x'"):
         models.open_classifier(path, normalization="x")
     backbone = {name: value for name, value in model.state_dict().items() if name != "classifier.weight"}
     models.save_checkpoint(path, backbone)
@@ -295,6 +295,6 @@ def test_data_that_a_command_does_not_find(tmp_path, capsys):
     spec = pictures.draw(tmp_path / "data", 3)
     words = ["train-classifier", "--data", spec, "--out", str(tmp_path / "out"), "--split", "none"]
     assert cli.main(words) == 1 and "expected the list" in capsys.readouterr().err
-    words = ["evaluate", "--data", spec, "--maps", str(tmp_path / "none")]
+    words = ["eval", "--data", spec, "--maps", str(tmp_path / "none")]
     assert cli.main(words) == 1 and "expected a folder of maps" in capsys.readouterr().err
     assert data.open_source(spec).classes == pictures.CLASSES

@@ -210,7 +210,7 @@ def test_commands_from_maps_to_a_trained_network_to_masks(folder, source, maps, 
     with pytest.raises(SystemExit):
         main([*walk, "--irn", str(trained), "--overwrite", "--confidence", "2"])
     assert sorted((tmp_path / "walked").rglob("*.png")) == before
-    evaluated = ["evaluate", "--data", folder, "--masks", str(tmp_path / "walked")]
+    evaluated = ["eval", "--data", folder, "--masks", str(tmp_path / "walked")]
     assert main(evaluated) == 0 and "IoU" in capsys.readouterr().out
 
 
@@ -250,7 +250,7 @@ def test_masks_of_maps_that_were_made_anew(folder, maps, tmp_path, capsys):
 
 def test_background_from_an_evaluation(folder, source, maps, tmp_path):
     """The threshold that was best for maps is what their masks are cut at."""
-    assert main(["evaluate", "--data", folder, "--maps", str(maps.folder), "--out", str(tmp_path)]) == 0
+    assert main(["eval", "--data", folder, "--maps", str(maps.folder), "--out", str(tmp_path)]) == 0
     best = tmp_path / "evaluation.json"
     given = ["--data", folder, "--maps", str(maps.folder), "--device", "cpu", "--out", str(tmp_path / "masks")]
     assert main(["masks", *given, "--preset", "threshold", "--background-from", str(best)]) == 0

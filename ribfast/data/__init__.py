@@ -3,7 +3,7 @@
 from .images import IMAGENET, NORMALIZATIONS, SYMMETRIC, Augmentation, Normalization, make_views, rescale, scaled_size
 from .loading import ImageCache, prefetch
 from .scan import Problem, Scan, scan
-from .sources import VOC_CLASSES, Item, Source, open_source
+from .sources import VOC_CLASSES, Item, Source, open_images, open_source
 
 __all__ = [
     "IMAGENET",
@@ -18,6 +18,7 @@ __all__ = [
     "Scan",
     "Source",
     "make_views",
+    "open_images",
     "open_source",
     "prefetch",
     "rescale",

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -119,6 +119,24 @@ def open_source(spec: str, split: str | None = None) -> Source:
     if not source.items:
         raise ValueError(f"open_source: expected at least one image, got none in {spec}; fill the list")
     return source
+
+
+def open_images(place: str | os.PathLike, classes: Sequence[str]) -> Source:
+    """An image, or all images below a folder, by name, of which nothing else is known; EXIF orientation is applied."""
+    place = Path(place).expanduser()
+    if place.is_file():
+        return Source(tuple(classes), (Item(_name(place.name, str(place)), place, (), None),), upright=True)
+    found = _files(place, SUFFIXES)
+    if not found:
+        raise ValueError(
+            f"open_images: expected images ({', '.join(SUFFIXES)}) in {place}, got none; name their folder"
+        )
+    twice = next((paths for paths in found.values() if len(paths) > 1), None)
+    if twice is not None:
+        raise ValueError(f"open_images: expected names that differ without suffix, got {twice[0].name} and "
+                         f"{twice[1].name} in {twice[0].parent}; rename one")  # fmt: skip
+    items = (Item(_name(name, str(place)), found[name][0], (), None) for name in sorted(found))
+    return Source(tuple(classes), tuple(items), upright=True)
 
 
 def _open_folder(root: Path, split: str | None) -> Source:

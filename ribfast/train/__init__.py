@@ -1,6 +1,14 @@
-"""Training: the classifier that class activation maps come from, and IRN's network that spreads them."""
+"""Training: the classifier that class activation maps come from, IRN's network that spreads them, and the segmenter."""
 
 from .classifier import ClassifierConfig, train_classifier
 from .irn import IrnConfig, train_irn
+from .segmentation import SegmentationConfig, train_segmenter
 
-__all__ = ["ClassifierConfig", "IrnConfig", "train_classifier", "train_irn"]
+__all__ = [
+    "ClassifierConfig",
+    "IrnConfig",
+    "SegmentationConfig",
+    "train_classifier",
+    "train_irn",
+    "train_segmenter",
+]

@@ -10,11 +10,11 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.nn import functional as F
 
 from .. import data, metrics, models
-from ..processes import Processes, processes
+from ..processes import Processes, processes, together
 from . import loop
 
 log = logging.getLogger("ribfast")
@@ -164,10 +164,7 @@ class _Classifier:
             (views,) = loop.to_device((views,), here)
             with loop.autocast(self.config, here):
                 scores.append(self.model(views).float().mean((0, 2, 3)).cpu())
-        gathered = [(list(mine), scores)]
-        if here.world > 1:
-            gathered = [None] * here.world
-            distributed.all_gather_object(gathered, (list(mine), scores))
+        gathered = together(here, (list(mine), scores))
         by_index = {i: score for indices, part in gathered for i, score in zip(indices, part, strict=True)}
         scores, labels = torch.stack([by_index[i] for i in range(len(self.validation))]), self.validation.labels()
         loss = F.multilabel_soft_margin_loss(scores, labels.float()).item()
