@@ -183,13 +183,16 @@ def _make_config(kind: type, options: argparse.Namespace):
     return config.make(kind, values, preset)
 
 
-def begin(options: argparse.Namespace, settings, indifferent: tuple[str, ...] | None = None, **inputs) -> None:
+def begin(
+    options: argparse.Namespace, settings, indifferent: tuple[str, ...] | None = None, write: bool = True, **inputs
+) -> None:
     """Writes OUT/config.json: the configuration, the inputs (files by their digests) and the command line.
 
     An OUT that another command began is refused. indifferent: the fields that do not change results; with it, an OUT
     whose config.json differs in others, or was made from other inputs, or that holds results and no config.json, is
     refused, for its files would be taken for this run's; unless --keep says that they may (what OUT began with stays in
-    its config.json, under `before`), or --overwrite that they go, which this command alone may have made.
+    its config.json, under `before`), or --overwrite that they go, which this command alone may have made. write=False:
+    refuses, and does nothing else.
     """
     path = options.out / "config.json"
     refuse_another_command(options, keep=indifferent is not None)
@@ -207,11 +210,12 @@ def begin(options: argparse.Namespace, settings, indifferent: tuple[str, ...] | 
         found += [f"{name} (here {_short(value)}, there {_short(known[name])})" for name, value in others.items()
                   if known.get(name, value) != value]  # fmt: skip
         if found and not getattr(options, "keep", False):
-            advice = ", or say --keep to mix both, or --overwrite to make all anew" * hasattr(options, "keep")
+            advice = ", or say --keep to mix both" * hasattr(options, "keep")
+            advice += ", or --overwrite to make all anew" * hasattr(options, "overwrite")
             raise ValueError(f"expected to go on in {options.out} as it began, got another {', '.join(found)}; choose "
                              f"another --out{advice}")  # fmt: skip
         before = {"before": [*there.pop("before", []), *([there] if found else [])]}
-    if _first():
+    if write and _first():
         words = {name: v for name, v in vars(options).items() if not name.startswith("field_") and v is not None}
         before = {name: value for name, value in before.items() if value}
         config.write(path, settings, command=options.command, ribfast=__version__, options=words, inputs=inputs,
@@ -419,6 +423,42 @@ def _masks(options: argparse.Namespace, settings) -> int:
     return _report(options, make_masks(source, maps, store, settings, network=network, progress=_progress()))
 
 
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    _data_arguments(parser)
+    parser.add_argument(
+        "--masks", type=Path, required=True, metavar="FOLDER", help="a run's folder, or one of NAME.png"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="for VOC2012/, or COCO's annotations/"
+    )
+    parser.add_argument(
+        "--keep", action="store_true", help="add, say, another split to an --out that `export` began otherwise"
+    )
+
+
+def _export(options: argparse.Namespace, settings) -> None:
+    from .data import open_source
+    from .export import export
+    from .store import open_masks
+
+    refuse_another_command(options)
+    if options.out.is_dir() and any(options.out.iterdir()) and not (options.out / "config.json").is_file():
+        raise ValueError(f"expected an empty --out, or one that `export` began, got {options.out}, which holds other "
+                         f"files; choose another --out")  # fmt: skip
+    if settings.name is None and options.split is not None:
+        settings = dataclasses.replace(settings, name=Path(options.split).stem)
+    source, masks = open_source(options.data, options.split), open_masks(options.masks)
+
+    def start(write: bool = True) -> None:
+        begin(options, settings, INDIFFERENT, write, masks=str(masks.folder.resolve()), run=_run_of(masks.folder),
+              images=source.digest())  # fmt: skip
+
+    start(write=False)
+    result = export(source, masks.load_mask, options.out, settings, begin=start, progress=_progress())
+    log.info("%d images, %d of them encoded anew, %d renamed, %d annotations; %s", result.images, result.encoded,
+             result.renamed, result.annotations, options.out)  # fmt: skip
+
+
 def _irn_arguments(parser: argparse.ArgumentParser) -> None:
     _data_arguments(parser)
     parser.add_argument("--labels", type=Path, required=True, metavar="FOLDER",
@@ -600,6 +640,10 @@ COMMANDS = {
     "eval": Command(
         "mIoU of class maps at every threshold, or of masks",
         "ribfast.pipeline:EvaluateConfig", _evaluate_arguments, _evaluate,
+    ),
+    "export": Command(
+        "masks as VOC's folder or as COCO's annotations, for other tools",
+        "ribfast.export:ExportConfig", _export_arguments, _export,
     ),
 }  # fmt: skip
 

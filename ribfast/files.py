@@ -43,6 +43,19 @@ def write(path: Path, *parts, lasting: bool = False) -> None:
                 os.close(descriptor)
 
 
+def link(path: Path, target: Path, *, symbolic: bool = False) -> None:
+    """A further name of the target's file, or a symbolic link to it, in place of what the path held before."""
+    target = target.resolve()
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{os.urandom(12).hex()}{PARTIAL}")
+        try:
+            os.symlink(target, partial) if symbolic else os.link(target, partial)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)  # POSIX replaces no name of a file by another of the same file
+
+
 @contextlib.contextmanager
 def explained(path: Path) -> Iterator[None]:
     """What stands in the way of writing a path, said with the path and what to do."""
@@ -58,6 +71,8 @@ def explained(path: Path) -> Iterator[None]:
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             reason = os.strerror(error.errno).lower()
             said = f"expected to be allowed to write {path}, got {reason}; give the right, or choose another folder"
+        elif error.errno in (errno.EXDEV, errno.EMLINK, errno.EOPNOTSUPP):
+            said = f"expected a file system that links {path}, got {os.strerror(error.errno).lower()}; copy instead"
         elif error.errno == errno.ENAMETOOLONG:
             said = f"expected names of at most {LONGEST_NAME} bytes, got {path}; rename the image"
         else:

@@ -117,6 +117,8 @@ def test_single_modules():
     assert foreign(PACKAGE / "cams.py", ["torch", "numpy", "ribfast.data", "ribfast.ops", *standard]) == []
     allowed = ["torch", "numpy", "ribfast.cams", "ribfast.data", *standard]
     assert foreign(PACKAGE / "segment.py", allowed) == []
+    below = [f"ribfast.{name}" for name in ("__version__", "data", "files", "store")]
+    assert foreign(PACKAGE / "export.py", ["numpy", "cv2", *below, *standard]) == []
     assert foreign(PACKAGE / "cli.py", ["ribfast", *standard]) == []  # torch only where a command needs it
 
 

@@ -59,6 +59,20 @@ def draw_regions(size: tuple[int, int], regions: Iterable[tuple[int, list | dict
     return mask
 
 
+def encode_region(part: np.ndarray, corner: tuple[int, int], size: tuple[int, int]) -> dict:
+    """A region, bool (h, w) with its upper left pixel at (y, x) of an image of (H, W), -> COCO's compressed RLE."""
+    padded = np.zeros((part.shape[1], part.shape[0] + 2), bool)  # columns that begin and end outside the region
+    padded[:, 1:-1] = part.T
+    column, row = divmod(np.flatnonzero(padded[:, 1:] != padded[:, :-1]), part.shape[0] + 1)
+    place = (corner[1] + column) * size[0] + corner[0] + row
+    begin, end = place[::2], place[1::2]
+    apart = begin[1:] != end[:-1]  # a run at the foot of a column may go on at the head of the next
+    begin, end = begin[np.r_[True, apart][: len(begin)]], end[np.r_[apart, True][: len(end)]]
+    edges = np.concatenate([[0], np.stack([begin, end], 1).ravel(), [size[0] * size[1]]])
+    counts = np.diff(edges)
+    return {"size": list(size), "counts": _compress(counts if counts[-1] else counts[:-1])}
+
+
 def _fill(mask: np.ndarray, points: np.ndarray, label: int) -> None:
     """Toggles each row where an edge crosses the centres of its pixels: inside is what lies behind an odd number."""
     (x, y), (next_x, next_y) = points.T, np.roll(points, -1, 0).T
@@ -161,3 +175,14 @@ def _decompress(text: str) -> list[int]:
             counts.append(value + (counts[-2] if len(counts) > 2 else 0))
             value, shift = 0, 0
     return counts
+
+
+def _compress(counts: np.ndarray) -> str:
+    """`_decompress`'s inverse: of each number as many groups of 5 bits as show its sign too."""
+    values = counts.astype(np.int64)
+    values[3:] -= counts[1:-2]
+    places = np.arange(7)  # 2 ** 34 pixels
+    more = np.where(values < 0, ~values, values)[:, None] >> (5 * places + 4) > 0
+    used = np.column_stack([np.ones(len(values), bool), more[:, :-1]])
+    groups = (values[:, None] >> 5 * places & 31) + 32 * more + 48
+    return groups[used].astype(np.uint8).tobytes().decode()
