@@ -74,7 +74,7 @@ class SegmentationConfig:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"SegmentationConfig: expected {name} of at least 0, got {getattr(self, name)}")
         if self.frozen > 5:
-            raise ValueError(f"SegmentationConfig: expected frozen of at most 5 depths, got {self.frozen}")
+            raise ValueError(f"SegmentationConfig: expected at most 5 frozen depths, got {self.frozen}")
         if self.batch % self.parts:
             raise ValueError(
                 f"SegmentationConfig: expected a batch that {self.parts} parts can share, got {self.batch}"
@@ -145,7 +145,7 @@ def train_segmenter(
     reader = _own(source) if labels is None else given.reader("train_segmenter", source, labels)
     task = _Segmentation(source, reader, config, weights, validation, Path(out), given.inputs(source, labels, weights))
     with processes(config.device) as here, _deterministic(config, here):
-        _scan(source, reader, config, here, scanned)
+        _scan(source, None if labels is None else reader, config, here, scanned)
         return loop.train(task, Path(out), here, resume=resume, progress=progress)
 
 
