@@ -15,6 +15,8 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from . import data, masks, models, ops, rib, train
 from .cams import CROP_SCALES, merge_cams, multi_crop_cams, shrink_cams
@@ -423,6 +425,9 @@ class PredictConfig:
     bilateral: tuple[float, float, float] | None = (67.0, 3.0, 4.0)  # of crf: pixels, colours, strength
     iterations: int = 10  # of crf
     known: bool = False  # no labels but background and the classes that the data names for the photograph
+    # longer side of the largest photographs that are computed as they are; larger ones are reduced to it, and their
+    # masks enlarged
+    largest: int = 2048
     precision: Literal["float32", "bfloat16"] = "float32"  # of the network; probabilities are float32
     batch: int = 4  # images at a time; those of one size go through the network together
     shard: str | None = None  # i/n: the i-th of n shares, from 0; none: torchrun's, else everything
@@ -435,9 +440,9 @@ class PredictConfig:
         if self.window < 0 or not 0 <= self.stride <= max(self.window, 0):
             raise ValueError(f"PredictConfig: expected a window of at least 0 and a stride of at most that, got "
                              f"{self.window} and {self.stride}")  # fmt: skip
-        if self.batch < 1 or self.workers < 0 or self.iterations < 0:
-            raise ValueError(f"PredictConfig: expected batch of at least 1, workers and iterations of at least 0, got "
-                             f"{self.batch}, {self.workers} and {self.iterations}")  # fmt: skip
+        for name, least in {"batch": 1, "largest": 1, "workers": 0, "iterations": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"PredictConfig: expected {name} of at least {least}, got {getattr(self, name)}")
         choose_shard(self.shard)
 
     @classmethod
@@ -532,9 +537,12 @@ def train_cycle(
         return train.train_segmenter(source, last, out, labels=folder / "masks", progress=progress("last"), **given)
 
 
-def _predict(model, images: list[np.ndarray], classes: list[tuple[int, ...]], config: PredictConfig):
+def _predict(model, images: list[np.ndarray], classes: list[tuple[int, ...]], config: PredictConfig) -> list[Tensor]:
     """(H, W) uint8 of each."""
-    device = next(model.parameters()).device
+    device, sizes = next(model.parameters()).device, [image.shape[:2] for image in images]
+    shares = [min(1.0, config.largest / max(size)) for size in sizes]
+    images = [data.rescale(image, data.scaled_size(image.shape[:2], share)) if share < 1 else image
+              for image, share in zip(images, shares, strict=True)]  # fmt: skip
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
         found = label_probabilities(model, images, scales=config.scales, mirror=config.mirror, window=config.window,
                                     stride=config.stride)  # fmt: skip
@@ -548,7 +556,9 @@ def _predict(model, images: list[np.ndarray], classes: list[tuple[int, ...]], co
         energies = [own.clamp_(min=1e-5).log_().neg_() for own in found]
         terms = dict(gaussian=config.gaussian, bilateral=config.bilateral, iterations=config.iterations)
         found = ops.dense_crf(pictures, energies, **terms)
-    return [own.argmax(0).to(torch.uint8) for own in found]
+    labels = [own.argmax(0).to(torch.uint8) for own in found]
+    return [own if own.shape == size else F.interpolate(own[None, None], size=size, mode="nearest-exact")[0, 0]
+            for own, size in zip(labels, sizes, strict=True)]  # fmt: skip
 
 
 def _blocks(things: Iterator, size: int) -> Iterator[list]:

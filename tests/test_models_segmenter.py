@@ -112,7 +112,7 @@ def test_deeplab_pytorchs_files_compute_the_same(prefix, tmp_path):
     assert torch.equal(other.backbone.layer4[2].conv3.weight, state["layer5.block3.increase.conv.weight"])
     with pytest.raises(ValueError, match="expected weights of torchvision's layers, got Caffe's; set caffe to true"):
         models.segmenter("resnet50", 4).fill(models.load_checkpoint(path), heads=False)
-    with pytest.raises(ValueError, match="a resnet50, got a checkpoint without .* and with caffe"):
+    with pytest.raises(ValueError, match=r"a resnet50, got a checkpoint without .* and with caffe"):
         models.load_into(models.cam_classifier("resnet50", 4), models.load_checkpoint(path), classifier=False)
 
 
@@ -133,7 +133,7 @@ def test_checkpoints_give_the_same_network_again(name, tmp_path):
     classifier = tmp_path / "classifier.safetensors"
     models.save_checkpoint(classifier, models.cam_classifier(name, 3).state_dict())
     again.fill(models.load_checkpoint(classifier), heads=False)
-    with pytest.raises(ValueError, match="a trained segmenter, with head., got .*, a classifier; train"):
+    with pytest.raises(ValueError, match=r"a trained segmenter, with head\., got .*, a classifier; train"):
         models.open_segmenter(classifier)
     with pytest.raises(ValueError, match="a segmenter of the data's 7 classes, got 3 in"):
         models.open_segmenter(path, n_classes=7)

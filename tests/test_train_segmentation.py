@@ -218,7 +218,7 @@ def test_every_problem_is_named_before_the_first_step(source, weights, tmp_path)
     assert seen == list(range(1, 10)) and not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="expected images, got none"):
         train_segmenter(dataclasses.replace(source, items=()), SMALL, tmp_path / "out")
-    with pytest.raises(ValueError, match="expected labels of 9 images in .*, got none of p0, p1, p2 and 6 more"):
+    with pytest.raises(ValueError, match=r"expected labels of 9 images in .*, got none of p0, p1, p2 and 6 more"):
         train_segmenter(source, SMALL, tmp_path / "out", labels=tmp_path / "nothing")
     unmasked = dataclasses.replace(source, items=tuple(dataclasses.replace(i, mask=None) for i in source))
     with pytest.raises(ValueError, match="expected masks of 9 images, got none of p0"):
