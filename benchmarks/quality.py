@@ -51,6 +51,14 @@ Made by `python benchmarks/quality_masks.py` from quality_masks.json: mIoU (%) o
 from the plain CAMs, mean over seeds (standard deviation); each method's constant (the background's, for PPMG the power)
 is chosen on every fourth train photograph. IRN's network is trained on all train photographs."""
 
+ABOUT_SEGMENTERS = """
+## The segmenter trained on masks
+
+Made by `python benchmarks/quality_segmentation.py` from quality_segmentation.json: mIoU (%) of segmenters on the same
+val photographs, mean over seeds (standard deviation), the last weights of {steps} steps; trained on the train
+photographs' masks by {masks}, with or without pretended under-fitting (PUF), on what such a segmenter predicts of the
+train photographs (cycle), and on their ground truth. Labels on train: how good the masks are that it was trained on."""
+
 
 def constants(model, variant, crop) -> RIBConfig:
     sizes = {"others_crop": crop, "others_long_side": (round(0.8 * crop), round(1.4 * crop))}
@@ -178,14 +186,16 @@ def write(folder: Path) -> None:
 
 
 def write_report() -> None:
-    """quality.md from quality.json and, of masks, quality_masks.json."""
-    facts, masks = (
+    """quality.md from quality.json and, of masks and segmenters, quality_masks.json and quality_segmentation.json."""
+    facts, masks, segmenters = (
         json.loads(path.read_text()) if path.exists() else {}
-        for path in (RESULTS / "quality.json", RESULTS / "quality_masks.json")
+        for path in (RESULTS / f"{name}.json" for name in ("quality", "quality_masks", "quality_segmentation"))
     )
     text = report(facts["rows"], facts["precision"])
     if masks:
         text += report_of_masks(masks["rows"])
+    if segmenters:
+        text += report_of_segmenters(segmenters, masks["rows"])
     (RESULTS / "quality.md").write_text(text)
 
 
@@ -209,6 +219,31 @@ def report_of_masks(rows: list[dict]) -> str:
             )
         text.append(f"\nSeeds: {', '.join(str(seed) for seed in cam)}.")
     return "\n".join(text) + "\n"
+
+
+def report_of_segmenters(facts: dict, of_masks: list[dict]) -> str:
+    """mIoU on val by what segmenters were trained on, and its share of what ground truth gives."""
+    rows = facts["rows"]
+    text = [ABOUT_SEGMENTERS.format(masks=facts["masks"], steps=", ".join(str(n) for n in {r["steps"] for r in rows}))]
+    for network in sorted({row["network"] for row in rows}):
+        own, tests = [row for row in rows if row["network"] == network], list(rows[0]["miou"])
+        text += [f"\n### {network}\n", f"| trained on | labels on train | {' | '.join(tests)} | of ground truth's |",
+                 "|---|---|" + "---|" * (len(tests) + 1)]  # fmt: skip
+        masks = [100 * row["miou"] for row in of_masks if (row["network"], row["method"]) == (network, facts["masks"])]
+        text.append(f"| (the masks themselves) | | {_mean(masks)} |" + " |" * len(tests))
+        best = {row["seed"]: row["miou"][tests[-1]] for row in own if row["variant"] == "ground truth"}
+        for variant in dict.fromkeys(row["variant"] for row in own):
+            found = [row for row in own if row["variant"] == variant]
+            cells = [_mean([100 * row["trained_on"] for row in found])]
+            cells += [_mean([100 * row["miou"][test] for row in found]) for test in tests]
+            shares = [100 * row["miou"][tests[-1]] / best[row["seed"]] for row in found if row["seed"] in best]
+            text.append(f"| {variant} | {' | '.join(cells)} | {_mean(shares)} % |")
+        text.append(f"\nSeeds: {', '.join(str(seed) for seed in sorted({row['seed'] for row in own}))}.")
+    return "\n".join(text) + "\n"
+
+
+def _mean(values: list[float]) -> str:
+    return f"{np.mean(values):.1f}" + (f" ({np.std(values, ddof=1):.1f})" if len(values) > 1 else "")
 
 
 def report(rows: list[dict], close: dict[str, dict]) -> str:
