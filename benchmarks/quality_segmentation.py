@@ -1,4 +1,4 @@
-"""What a segmenter gains over the masks that it is trained on, on real photographs, against one trained on ground truth.
+"""What a segmenter gains over the masks it is trained on, on real photographs, against one trained on ground truth.
 
     python benchmarks/quality_segmentation.py DATA WEIGHTS FOLDER [--network ...] [--seeds 0 1 2] [--variants ...]
 
