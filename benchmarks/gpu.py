@@ -1,10 +1,10 @@
 """Everything that a GPU can check and measure, in one call under ten minutes and without a network.
 
 Builds with CUDA into the source tree, runs the tests that need a device (CUDA C++ and Triton) and their CUDA
-graphs, measures CUDA, Triton and plain torch side by side and RIB against the released procedure, and runs
-compute-sanitizer on small cases. What is known is written after every phase and row to RESULTS/gpu-DEVICE.json, the
-whole output of a phase to RESULTS/gpu-PHASE.log, so that nothing is lost when something fails or the time is up. Exits
-with 1 where a check failed.
+graphs, measures CUDA, Triton and plain torch side by side, RIB against the released procedure and the segmentation
+network's steps, and runs compute-sanitizer on small cases. What is known is written after every phase and row to
+RESULTS/gpu-DEVICE.json, the whole output of a phase to RESULTS/gpu-PHASE.log, so that nothing is lost when something
+fails or the time is up. Exits with 1 where a check failed.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-PHASES = ("build", "tests", "measure", "rib", "sanitize")
+PHASES = ("build", "tests", "measure", "rib", "train", "sanitize")
 # what these test does not need a GPU, and is shown without one
 WITHOUT_GPU = (
     "cuda_compile", "demo", "emulated_crf", "emulated_cuda", "info", "layers", "packaging", "triton_compile",
@@ -152,6 +152,10 @@ def main():
         run.save()
     if "rib" in wanted:
         run.phase("rib", [sys.executable, "-m", "benchmarks.gpu_rib", str(run.path)], 200)
+        run.facts |= json.loads(run.path.read_text())
+        run.save()
+    if "train" in wanted:
+        run.phase("train", [sys.executable, "-m", "benchmarks.gpu_train", str(run.path)], 100)
         run.facts |= json.loads(run.path.read_text())
         run.save()
     if "tests" in wanted:

@@ -1,5 +1,6 @@
 """The GPU check's own bookkeeping (benchmarks/gpu.py), which must not lose results when a phase fails or hangs."""
 
+import importlib
 import importlib.util
 import json
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from ribfast.train import SegmentationConfig
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 
@@ -53,16 +56,27 @@ def test_no_phase_starts_without_time(gpu, tmp_path):
     assert json.loads(run.path.read_text())["checks"]["late"] == {"ok": None, "reason": "no time was left"}
 
 
-def test_every_row_of_rib_is_measured():
+@pytest.fixture
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parents[1]))
+    return lambda name: importlib.import_module(f"benchmarks.{name}")
+
+
+def test_every_row_of_rib_is_measured(benchmarks):
     """On the CPU and small; a row that fails on a GPU alone says how."""
-    pytest.importorskip("cv2")
-    sys.path.insert(0, str(SCRIPT.parents[1]))
-    try:
-        from benchmarks import gpu_rib
-    finally:
-        sys.path.pop(0)
+    gpu_rib = benchmarks("gpu_rib")
     case = gpu_rib.Case(torch.device("cpu"), (32, 40), 32, 2, 3, "resnet18")
     rows = gpu_rib.measure(lambda name, row: None, case, case, networks=(), at_once=(1,), workers=1)
     assert not [(name, row) for name, row in rows.items() if "error" in row]
     assert {"matrix", "released", "exact", "fast with loading", "graphs on, float32"} <= set(rows)
     assert rows["exact"]["correlation"] > 0.99 and rows["exact"]["ratio"] > 0
+
+
+def test_steps_of_segmentation_are_measured(benchmarks):
+    gpu_train, rows = benchmarks("gpu_train"), []
+    small = dict(network="resnet18", batch=2, crop=33, steps=4, workers=1, device="cpu")
+    ways = {"plain": SegmentationConfig(**small), "graphs": SegmentationConfig(**small, graphs=True)}
+    gpu_train.measure(rows.append, ways, images=4, size=(40, 48), warm=1)
+    assert [row["way"] for row in rows] == ["plain", "graphs"] and rows[0]["step_ms"] > 0 < rows[0]["tflops"]
+    assert [row["largest_difference_of_losses"] for row in rows] == [0, 0]
+    assert len(gpu_train.WAYS) >= 5
