@@ -353,6 +353,28 @@ def pairs_of_labels(d):
     return [boundary_of(d, count, height, width), d.floats(count, 2, height, width), labels, radius], {}
 
 
+def pixels(d):
+    """Logits, and labels of which one map in ten holds one that is too large."""
+    images, labels = d.count(3), d.pick(1, 2, 5, 16, 21, 40, 255)
+    return d.floats(images, labels, d.side(), d.side()), mask_of(d, (images, d.side(), d.side()), min(labels, 254))
+
+
+def pixel_losses(d):
+    logits, labels = pixels(d)
+    counts = d.pick(None, d.floats(3, dtype=torch.float64))
+    fit = d.pick(None, "clamp", "ignore", "pow")
+    options = dict(under_fitting=fit, beta=d.number(0.5), k=d.pick(0.5, d.number(0.5)), balanced=d.chance(0.5))
+    return [logits, labels], options | dict(counts=counts, world=d.count(3))
+
+
+def pixel_loss_sums(d):
+    logits, labels = pixels(d)
+    active = d.pick(None, torch.tensor(True), torch.tensor(False))
+    fit = d.pick(0, 1, 2, 3)
+    losses = d.floats(*labels.shape, dtype=torch.float32)
+    return [logits, labels, losses, active, fit, d.pick(0.5, d.number(0.5))], {}
+
+
 def walked(d):
     """One image or several; log2_steps where it is not too slow."""
     options = dict(beta=d.pick(10.0, d.number(2)), log2_steps=d.pick(0, 1, 5, 8), radius=d.pick(2, 5, 5, 9))
@@ -441,6 +463,8 @@ def rows():
         "path_affinity, backward": (with_gradient(ops.path_affinity), paths),
         "pair_losses": (ops.pair_losses, pairs_of_labels),
         "pair_losses, backward": (with_gradient(ops.pair_losses), pairs_of_labels),
+        "segmentation_loss": (ops.segmentation_loss, pixel_losses),
+        "segmentation_loss, backward": (with_gradient(ops.segmentation_loss), pixel_losses),
         "random_walk": (ops.random_walk, walked),
         "pair_offsets": (ops.pair_offsets, lambda d: ([d.pick(2, 3, 5, 10, 16)], {})),
         "ribfast::path_affinity": (raw.path_affinity, paths),
@@ -449,6 +473,12 @@ def rows():
         "ribfast::pair_losses_backward": (
             raw.pair_losses_backward,
             lambda d: ([d.floats(8), *pairs_of_labels(d)[0]], {}),
+        ),
+        "ribfast::pixel_losses": (raw.pixel_losses, lambda d: ([*pixels(d)], {})),
+        "ribfast::pixel_loss_sums": (raw.pixel_loss_sums, pixel_loss_sums),
+        "ribfast::pixel_loss_sums_backward": (
+            raw.pixel_loss_sums_backward,
+            lambda d: ([d.floats(4, dtype=torch.float64), *pixel_loss_sums(d)[0]], {}),
         ),
         "ribfast::random_walk": (raw.random_walk, walked_raw),
         "ribfast::gndrp": (raw.gndrp, lambda d: ([*pooled(d)[0], d.number(0.5), d.chance(0.5), d.chance(0.5)], {})),

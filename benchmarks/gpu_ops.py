@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 
-from ribfast import reference
+from ribfast import ops, reference
 
 SCALES, STRIDE = (1, 0.5, 1.5, 2), 16
 CACHE_BYTES = 192 << 20  # several times any second-level cache
@@ -329,6 +330,30 @@ def pair_losses_row(images=16, side=128, radius=10):
     return {name: {"us": round(graph_seconds([call], 5) * 1e6, 1)} for name, call in calls.items()}
 
 
+def segmentation_loss_row(labels, images=10, small=41, large=321):
+    """Forward and backward of a batch of crops of 321 at output stride 8, against plain torch on enlarged logits."""
+    logits = torch.randn(images, labels, small, small, device="cuda").mul_(3).requires_grad_()
+    given = torch.randint(0, labels, (images, large, large), dtype=torch.uint8, device="cuda")
+    still, grad = logits.detach(), torch.ones(4, dtype=torch.float64, device="cuda")
+    losses = torch.ops.ribfast.pixel_losses(still, given)
+    wide = given.long()
+
+    def plain():
+        enlarged = F.interpolate(logits, given.shape[1:], mode="bilinear", align_corners=False)
+        return torch.autograd.grad(F.cross_entropy(enlarged, wide, ignore_index=255), logits)
+
+    calls = {
+        "forward": lambda: torch.ops.ribfast.pixel_losses(still, given),
+        "sums": lambda: torch.ops.ribfast.pixel_loss_sums(still, given, losses, None, 0, 0.5),
+        "backward": lambda: torch.ops.ribfast.pixel_loss_sums_backward(grad, still, given, losses, None, 0, 0.5),
+        "all": lambda: torch.autograd.grad(ops.segmentation_loss(logits, given), logits),
+    }
+    row = {name: {"us": round(graph_seconds([call], 5) * 1e6, 1)} for name, call in calls.items()}
+    row["all"]["eager_us"] = round(eager_seconds([calls["all"]], 5) * 1e6, 1)
+    row["plain"] = {"eager_us": round(eager_seconds([plain], 5) * 1e6, 1)}
+    return row | {"ratio": round(row["plain"]["eager_us"] / row["all"]["eager_us"], 1)}
+
+
 def timed(size, calls, bandwidth, target=None):
     """One row of the result: seconds and bandwidth of each implementation, or how it failed."""
     row = {"bytes": size, "target_share_of_copy": target}
@@ -404,6 +429,12 @@ def main():
         facts["ops"]["pair_losses 16 x 128 x 128, radius 10"] = row = pair_losses_row()
         path.write_text(json.dumps(facts, indent=1) + "\n")
         print(f"pair_losses {row}", flush=True)
+    for labels in (21, 81) if "cuda" in implementations("pixel_losses") else ():
+        torch.cuda.empty_cache()
+        label = f"segmentation_loss 10 x ({labels}, 41, 41) -> 321 x 321"
+        facts["ops"][label] = row = segmentation_loss_row(labels)
+        path.write_text(json.dumps(facts, indent=1) + "\n")
+        print(f"{label} {row}", flush=True)
 
 
 if __name__ == "__main__":

@@ -62,6 +62,19 @@ def walked():
             )
 
 
+def segmented(dtype):
+    for labels, small, large in (
+        (1, (1, 1), (1, 1)),
+        (21, (4, 5), (30, 37)),
+        (70, (9, 5), (4, 40)),
+        (255, (2, 3), (9, 9)),
+    ):
+        logits = torch.randn(2, labels, *small, device="cuda", dtype=dtype).requires_grad_()
+        given = torch.randint(0, 256, (2, *large), dtype=torch.uint8, device="cuda")
+        for under_fitting in (None, "clamp", "ignore", "pow"):
+            ops.segmentation_loss(logits, given, under_fitting=under_fitting, beta=100.0, balanced=True).backward()
+
+
 def main():
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.float16):
@@ -69,6 +82,7 @@ def main():
             maps = torch.randn(shape, device="cuda").to(dtype).requires_grad_()
             ops.gndrp(maps, torch.rand(shape[:2], device="cuda") < 0.7).sum().backward()
             ops.normalize_cams(maps.detach())
+        segmented(dtype)
         sizes = [(37, 50), (1, 9), (130, 21)]
         batch = [
             [torch.randn(2, 3, *(max(1, round(s * f / 16)) for s in size), device="cuda").to(dtype).requires_grad_()

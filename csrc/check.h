@@ -431,6 +431,43 @@ inline void check_loss_gradient(const at::Tensor& grad, const at::Tensor& bounda
   check_same_device("pair_losses_backward", grad, boundary);
 }
 
+inline void check_pixel_losses(const char* op, const at::Tensor& logits, const at::Tensor& labels) {
+  check_float(op, "logits", logits);
+  RIBFAST_CHECK_VALUE(logits.dim() == 4 && logits.size(1) >= 1 && logits.size(1) <= 255 && logits.size(2) > 0 &&
+                          logits.size(3) > 0 && logits.size(2) < (1 << 24) && logits.size(3) < (1 << 24),
+                      op, "logits (N, L, h, w) with 1 <= L <= 255 and 1 <= h, w < 2^24", logits.sizes());
+  RIBFAST_CHECK_TYPE(labels.scalar_type() == at::kByte, op, "labels in uint8", c10::toString(labels.scalar_type()));
+  RIBFAST_CHECK_VALUE(labels.dim() == 3 && labels.size(0) == logits.size(0) && labels.size(1) > 0 &&
+                          labels.size(2) > 0 && labels.size(1) < (1 << 24) && labels.size(2) < (1 << 24),
+                      op, "labels (N, H, W) of the logits' images with 1 <= H, W < 2^24", labels.sizes(), " for ",
+                      logits.sizes());
+  check_same_device(op, logits, labels);
+}
+
+inline void check_pixel_loss_sums(const char* op, const at::Tensor& logits, const at::Tensor& labels,
+                                  const at::Tensor& losses, const std::optional<at::Tensor>& active, int64_t fit,
+                                  double k) {
+  check_pixel_losses(op, logits, labels);
+  RIBFAST_CHECK_TYPE(losses.scalar_type() == at::kFloat, op, "losses in float32", c10::toString(losses.scalar_type()));
+  RIBFAST_CHECK_VALUE(losses.sizes() == labels.sizes(), op, c10::str("losses of the labels' shape ", labels.sizes()),
+                      losses.sizes());
+  check_same_device(op, logits, losses);
+  RIBFAST_CHECK_VALUE(fit >= kFitAll && fit <= kPowerOfLoss, op, "a fit from 0 to 3", fit);
+  RIBFAST_CHECK_VALUE(k > 0 && std::isfinite(static_cast<float>(k)) && (fit != kPowerOfLoss || k <= 1), op,
+                      "a finite k above 0, at most 1 as a power", k);
+  if (fit == kFitAll) return;
+  RIBFAST_CHECK_VALUE(active && active->dim() == 0, op, "active of shape () with a fit", "none or another shape");
+  RIBFAST_CHECK_TYPE(active->scalar_type() == at::kBool, op, "active in bool", c10::toString(active->scalar_type()));
+  check_same_device(op, logits, *active);
+}
+
+inline void check_pixel_loss_gradient(const at::Tensor& grad, const at::Tensor& logits) {
+  const char* op = "pixel_loss_sums_backward";
+  RIBFAST_CHECK_TYPE(grad.scalar_type() == at::kDouble, op, "grad in float64", c10::toString(grad.scalar_type()));
+  RIBFAST_CHECK_VALUE(grad.dim() == 1 && grad.size(0) == 4, op, "grad (4,)", grad.sizes());
+  check_same_device(op, grad, logits);
+}
+
 // One image of random_walk and the weights of its pairs.
 inline void check_random_walk(const char* op, const at::Tensor& cams, const at::Tensor& weights, int64_t radius,
                               int64_t steps) {

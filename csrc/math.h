@@ -38,6 +38,13 @@ RIBFAST_HD bool is_kept(S x, S top, S tau, bool strict) {
   return strict ? level < tau : level <= tau;
 }
 
+// What becomes of a pixel's loss l under pretended under-fitting: min(l, k), 0 above k, or l ** k, which has an infinite
+// slope at 0: below kLeastLoss it is the chord from there to 0.
+enum Fit : int32_t { kFitAll, kClampLoss, kIgnoreLoss, kPowerOfLoss };
+constexpr float kLeastLoss = 1e-6f;
+constexpr uint8_t kIgnoredLabel = 255;
+constexpr float kRoughLoss = 64.0f;  // above it a loss is rounded by more than the gradient's probabilities may be off
+
 // Pairs of pixels closer than a radius, from the one that is first in the order of rows: (0, 1) .. (0, radius - 1),
 // then rows of what is below.
 constexpr int kLargestRadius = 16;

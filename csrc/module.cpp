@@ -57,6 +57,14 @@ TORCH_LIBRARY(ribfast, m) {
   m.def(
       "pair_losses_backward(Tensor grad, Tensor boundary, Tensor displacement, Tensor labels, int radius) "
       "-> (Tensor, Tensor)");
+  // logits (N, L, h, w), labels (N, H, W) uint8 -> losses alike, float32; with them, fit (0 none, 1 clamp, 2 ignore, 3 pow)
+  // and k where active () bool -> (4,) float64: sums of the losses of label 0 and of others, how many there are of each
+  m.def("pixel_losses(Tensor logits, Tensor labels) -> Tensor");
+  m.def(
+      "pixel_loss_sums(Tensor logits, Tensor labels, Tensor losses, Tensor? active, int fit, float k) -> Tensor");
+  m.def(
+      "pixel_loss_sums_backward(Tensor grad, Tensor logits, Tensor labels, Tensor losses, Tensor? active, int fit, "
+      "float k) -> Tensor");
   // each image's cams (C, h, w) and weights (P, h, w) of its pairs -> (C, h, w) float32
   m.def("random_walk(Tensor[] cams, Tensor[] weights, int radius, int steps) -> Tensor[]");
   // images (N, 3, H, W), maps (N, C, H, W) -> refined maps alike, float32; pamr: PAMR, else PAR

@@ -425,3 +425,45 @@ def pair_losses(boundary, displacement, labels, radius: int = 10):
         terms += [(torch.ones_like(a), kind) for kind in (background, foreground, other)]
         sums = [total + torch.where(kind, value, 0).sum() for total, (value, kind) in zip(sums, terms, strict=True)]
     return torch.stack(sums)
+
+
+def fitted(losses, under_fitting, k):
+    """What becomes of losses under pretended under-fitting; k-th powers are chords below 1e-6."""
+    if under_fitting == "clamp":
+        return losses.clamp(max=k)
+    if under_fitting == "ignore":
+        return torch.where(losses > k, 0, losses)
+    return torch.where(losses > 1e-6, losses.clamp(min=1e-6) ** k, losses * 1e-6 ** (k - 1))
+
+
+def segmentation_loss(
+    logits, labels, *, under_fitting=None, beta=0.5, k=0.5, balanced=False, reduce=None, world=1, counts=None
+):
+    """Cross-entropy of labels (N, H, W) uint8 under logits (N, L, h, w), enlarged to (H, W) (bilinear,
+    align_corners=False); 255 is ignored.
+
+    The mean over labelled pixels; under_fitting: over all pixels, ignored ones with 0, of fitted losses where the mean
+    of the losses as they are is below beta; balanced: the mean of the means over background (0) and over foreground.
+    """
+    logits, label_count = logits.to(accumulator_dtype(logits.dtype)), logits.shape[1]
+    known = labels != 255
+    if (wrong := labels[known & (labels >= label_count)]).numel():
+        raise ValueError(f"segmentation_loss: expected labels below {label_count} or 255, ignored, got {wrong[0]}; "
+                         "renumber the labels")  # fmt: skip
+    large = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=False)
+    losses = F.cross_entropy(large, labels.long(), ignore_index=255, reduction="none")
+    groups = [labels == 0, known & (labels != 0)]
+    whole = losses.new_tensor(labels.numel())
+    totals = torch.stack([losses.detach().double().sum(), whole, *(group.sum() for group in groups)]).double()
+    if reduce is not None:
+        reduced = reduce(totals)
+        totals = totals if reduced is None else reduced
+    if under_fitting is not None and totals[0] / totals[1] < beta:
+        losses = fitted(losses, under_fitting, k)
+    pixels, *sizes = totals[1:] if counts is None else counts
+    if balanced:
+        present = [(group, size) for group, size in zip(groups, sizes, strict=True) if size > 0]
+        parts = [losses[group].sum() / size / len(present) for group, size in present]
+    else:
+        parts = [losses[known].sum() / (sum(sizes) if under_fitting is None else pixels).clamp(min=1)]
+    return world * sum(parts, 0 * losses.sum())

@@ -303,6 +303,27 @@ def test_pair_losses_with_their_gradient():
 
 
 @cpp_alone
+@pytest.mark.parametrize("under_fitting", [None, "pow"])
+def test_segmentation_loss_with_its_gradient(under_fitting):
+    logits = torch.randn(2, 21, 11, 13, device="cuda").requires_grad_()
+    labels = torch.randint(0, 21, (2, 81, 97), dtype=torch.uint8, device="cuda")
+    options = dict(under_fitting=under_fitting, beta=100.0, balanced=True)
+
+    def run():
+        loss = ops.segmentation_loss(logits, labels, **options)
+        return *torch.autograd.grad(loss, logits), loss
+
+    grads, loss = replayed(run, [logits.detach()])
+    leaf = logits.detach().double().requires_grad_()
+    expected = reference.segmentation_loss(leaf, labels, **options)
+    expected.backward()
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(grads.double(), leaf.grad, rtol=1e-4, atol=1e-5 * leaf.grad.abs().max().item())
+    for first, repeated in zip((grads, loss), run(), strict=True):
+        assert torch.equal(first, repeated)
+
+
+@cpp_alone
 @pytest.mark.parametrize("method", ["par", "pamr"])
 @pytest.mark.parametrize("classes, iterations", [(1, 1), (3, 2), (21, 5)])
 def test_refine(method, classes, iterations):

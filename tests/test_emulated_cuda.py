@@ -342,6 +342,50 @@ def test_pair_losses(kernels, radius, size):
     torch.testing.assert_close(found[2].double(), leaves[1].grad, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=NAMES.get)
+@pytest.mark.parametrize(
+    "labels, small, large",
+    [(3, (1, 1), (1, 1)), (21, (4, 5), (23, 31)), (33, (2, 3), (30, 9)), (70, (5, 2), (3, 17)), (255, (2, 2), (5, 9))],
+    ids=str,
+)
+@pytest.mark.parametrize("fit", ["none", "clamp", "ignore", "pow"])
+def test_segmentation_loss(kernels, dtype, labels, small, large, fit):
+    """Enlarged and reduced, more pixels in a cell than threads, labels for one warp and for several tasks of each."""
+    maps = torch.randn(2, labels, *small).mul_(3).to(dtype)
+    maps[0, 0] += 200  # differences whose exponentials overflow
+    given = torch.randint(0, labels, (2, *large), dtype=torch.uint8)
+    given[torch.rand(given.shape) < 0.2] = 255
+    given[1, 0, 0] = 254 if labels < 254 else 255  # no label: ignored
+    active, number = torch.tensor(fit != "none"), ["none", "clamp", "ignore", "pow"].index(fit)
+    grads = torch.tensor([0.3, 2.0, 0, 0], dtype=torch.float64)
+    shape = integers(ctypes.c_int32, [2, labels, *small, *large])
+
+    def run(order):
+        losses, sums = torch.full(large, torch.nan).expand(2, -1, -1).clone(), torch.zeros(4, dtype=torch.float64)
+        result = torch.full_like(maps, torch.nan)
+        kernels.segmentation_loss(
+            STORAGE[dtype], order, at(maps), at(given), shape, at(active), number, ctypes.c_float(0.5), at(losses),
+            at(sums), at(grads), at(result),
+        )  # fmt: skip
+        return losses, sums, result
+
+    losses, sums, result = same_in_every_order(run)
+    given = torch.where(given >= labels, 255, given)
+    leaf = maps.double().requires_grad_()
+    wide = torch.nn.functional.interpolate(leaf, large, mode="bilinear", align_corners=False)
+    expected = torch.nn.functional.cross_entropy(wide, given.long(), ignore_index=255, reduction="none")
+    torch.testing.assert_close(losses.double(), expected.detach(), rtol=2e-5, atol=2e-5)
+    groups = [given == 0, (given != 0) & (given != 255)]
+    fitted = expected if fit == "none" else reference.fitted(expected, fit, 0.5)
+    totals = torch.stack([fitted[group].sum() for group in groups])
+    torch.testing.assert_close(sums[:2], totals.detach(), rtol=2e-4, atol=1e-4)
+    assert sums[2:].tolist() == [group.sum() for group in groups]
+    (totals * grads[:2]).sum().backward()
+    largest = max(1.0, leaf.grad.abs().max().item())
+    close = rounding(dtype)
+    torch.testing.assert_close(result.double(), leaf.grad, rtol=close["rtol"], atol=close["atol"] * largest)
+
+
 @pytest.mark.parametrize(
     "radius, steps, classes, sizes",
     [(5, 256, 1, [(3, 4)]), (5, 16, 4, [(9, 40), (1, 1)]), (5, 3, 2, [(17, 33)]), (9, 64, 3, [(5, 6), (2, 9)])],

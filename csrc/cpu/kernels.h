@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "lattice.h"
+#include "losses.h"
 #include "pairs.h"
 
 namespace ribfast::cpu {
@@ -86,6 +87,7 @@ struct ThresholdRow {
 
 struct Kernels {
   const char* name;
+  int32_t lanes;  // of float
   // One map of n positions -> pooled value and stats {maximum, divisor}, in accumulators.
   void (*gndrp[kStorages])(const void* map, int64_t n, bool present, double tau, bool divide_by_all, bool strict,
                            void* pooled, void* stats);
@@ -114,6 +116,16 @@ struct Kernels {
   void (*pair_losses_backward)(const PairTable& pairs, const PairRow& row, const float* grads, float* boundary,
                                float* displacement_y, float* displacement_x);
   void (*walk[kClassesTogether])(const WalkJob& job, int64_t begin, int64_t end);  // rows, of 1, 2, ... classes
+  // A segmentation's losses, a row at a time (losses.h, losses.inl). Logits: not of double.
+  void (*read_logits[kStorages])(const void* logits, int64_t label_stride, int64_t column_stride, int32_t n_labels,
+                                 int64_t columns, int64_t padded, float* row);
+  void (*write_logits[kStorages])(const float* a, const float* b, int32_t n_labels, int64_t columns, int64_t padded,
+                                  int64_t label_stride, void* result);
+  int32_t (*pixel_losses)(const LossRow& row, float* losses);
+  void (*pixel_loss_sums)(const float* losses, const uint8_t* labels, int64_t n, int32_t n_labels, const LossFit& fit,
+                          double* sums);
+  void (*pixel_losses_backward)(const LossRow& row, const float* losses, const float* weights, const LossFit& fit,
+                                float* low, float* high);
   // A row of weights from the image's three planes; a row of all classes from them, out: that row of the first plane.
   void (*affinities)(const RefineJob& job, const float* image, int64_t row, float* weights);
   void (*refine_row)(const RefineJob& job, const float* in, const float* weights, int64_t classes, int64_t row,

@@ -416,6 +416,7 @@ void normalize(const void* map_, int64_t n, double eps, void* result_) {
 #include "adapt.inl"
 #include "lattice.inl"
 #include "pairs.inl"
+#include "losses.inl"
 #include "refine.inl"
 #include "histogram.inl"
 
@@ -426,6 +427,7 @@ void normalize(const void* map_, int64_t n, double eps, void* result_) {
 
 extern const Kernels RIBFAST_TIER_TABLE = {
     RIBFAST_TIER_NAME,
+    kLanes,
     RIBFAST_EACH_STORAGE(gndrp),
     RIBFAST_EACH_STORAGE(gndrp_backward),
     RIBFAST_EACH_STORAGE(accumulate),
@@ -440,6 +442,11 @@ extern const Kernels RIBFAST_TIER_TABLE = {
     pair_losses,
     pair_losses_backward,
     {walk<1>, walk<2>, walk<3>, walk<4>},
+    {nullptr, read_logits<Stored<kFloat>>, read_logits<Stored<kHalf>>, read_logits<Stored<kBFloat16>>},
+    {nullptr, write_logits<Stored<kFloat>>, write_logits<Stored<kHalf>>, write_logits<Stored<kBFloat16>>},
+    pixel_losses,
+    pixel_loss_sums,
+    pixel_losses_backward,
     affinities,
     refine_row,
     {nullptr, threshold_row<Stored<kFloat>>, threshold_row<Stored<kHalf>>, threshold_row<Stored<kBFloat16>>},

@@ -10,6 +10,7 @@ from .pair_losses import pair_losses
 from .path_affinity import pair_offsets, path_affinity
 from .random_walk import random_walk
 from .refine import refine
+from .segmentation_loss import segmentation_loss
 from .threshold_histogram import threshold_histogram
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "path_affinity",
     "random_walk",
     "refine",
+    "segmentation_loss",
     "threshold_histogram",
 ]

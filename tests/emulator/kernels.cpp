@@ -11,6 +11,7 @@
 #include "../../csrc/cuda/random_walk.cuh"
 #include "../../csrc/walk_series.h"
 #include "../../csrc/cuda/refine.cuh"
+#include "../../csrc/cuda/segmentation_loss.cuh"
 
 using namespace ribfast::cuda;
 
@@ -228,6 +229,34 @@ void pair_losses(unsigned order, const float* boundary, const float* displacemen
   for (size_t i = 0; i < partial.size(); ++i) sums[i % kLossSums] += partial[i];
   emulator::launch(blocks, kPairThreads, order,
                    [&] { pair_losses_backward_kernel(maps, grads, to_boundary, to_displacement); });
+}
+
+// shape: images, labels, height, width, rows, columns; sums: those of blocks are added up here. Storage: not float64.
+void segmentation_loss(int storage, unsigned order, const void* logits_, const uint8_t* labels, const int32_t* shape,
+                       const bool* active, int fit, float k, float* losses, double* sums, const double* grads,
+                       void* result) {
+  with_element(storage, [&](auto element) {
+    using T = decltype(element);
+    if constexpr (!std::is_same_v<T, double>) {
+      const auto* logits = static_cast<const T*>(logits_);
+      const LossMaps maps{labels, shape[1], shape[2], shape[3], shape[4], shape[5]};
+      const LossFit fitted{active, fit, k};
+      const int64_t cells = int64_t{shape[0]} * shape[2] * shape[3], n = int64_t{shape[0]} * shape[4] * shape[5];
+      emulator::launch(dim3(cells), kLossThreads, order, [&] { pixel_losses_kernel<T>(logits, maps, losses); });
+      const int64_t blocks = (n + kLossSumPixels - 1) / kLossSumPixels;
+      std::vector<double> parts(blocks * 4, NAN);
+      emulator::launch(dim3(blocks), kLossSumThreads, order,
+                       [&] { pixel_loss_sums_kernel(losses, maps, n, fitted, parts.data()); });
+      for (size_t i = 0; i < parts.size(); ++i) sums[i % 4] += parts[i];
+      std::vector<float> corners(cells * 4 * shape[1], NAN);
+      emulator::launch(dim3(cells), kLossThreads, order, [&] {
+        pixel_losses_backward_kernel<T>(grads, logits, losses, maps, fitted, corners.data());
+      });
+      emulator::launch(dim3((cells * shape[1] + kGatherThreads - 1) / kGatherThreads), kGatherThreads, order, [&] {
+        gather_corners_kernel<T>(corners.data(), maps, cells * shape[1], static_cast<T*>(result));
+      });
+    }
+  });
 }
 
 // Images of one number of classes; sizes: height and width of each; even, odd, results and inverses are scratch but for

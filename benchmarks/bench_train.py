@@ -1,0 +1,32 @@
+"""The segmentation network's loss against plain torch, which enlarges the logits first."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ribfast import ops
+
+
+@pytest.mark.parametrize("under_fitting", [None, "pow"], ids=["mean", "pow"])
+@pytest.mark.parametrize("labels", [21, 81])
+def bench_segmentation_loss(compare, threads, labels, under_fitting):
+    """Forward and backward of two crops of 321 at output stride 8, a fifth of the pixels ignored."""
+    logits = torch.randn(2, labels, 41, 41) * 3
+    given = torch.randint(0, labels, (2, 11, 11), dtype=torch.uint8)
+    given[:, ::5] = 255
+    given = given.repeat_interleave(30, 1).repeat_interleave(30, 2)[:, :321, :321].contiguous()
+
+    def ours():
+        leaf = logits.clone().requires_grad_()
+        ops.segmentation_loss(leaf, given, under_fitting=under_fitting, beta=100.0).backward()
+
+    def plain():
+        leaf = logits.clone().requires_grad_()
+        large = F.interpolate(leaf, given.shape[1:], mode="bilinear", align_corners=False)
+        if under_fitting is None:
+            F.cross_entropy(large, given.long(), ignore_index=255).backward()
+            return
+        losses = F.cross_entropy(large, given.long(), ignore_index=255, reduction="none")
+        losses.clamp(min=1e-6).sqrt().mean().backward()
+
+    compare(ours, plain, rounds=9)
