@@ -18,7 +18,7 @@ endif
 
 SOURCES := setup.py pyproject.toml build_backend.py $(shell find csrc -type f)
 
-.PHONY: build demo test test-tiers test-triton test-peers fuzz bench gpu lint clean
+.PHONY: build demo test test-build test-tiers test-triton test-peers fuzz bench gpu lint clean
 
 build: $(INSTALLED)
 
@@ -37,6 +37,9 @@ demo: build  ## the operators on a bundled picture, written to demo/
 
 test: build
 	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest $(SIDE_BY_SIDE) $(PYTEST_ARGS)
+
+test-build: build  ## what takes minutes to compile: each CUDA source by itself, and a wheel from the sdist
+	$(PYTHON) -m pytest tests/test_cuda_compile.py tests/test_packaging.py -m slow $(PYTEST_ARGS)
 
 test-tiers: build  ## the operators' tests under each CPU tier
 	$(PYTHON) -m pytest tests/test_backends.py -k tier $(PYTEST_ARGS)

@@ -169,6 +169,7 @@ def _keep(store: Store, name: str, keys, cam, high_res, **facts) -> None:
 
 
 def _mend(store: Store, name: str, failures: dict[str, str]) -> None:
+    """What had failed has been made."""
     if name in failures:
         store.fail(name, None)
 

@@ -1,3 +1,4 @@
+import itertools
 import math
 from pathlib import Path
 
@@ -280,13 +281,12 @@ def labelled(height, width, n_labels, maps=None, seed=0):
 
 
 @pytest.mark.parametrize("n_labels", [1, 2, 3, 4, 5, 9, 21, 60, 256])
-@pytest.mark.parametrize("maps", [1, 2, 3])
-@pytest.mark.parametrize("exact", [False, True])
-def test_label_maps(n_labels, maps, exact):
-    image, labels = labelled(18, 25, n_labels, maps)
-    (result,) = ops.dense_crf_labels([image], [labels], n_labels, iterations=3, exact=exact)
+def test_label_maps(n_labels):
+    image, labels = labelled(18, 25, n_labels, 3)
     expected = reference.dense_crf_labels(image, labels, n_labels, iterations=3)
-    assert result.dtype == torch.uint8 and torch.equal(result, expected)
+    for maps, exact in itertools.product((1, 2, 3), (False, True)):
+        (result,) = ops.dense_crf_labels([image], [labels[:maps]], n_labels, iterations=3, exact=exact)
+        assert result.dtype == torch.uint8 and torch.equal(result, expected[:maps]), (maps, exact)
 
 
 def test_label_maps_equal_their_energies():

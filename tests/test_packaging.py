@@ -64,13 +64,13 @@ def test_sdist_holds_the_sources(sdist):
     assert expected <= names, expected - names
 
 
-def test_wheel_from_the_sdist_imports_in_a_clean_environment(wheel, tmp_path):
-    """A new environment with the wheel and its dependencies, and nothing of this source tree."""
-    environment = tmp_path / "env"
+def runs_in_a_clean_environment(packages, folder):
+    """A new environment with `packages`' contents and the dependencies, and nothing of this source tree."""
+    environment = folder / "env"
     venv.create(environment, with_pip=False, symlinks=True)
     python = environment / "bin" / "python"
     site = Path(run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).strip())
-    shutil.unpack_archive(wheel, site, "zip")
+    shutil.copytree(packages, site, dirs_exist_ok=True)
     here = Path(torch.__file__).parents[1]
     for installed in here.iterdir():  # the dependencies, without what this environment installed of ribfast
         if "ribfast" not in installed.name and installed.suffix != ".pth" and not (site / installed.name).exists():
@@ -82,13 +82,31 @@ def test_wheel_from_the_sdist_imports_in_a_clean_environment(wheel, tmp_path):
         "assert torch.allclose(ops.gndrp(maps, present), ribfast.reference.gndrp(maps, present))\n"
         "print(ribfast.__file__); print(info.lines()[0])"
     )
-    output = run([python, "-c", code], cwd=tmp_path, env=clean).splitlines()
+    output = run([python, "-c", code], cwd=folder, env=clean).splitlines()
     assert Path(output[0]).is_relative_to(site)
     assert output[1].startswith("ribfast 0.1.0")
-    run([python, "-m", "ribfast.demo", "--out", "picture"], cwd=tmp_path, env=clean)
-    assert (tmp_path / "picture" / "merged.png").stat().st_size > 10_000
+    run([python, "-m", "ribfast.demo", "--out", "picture"], cwd=folder, env=clean)
+    assert (folder / "picture" / "merged.png").stat().st_size > 10_000
 
 
+def test_sdist_runs_in_a_clean_environment(sdist, tmp_path):
+    """With the extension of this source tree, which takes minutes to build."""
+    packages = tmp_path / "packages"
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "sdist", filter="data")
+    (package,) = (tmp_path / "sdist").glob("*/ribfast")
+    shutil.copytree(package, packages / "ribfast")
+    shutil.copy(_ext._C.__file__, packages / "ribfast")
+    runs_in_a_clean_environment(packages, tmp_path)
+
+
+@pytest.mark.slow
+def test_wheel_from_the_sdist_runs_in_a_clean_environment(wheel, tmp_path):
+    shutil.unpack_archive(wheel, tmp_path / "packages", "zip")
+    runs_in_a_clean_environment(tmp_path / "packages", tmp_path)
+
+
+@pytest.mark.slow
 def test_plain_pip_install_builds_against_the_installed_torch(built, tmp_path):
     path, isolated = built
     if not isolated:
