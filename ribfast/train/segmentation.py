@@ -109,7 +109,7 @@ class SegmentationConfig:
     def light(cls) -> "SegmentationConfig":
         """For some hundreds of photographs of about 320 pixels, without a GPU."""
         return cls(
-            network="mobilenet_v2", steps=1000, batch=8, lr=0.01, weight_decay=1e-4, crop=257, frozen=2,
+            network="mobilenet_v2", steps=1000, batch=8, lr=0.003, weight_decay=1e-4, crop=257, frozen=2,
             train_norms=True, save_every=250,
         )  # fmt: skip
 
