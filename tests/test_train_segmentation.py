@@ -251,6 +251,28 @@ def test_refuses_configurations(field, value, said):
         dataclasses.replace(SMALL, **{field: value})
 
 
+@pytest.mark.slow
+def test_compiled_steps_are_the_same(source, weights, tmp_path):
+    config = dataclasses.replace(SMALL, steps=3, auxiliary=0.4)
+    for compiled in (False, True):
+        train_segmenter(
+            source, dataclasses.replace(config, compile=compiled), tmp_path / str(compiled), weights=weights
+        )
+    plain, found = ([line["loss"] for line in lines(tmp_path / name)] for name in ("False", "True"))
+    assert found == pytest.approx(plain, rel=1e-4)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.parametrize("parts", [1, 2])
+def test_graphed_steps_are_the_same(source, weights, tmp_path, parts):
+    config = dataclasses.replace(SMALL, steps=4, auxiliary=0.4, parts=parts, device="cuda", under_fitting="clamp")
+    for graphs in (False, True):
+        train_segmenter(source, dataclasses.replace(config, graphs=graphs), tmp_path / str(graphs), weights=weights)
+    plain, found = ([line["loss"] for line in lines(tmp_path / name)] for name in ("False", "True"))
+    assert found == pytest.approx(plain, rel=1e-3)
+
+
 def test_a_cycle_trains_on_what_it_predicted(source, weights, tmp_path, capsys):
     folder, out = source[0].image.parents[1], tmp_path / "out"
     prediction = tmp_path / "prediction.json"

@@ -214,7 +214,7 @@ class _Segmentation:
         if filled:
             return
         if self.weights is None:
-            log.warning("no weights to start from: the backbone stays random where it does not train")
+            log.warning("no weights to start from: the backbone begins with random ones")
         else:
             self.model.fill(models.load_checkpoint(self.weights), heads=False)
 

@@ -1,0 +1,66 @@
+"""Training steps from JPEG files against the same steps on crops that are in memory: what loading costs.
+
+The light network on photographs of 375x500, crops of 321, batches of 8, on two threads. Loading has one thread beside
+them. Steps of both are interleaved by blocks, whose medians are compared.
+"""
+
+import dataclasses
+import json
+import statistics
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.photographs import picture, write
+from ribfast.train import SegmentationConfig, segmentation, train_segmenter
+
+IMAGES, SIZE, CLASSES, STEPS, WARM, BLOCKS = 40, (375, 500), 20, 12, 6, 3
+ASKED = 0.9
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(source, masks by name): labels of large blocks."""
+    folder, rng = tmp_path_factory.mktemp("loading"), np.random.default_rng(0)
+    source = write(folder / "data", (picture(n, SIZE) for n in range(IMAGES)), lambda n: n % CLASSES, CLASSES)
+    (folder / "masks").mkdir()
+    for item in source:
+        blocks = rng.choice([0, item.classes[0] + 1], (4, 5)).astype(np.uint8)
+        large = cv2.resize(blocks, SIZE[::-1], interpolation=cv2.INTER_NEAREST)
+        cv2.imwrite(str(folder / "masks" / f"{item.name}.png"), large)
+    return source, folder / "masks"
+
+
+def steps(out, source, masks) -> list[float]:
+    """Seconds of each step but the first ones, an epoch, in which crops are first kept."""
+    config = dataclasses.replace(
+        SegmentationConfig.light(), crop=321, steps=STEPS, save_every=STEPS, workers=1, device="cpu"
+    )
+    train_segmenter(source, config, out, labels=masks)
+    seconds = [json.loads(line)["seconds"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return list(np.diff(seconds))[WARM:]
+
+
+def bench_loading(benchmark, made, tmp_path, monkeypatch):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    load, kept, times = segmentation._Segmentation.load, {}, {"files": [], "memory": []}
+
+    def cached(task, index, rng):
+        if index not in kept:
+            kept[index] = load(task, index, rng)
+        return kept[index]
+
+    for block in range(BLOCKS):
+        for kind, function in (("files", load), ("memory", cached)):
+            monkeypatch.setattr(segmentation._Segmentation, "load", function)
+            times[kind].append(statistics.median(steps(tmp_path / f"{kind}{block}", *made)))
+    torch.set_num_threads(before)
+    ratios = sorted(memory / files for memory, files in zip(times["memory"], times["files"], strict=True))
+    benchmark.extra_info.update(
+        target=ASKED, ratio=min(times["memory"]) / min(times["files"]), ratios=ratios,
+        baseline_min=min(times["memory"]), ours_min=min(times["files"]), threads=2,
+    )  # fmt: skip
+    benchmark.pedantic(lambda: None, rounds=1)
