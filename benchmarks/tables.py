@@ -40,6 +40,11 @@ PAIRS = {
     "refine[{}-par-3]": "`refine`, PAR, 3 classes, 375x500, 10 iterations, against plain torch",
     "refine[{}-par-21]": "the same, 21 classes",
 }
+TRAIN = {
+    "segmentation_loss[{}-21-mean]": "`segmentation_loss`, forward and backward, (2, 21, 41, 41) to 321x321",
+    "segmentation_loss[{}-81-mean]": "the same, 81 labels",
+    "segmentation_loss[{}-21-pow]": "21 labels, pretended under-fitting",
+}
 EVALUATE = {"npz": "npz, strided maps", "irn": "IRN's files"}
 
 
@@ -77,10 +82,11 @@ def table() -> str:
     problems = rows["problems_of_one_image[three calls]"]
     lines.append(f"\nThree CRFs of two labels of one image together: {problems['ratio']:.1f} times as fast as apart.")
     lines += [
-        "\nFrom maps to masks, times faster in one run:\n",
+        "\nFrom maps to masks, and training on them, times faster in one run:\n",
         "| | one thread | two threads | asked |",
         "|---|---|---|---|",
         *_on_threads(rows, PAIRS),
+        *_on_threads(rows, {name: of for name, of in TRAIN.items() if name.format("1 thread") in rows}),
     ]
     walk = rows["random_walk_memory"]
     lines.append(f"\nA walk at 120x160 adds {walk['ours_mib']:.0f} MiB to the process (asked: less than 95); the dense "

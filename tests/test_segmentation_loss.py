@@ -298,6 +298,12 @@ def test_refuses_bad_input(device):
             counts=torch.ones(2, device=device, dtype=torch.float64))  # fmt: skip
 
 
+@pytest.mark.parametrize("answer", ["a handle", torch.ones(2)], ids=["handle", "shape"])
+def test_refuses_what_reduce_must_not_return(device, answer):
+    logits, labels = inputs(5, (3, 4), (13, 17), device)
+    refused(TypeError, "reduce to return the summed tensor", logits, labels, reduce=lambda t: answer)
+
+
 def test_names_a_wrong_label():
     logits, labels = inputs(5, (3, 4), (13, 17))
     labels[1, 12, 3] = 77

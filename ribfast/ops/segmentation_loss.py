@@ -1,5 +1,6 @@
 """A segmentation network's loss, without logits of the image's size: wrapper, contract, fake kernels, autograd."""
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -38,7 +39,7 @@ def segmentation_loss(
 
     reduce adds up a float64 tensor over `world` processes, in place or by what it returns: means and the comparison
     with beta are then those of the whole batch, and the loss is this process's share times world: its mean over the
-    processes, and that of its gradients, are the whole batch's. counts: () float64 x 3, pixels, labelled background and
+    processes, and that of its gradients, are the whole batch's. counts: (3,) float64, pixels, labelled background and
     labelled foreground of a batch that is given in parts, whose losses and gradients add up: means are over these,
     beta is compared with the part's own mean.
     """
@@ -50,16 +51,16 @@ def segmentation_loss(
     if k <= 0 or (under_fitting == "pow" and k > 1):
         raise ValueError(f"{_OP}: expected k above 0, and at most 1 as a power, got {k}")
     if _ext.backend(_OP, logits.device).name == "reference":
-        options = dict(under_fitting=under_fitting, beta=beta, k=k, balanced=balanced, world=world)
-        return reference.segmentation_loss(logits, labels, **options, reduce=reduce, counts=counts).float()
+        options = dict(under_fitting=under_fitting, beta=beta, k=k, balanced=balanced, world=world, counts=counts)
+        options["reduce"] = None if reduce is None else functools.partial(_reduced, reduce)
+        return reference.segmentation_loss(logits, labels, **options).float()
     still, add_up = logits.detach(), torch.ops.ribfast.pixel_loss_sums.default
     losses = torch.ops.ribfast.pixel_losses.default(still, labels)
     sums = add_up(logits if under_fitting is None else still, labels, losses, None, 0, k)
     found = sums.detach()
     totals = torch.cat([found[:2].sum(0, keepdim=True), found.new_full((1,), labels.numel()), found[2:]])
     if reduce is not None:
-        reduced = reduce(totals)
-        totals = totals if reduced is None else reduced
+        totals = _reduced(reduce, totals)
     if under_fitting is not None:
         active = totals[0] < beta * totals[1]
         sums = add_up(logits, labels, losses, active, _FITS[under_fitting], k)
@@ -73,6 +74,16 @@ def _sizes(counts: Tensor, over_all: bool, balanced: bool) -> Tensor:
     if balanced:
         return labelled.clamp(min=1) * (labelled > 0).sum().clamp(min=1)
     return (counts[:1] if over_all else labelled.sum(0, keepdim=True)).clamp(min=1)
+
+
+def _reduced(reduce, totals: Tensor) -> Tensor:
+    found = reduce(totals)
+    if found is None:
+        return totals
+    if not isinstance(found, Tensor) or found.shape != totals.shape:
+        got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise TypeError(f"{_OP}: expected reduce to return the summed tensor (4,) or None, got {got}; let it wait")
+    return found
 
 
 def _check(logits, labels, counts) -> None:
