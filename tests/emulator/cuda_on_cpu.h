@@ -3,6 +3,8 @@
 // light. Slow and plain: it tests what a kernel computes where there is no GPU, not how fast.
 #pragma once
 
+#undef _FORTIFY_SOURCE  // which takes a jump to another stack for a mistake
+#include <setjmp.h>
 #include <ucontext.h>
 #include <vector_types.h>
 
@@ -45,12 +47,12 @@ struct Barrier {
 };
 
 struct Fibre {
-  ucontext_t context;
+  jmp_buf place;
   std::vector<char> stack;
   bool done = false;
 };
 
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline std::vector<Fibre> fibres;
 inline std::vector<Barrier> warp_barriers;
 inline Barrier block_barrier;
@@ -59,7 +61,10 @@ inline int current, alive;
 inline bool progress;
 inline const std::function<void()>* body;
 
-inline void pause() { swapcontext(&fibres[current].context, &scheduler); }
+// Jumps, because swapcontext asks the kernel for the signal mask every time.
+inline void pause() {
+  if (!_setjmp(fibres[current].place)) _longjmp(scheduler, 1);
+}
 
 inline void wait(Barrier& barrier, int members) {
   const int generation = barrier.generation;
@@ -70,11 +75,27 @@ inline void wait(Barrier& barrier, int members) {
   while (barrier.generation == generation) pause();
 }
 
+// A fibre lives on: it is a thread of one block after another.
 inline void run_fibre() {
-  (*body)();
-  fibres[current].done = true;
-  --alive, progress = true;
-  pause();
+  for (;;) {
+    (*body)();
+    fibres[current].done = true;
+    --alive, progress = true;
+    pause();
+  }
+}
+
+inline void resume(Fibre& fibre) {
+  if (_setjmp(scheduler)) return;
+  if (!fibre.stack.empty()) _longjmp(fibre.place, 1);
+  fibre.stack.resize(1 << 17);
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = fibre.stack.data();
+  context.uc_stack.ss_size = fibre.stack.size();
+  context.uc_link = nullptr;
+  makecontext(&context, run_fibre, 0);
+  setcontext(&context);
 }
 
 // order 0: threads take turns in ascending order, 1: descending, else shuffled by that seed.
@@ -92,22 +113,13 @@ inline void launch(dim3 grid, unsigned threads, unsigned order, const std::funct
     warp_barriers.assign((threads + 31) / 32, {});
     block_barrier = {};
     alive = static_cast<int>(threads);
-    for (unsigned i = 0; i < threads; ++i) {
-      Fibre& fibre = fibres[i];
-      fibre.stack.resize(1 << 17);
-      fibre.done = false;
-      getcontext(&fibre.context);
-      fibre.context.uc_stack.ss_sp = fibre.stack.data();
-      fibre.context.uc_stack.ss_size = fibre.stack.size();
-      fibre.context.uc_link = nullptr;
-      makecontext(&fibre.context, run_fibre, 0);
-    }
+    for (unsigned i = 0; i < threads; ++i) fibres[i].done = false;
     while (alive > 0) {
       progress = false;
       for (const int i : turns) {
         if (fibres[i].done) continue;
         current = i, threadIdx = {static_cast<unsigned>(i), 0, 0};
-        swapcontext(&scheduler, &fibres[i].context);
+        resume(fibres[i]);
       }
       if (!progress) {
         std::fprintf(stderr, "emulator: block %u is stuck: its threads wait at different barriers\n", block);
