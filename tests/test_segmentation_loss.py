@@ -291,7 +291,7 @@ def test_refuses_bad_input(device):
     refused(ValueError, "k above 0, and at most 1 as a power, got 0", logits, labels, k=0)
     refused(ValueError, "at most 1 as a power, got 2", logits, labels, k=2, under_fitting="pow")
     refused(ValueError, "beta to be a finite number, got nan", logits, labels, beta=math.nan)
-    refused(ValueError, "world of at least 1, got 0", logits, labels, world=0)
+    refused(ValueError, "world from 1 to 2147483647, got 0", logits, labels, world=0)
     refused(TypeError, r"counts to be a float64 tensor \(3,\), got torch.float32", logits, labels,
             counts=torch.ones(3, device=device))  # fmt: skip
     refused(ValueError, r"counts \(3,\), got shape \(2,\)", logits, labels,

@@ -47,7 +47,7 @@ def segmentation_loss(
     if under_fitting not in _FITS:
         raise ValueError(f"{_OP}: expected under_fitting to be None, 'clamp', 'ignore' or 'pow', got {under_fitting!r}")
     beta, k = contract.number(_OP, "beta", beta), contract.number(_OP, "k", k)
-    world = contract.integer(_OP, "world", world, 1)
+    world = contract.integer(_OP, "world", world, 1, 2**31 - 1)
     if k <= 0 or (under_fitting == "pow" and k > 1):
         raise ValueError(f"{_OP}: expected k above 0, and at most 1 as a power, got {k}")
     if _ext.backend(_OP, logits.device).name == "reference":
