@@ -16,6 +16,11 @@ def _device(name):
 _DEVICES = [os.environ["RIBFAST_TEST_DEVICE"]] if "RIBFAST_TEST_DEVICE" in os.environ else ["cpu", "cuda"]
 
 
+def pytest_configure(config):
+    # side by side, files go in their order: pytest-xdist would leave those with the fewest tests, the longest, for last
+    config.option.loadscopereorder = False
+
+
 @pytest.fixture(params=[_device(name) for name in _DEVICES])
 def device(request):
     return request.param
