@@ -39,19 +39,21 @@ class Command:
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a line now and then."""
+    """A bar on a terminal; elsewhere a line now and then. Its time begins with the first call, which says the title."""
 
-    def __init__(self, stream=None, every: float = 30.0):
-        self.stream = stream or sys.stderr
+    def __init__(self, stream=None, every: float = 30.0, title: str = ""):
+        self.stream, self.title = stream or sys.stderr, title
         self.terminal = self.stream.isatty()
         self.wait = 0.1 if self.terminal else every
-        self.start = self.shown = time.monotonic()
         self.first = None
 
     def __call__(self, done: int, total: int, text: str = "") -> None:
         now = time.monotonic()
         if self.first is None:
-            self.first = done - 1  # a run that goes on does not begin at 0
+            self.start = self.shown = now
+            self.first = done  # a run that goes on does not begin at 0
+            if self.title:
+                log.info("%s", self.title)
         if now - self.shown < self.wait and (done < total or not self.terminal):
             return
         self.shown = now
@@ -302,13 +304,10 @@ def _train_classifier(options: argparse.Namespace, settings) -> None:
 
 
 def _train(options: argparse.Namespace, settings, training: Callable[..., Path]) -> None:
-    """What is resumed is compared with its checkpoint first: only then is config.json written."""
+    """config.json is written once the training has found nothing wrong with what it was given."""
     refuse_another_command(options)
-    if not options.resume:
-        begin(options, settings)
-    path = training(out=options.out, weights=options.weights, resume=options.resume, progress=_progress())
-    if options.resume:
-        begin(options, settings)
+    path = training(out=options.out, weights=options.weights, resume=options.resume, progress=_progress(),
+                    begun=lambda inputs: begin(options, settings, **inputs))  # fmt: skip
     log.info("wrote %s", path)
 
 
@@ -363,12 +362,14 @@ def _open(options: argparse.Namespace) -> tuple:
     """(source, classifier)"""
     from .data import open_source
     from .models import open_classifier
+    from .pipeline import check_classes
 
     source = open_source(options.data, options.split)
     model = open_classifier(
         options.checkpoint, network=options.network, n_classes=len(source.classes),
         tensorflow_padding=options.tensorflow_padding, normalization=options.normalization,
     )  # fmt: skip
+    check_classes(options.command, source, model)
     return source, model
 
 
@@ -470,10 +471,10 @@ def _irn_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _train_irn(options: argparse.Namespace, settings) -> None:
     from .data import open_source
+    from .store import open_masks
     from .train import train_irn
 
-    source, labels = open_source(options.data, options.split), options.labels / "masks"
-    labels = labels if labels.is_dir() else options.labels
+    source, labels = open_source(options.data, options.split), open_masks(options.labels).masks
     _train(options, settings, functools.partial(train_irn, source, labels, settings))
 
 
@@ -502,10 +503,10 @@ def _train_seg(options: argparse.Namespace, settings) -> None:
         raise ValueError("expected --prediction with --cycle, got it alone")
     source = open_source(options.data, options.split)
     validation = None if options.validation is None else open_source(options.data, options.validation)
-    labels = None if options.masks is None else open_masks(options.masks).mask_path("x").parent
+    labels = None if options.masks is None else open_masks(options.masks).masks
     given = dict(source=source, config=settings, labels=labels, validation=validation)
     if not options.cycle:
-        _train(options, settings, lambda **more: train_segmenter(**given, **more, scanned=_progress()))
+        _train(options, settings, lambda **more: train_segmenter(**given, **more, scanned=_stage("scan")))
         return
     prediction = None
     if options.prediction is not None:
@@ -518,9 +519,9 @@ def _train_seg(options: argparse.Namespace, settings) -> None:
 
 
 def _stage(name: str) -> Progress | None:
-    log.info("%s", {"scan": "looking at images and masks", "first": "training on these masks", "masks": "predicting "
-                    "the training images", "last": "training on what was predicted"}[name])  # fmt: skip
-    return _progress()
+    titles = {"scan": "looking at images and masks", "first": "training on these masks", "masks": "predicting the "
+              "training images", "scan again": "looking at what was predicted", "last": "training on it"}  # fmt: skip
+    return Progress(title=titles[name]) if _first() else None
 
 
 def _predict_arguments(parser: argparse.ArgumentParser) -> None:
@@ -537,20 +538,24 @@ def _predict_arguments(parser: argparse.ArgumentParser) -> None:
 def _predict(options: argparse.Namespace, settings) -> int:
     from .data import open_images, open_source
     from .models import open_segmenter
-    from .pipeline import predict_masks
+    from .pipeline import check_classes, predict_masks
     from .processes import choose_device
     from .store import Store
 
     if options.images is not None and (settings.known or options.split is not None):
         raise ValueError("expected --data with --known and with --split, got --images, of which no classes are known")
-    model = open_segmenter(options.checkpoint)
+    model, beside = open_segmenter(options.checkpoint), {}
     if options.images is not None:
+        if options.out.resolve().is_relative_to(options.images.resolve()):
+            raise ValueError(f"expected an --out beside the photographs, got {options.out} in {options.images}, whose "
+                             f"masks would be taken for photographs")  # fmt: skip
         classes = model.classes or tuple(f"class {number}" for number in range(model.n_classes))
-        source = open_images(options.images, classes)
+        source, beside["photographs"] = open_images(options.images, classes), str(options.images.resolve())
     else:
         source = open_source(options.data, options.split)
+    check_classes("predict", source, model)
     choose_device(settings.device)  # or an error, before anything is written
-    begin(options, settings, INDIFFERENT, checkpoint=options.checkpoint, images=source.digest())
+    begin(options, settings, INDIFFERENT, checkpoint=options.checkpoint, images=source.digest(), **beside)
     made = predict_masks(source, model, Store(options.out), settings, progress=_progress())
     return _report(options, made)
 

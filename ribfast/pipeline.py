@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
 import math
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import config as configuration
 from . import data, masks, models, ops, rib, train
 from .cams import CROP_SCALES, merge_cams, multi_crop_cams, shrink_cams
 from .metrics import Confusion, PerImage, ThresholdSweep, bootstrap_interval
@@ -61,10 +63,11 @@ class CamConfig:
         return cls(scales=CROP_SCALES, crop=448)
 
 
-def _check_classes(stage: str, source: data.Source, model: models.CamClassifier) -> None:
+def check_classes(stage: str, source: data.Source, model: models.CamClassifier | models.Segmenter) -> None:
+    """Refuses a network of other classes than the data's."""
     if model.n_classes != len(source.classes) or model.classes not in (None, source.classes):
-        has = _some(model.classes) if model.classes else model.n_classes
-        raise ValueError(f"{stage}: expected a classifier of the data's classes ({_some(source.classes)}), got one "
+        has, kind = _some(model.classes) if model.classes else model.n_classes, model.kind
+        raise ValueError(f"{stage}: expected a {kind} of the data's classes ({_some(source.classes)}), got one "
                          f"of {has}; train one on this data")  # fmt: skip
 
 
@@ -93,7 +96,7 @@ def make_cams(
     skipped in the store's metrics.
     """
     config = config or CamConfig()
-    _check_classes("make_cams", source, model)
+    check_classes("make_cams", source, model)
     device, (index, count), result = choose_device(config.device), choose_shard(config.shard), Made()
     model = model.to(device, memory_format=torch.channels_last).eval()
     known, todo, start = store.metrics(), [], time.perf_counter()
@@ -232,7 +235,7 @@ def adapt_maps(
     others: where they are drawn from; None: from the source itself.
     """
     config = config or AdaptConfig.released()
-    _check_classes("adapt_maps", source, model)
+    check_classes("adapt_maps", source, model)
     device, (index, count), result = choose_device(config.device), choose_shard(config.shard), Made()
     model = model.to(device, memory_format=torch.channels_last).eval()
     engine, known, failures = rib.Engine(model, config), store.metrics(), store.failures()
@@ -426,9 +429,9 @@ class PredictConfig:
     bilateral: tuple[float, float, float] | None = (67.0, 3.0, 4.0)  # of crf: pixels, colours, strength
     iterations: int = 10  # of crf
     known: bool = False  # no labels but background and the classes that the data names for the photograph
-    # longer side of the largest photographs that are computed as they are; larger ones are reduced to it, and their
-    # masks enlarged
-    largest: int = 2048
+    # longer side of the largest photographs that are computed as they are; larger ones are reduced to it first, and
+    # their masks enlarged
+    largest: int = 1024
     precision: Literal["float32", "bfloat16"] = "float32"  # of the network; probabilities are float32
     batch: int = 4  # images at a time; those of one size go through the network together
     shard: str | None = None  # i/n: the i-th of n shares, from 0; none: torchrun's, else everything
@@ -467,10 +470,7 @@ def predict_masks(
     """A segmenter's mask of each image into the store. What is there already is left alone; an image that cannot be
     read is recorded as a failure and does not stop the others."""
     config = config or PredictConfig()
-    if model.n_classes != len(source.classes) or model.classes not in (None, source.classes):
-        has = _some(model.classes) if model.classes else model.n_classes
-        raise ValueError(f"predict_masks: expected a segmenter of the data's classes ({_some(source.classes)}), got "
-                         f"one of {has}; train one on this data")  # fmt: skip
+    check_classes("predict_masks", source, model)
     device, (index, count), result = choose_device(config.device), choose_shard(config.shard), Made()
     model = model.to(device, memory_format=torch.channels_last).eval()
     items = source[index::count]
@@ -483,15 +483,25 @@ def predict_masks(
         except (OSError, ValueError) as error:
             return item, None, str(error)
 
+    def label(block: list[tuple]) -> list[tuple]:
+        """(item, error, mask) of each (item, image); one after another where they cannot be together."""
+        failure = None
+        try:
+            found = _predict(model, [image for _, image in block], [item.classes for item, _ in block], config)
+            return [(item, None, mask.cpu().numpy()) for (item, _), mask in zip(block, found, strict=True)]
+        except (ValueError, RuntimeError, MemoryError) as error:  # a lack of memory is any of these
+            failure = str(error).splitlines()[0]
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        return [(block[0][0], failure)] if len(block) == 1 else [made for one in block for made in label([one])]
+
     def made() -> Iterator[tuple]:
-        """(item, error, mask), block by block."""
+        """Block by block."""
         loaded = data.prefetch(load, todo, workers=config.workers, ahead=2 * config.batch)
         for block in _blocks(loaded, config.batch):
-            ready = [(item, image) for item, image, error in block if error is None]
             yield from ((item, error) for item, _, error in block if error is not None)
-            if ready:
-                found = _predict(model, [image for _, image in ready], [item.classes for item, _ in ready], config)
-                yield from ((item, None, mask.cpu().numpy()) for (item, _), mask in zip(ready, found, strict=True))
+            if ready := [(item, image) for item, image, error in block if error is None]:
+                yield from label(ready)
 
     def keep(item: data.Item, mask: np.ndarray) -> None:
         store.save_mask(item.name, mask)
@@ -510,6 +520,7 @@ def train_cycle(
     prediction: PredictConfig | None = None,
     resume: bool = False,
     progress: Callable[[str], Callable[[int, int, str], None] | None] = lambda stage: None,
+    begun: Callable[[dict[str, str]], None] | None = None,
 ) -> Path:
     """PMM's cyclic pseudo masks: a segmenter is trained in OUT/first, predicts the images that it was trained on
     (OUT/first/masks), and another one is trained on these from the start, in OUT, without pretended under-fitting.
@@ -517,25 +528,47 @@ def train_cycle(
     Arguments as of train.train_segmenter. prediction: None: PredictConfig.multi(). resume: goes on where it was
     stopped. progress: of a stage's name, what it reports to.
     """
-    out, folder = Path(out), Path(out) / "first"
-    given = dict(weights=weights, validation=validation, resume=resume)
+    out, folder, prediction = Path(out), Path(out) / "first", prediction or PredictConfig.multi()
+    if prediction.shard is not None:
+        raise ValueError(f"train_cycle: expected a prediction of all images, got shard {prediction.shard}")
+    if resume and not folder.exists() and train.is_begun(out):
+        raise ValueError(f"train_cycle: expected to go on with a cycle, got {out}, where a training without one began; "
+                         f"choose another folder")  # fmt: skip
+    given, store = dict(weights=weights, validation=validation, resume=resume), Store(folder)
+    path = folder / "prediction.json"
     with processes(config.device) as here:
+
+        def start(inputs: dict[str, str]) -> None:
+            if here.rank == 0 and not resume:  # what an earlier cycle left would be taken for this one's
+                train.clear_segmenter(out)
+                for name in store.mask_names():
+                    store.mask_path(name).unlink()
+            if begun is not None:
+                begun(inputs)
+
         checkpoint = train.train_segmenter(source, config, folder, labels=labels, progress=progress("first"),
-                                           scanned=progress("scan"), **given)  # fmt: skip
-        store = Store(folder)
-        if here.rank == 0 and not resume:
-            for name in store.mask_names():  # another training's
-                store.mask_path(name).unlink()
+                                           scanned=progress("scan"), begun=start, **given)  # fmt: skip
+        prediction = dataclasses.replace(prediction, device=str(here.device))
+        beside = {"checkpoint": hashlib.sha256(checkpoint.read_bytes()).hexdigest()}
+        if path.is_file():
+            there = json.loads(path.read_text("utf-8"))
+            found = configuration.differences(prediction, there["config"], ("device", "workers", "batch"))
+            found += ["network"] * (there["checkpoint"] != beside["checkpoint"])
+            if found and store.mask_names():
+                raise ValueError(f"train_cycle: expected to go on in {folder} as it began, got another "
+                                 f"{', '.join(found)}; remove {store.masks}, or choose another folder")  # fmt: skip
         together(here)
-        made = predict_masks(source, models.open_segmenter(checkpoint), store, prediction or PredictConfig.multi(),
-                             progress=progress("masks"))  # fmt: skip
+        if here.rank == 0:
+            configuration.write(path, prediction, **beside)
+        made = predict_masks(source, models.open_segmenter(checkpoint), store, prediction, progress=progress("masks"))
         failed = {name: reason for part in together(here, made.failed) for name, reason in part.items()}
         if failed:
             name, reason = next(iter(failed.items()))
             raise ValueError(f"train_cycle: expected a mask of every image, got none of {len(failed)}, {name} for one: "
                              f"{reason}; mend it and go on with resume")  # fmt: skip
         last = dataclasses.replace(config, under_fitting=None)
-        return train.train_segmenter(source, last, out, labels=folder / "masks", progress=progress("last"), **given)
+        return train.train_segmenter(source, last, out, labels=store.masks, progress=progress("last"),
+                                     scanned=progress("scan again"), **given)  # fmt: skip
 
 
 def _predict(model, images: list[np.ndarray], classes: list[tuple[int, ...]], config: PredictConfig) -> list[Tensor]:
@@ -547,17 +580,20 @@ def _predict(model, images: list[np.ndarray], classes: list[tuple[int, ...]], co
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
         found = label_probabilities(model, images, scales=config.scales, mirror=config.mirror, window=config.window,
                                     stride=config.stride)  # fmt: skip
+    names = None
     if config.known:
-        for own, present in zip(found, classes, strict=True):
-            allowed = torch.zeros(len(own), dtype=torch.bool)
-            allowed[[0, *(key + 1 for key in present)]] = True
-            own[~allowed.to(device)] = 0
+        names = [torch.tensor([0, *(key + 1 for key in present)], device=device) for present in classes]
+        found = [own[allowed] for own, allowed in zip(found, names, strict=True)]
+        found = [own / own.sum(0) for own in found]
     if config.crf:
         pictures = [torch.from_numpy(image).to(device) for image in images]
-        energies = [own.clamp_(min=1e-5).log_().neg_() for own in found]
+        energies = [own.clamp(min=1e-5).log_().neg_() for own in found]
         terms = dict(gaussian=config.gaussian, bilateral=config.bilateral, iterations=config.iterations)
         found = ops.dense_crf(pictures, energies, **terms)
-    labels = [own.argmax(0).to(torch.uint8) for own in found]
+    labels = [own.argmax(0) for own in found]
+    if names is not None:
+        labels = [allowed[own] for own, allowed in zip(labels, names, strict=True)]
+    labels = [own.to(torch.uint8) for own in labels]
     return [own if own.shape == size else F.interpolate(own[None, None], size=size, mode="nearest-exact")[0, 0]
             for own, size in zip(labels, sizes, strict=True)]  # fmt: skip
 

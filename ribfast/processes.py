@@ -1,12 +1,15 @@
 """This process among those that torchrun started: its device and its share of the work."""
 
 import contextlib
+import datetime
 import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import distributed
+
+WAIT = datetime.timedelta(hours=12)  # for one another: shares of a data set take as long as they take
 
 
 class Processes(NamedTuple):
@@ -51,7 +54,7 @@ def processes(device: str = "auto") -> Iterator[Processes]:
     (rank, world), chosen = rank_and_world(), choose_device(device)
     joins = world > 1 and not distributed.is_initialized()
     if joins:
-        distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=WAIT)
     try:
         yield Processes(rank, world, chosen)
     finally:

@@ -38,35 +38,41 @@ def label_probabilities(
     device, n_labels = next(model.parameters()).device, model.n_classes + 1
     normalization = data.NORMALIZATIONS[model.normalization]
     sums = [torch.zeros(n_labels, *image.shape[:2], device=device) for image in images]
-    sizes: dict[tuple[int, int], list[tuple[int, Tensor]]] = {}
     with torch.inference_mode():
-        for number, image in enumerate(images):
-            for view in data.make_views(image, scales, normalization, mirror=mirror):
+        for scale in scales:
+            sizes: dict[tuple[int, int], list[tuple[int, Tensor]]] = {}
+            for number, image in enumerate(images):
+                (view,) = data.make_views(image, (scale,), normalization, mirror=mirror)
                 if window:
                     _add_windows(model, view.to(device), window, stride, sums[number])
                 else:
                     sizes.setdefault(tuple(view.shape[2:]), []).append((number, view))
-        for size, group in sizes.items():
-            count = max(1, TOGETHER // (size[0] * size[1] * (1 + mirror)))
-            for begin in range(0, len(group), count):
-                numbers, views = zip(*group[begin : begin + count], strict=True)
-                logits = _logits(model, torch.cat(views).to(device)).unflatten(0, (-1, 1 + mirror))
-                for number, pair in zip(numbers, logits, strict=True):
-                    for which, own in enumerate(pair):
-                        _add(own.flip(-1) if which else own, sums[number])
+            for (height, width), group in sizes.items():
+                count = max(1, TOGETHER // (height * width * (1 + mirror)))
+                for begin in range(0, len(group), count):
+                    _add_whole(model, group[begin : begin + count], sums)
         for total in sums:
             total.div_(len(scales) * (1 + mirror))
     return sums
 
 
+def _add_whole(model, group: list[tuple[int, Tensor]], sums: list[Tensor]) -> None:
+    """Views of one size, with their images' numbers."""
+    numbers, views = zip(*group, strict=True)
+    logits = _logits(model, torch.cat(views).to(sums[0].device)).unflatten(0, (len(group), -1))
+    for number, pair in zip(numbers, logits, strict=True):
+        for which, own in enumerate(pair):
+            enlarged = F.interpolate(
+                (own.flip(-1) if which else own)[None],
+                size=sums[number].shape[1:],
+                mode="bilinear",
+                align_corners=False,
+            )[0]
+            sums[number].add_(enlarged.softmax(0))
+
+
 def _logits(model, images: Tensor) -> Tensor:
     return model(images.contiguous(memory_format=torch.channels_last))[0].float()
-
-
-def _add(logits: Tensor, out: Tensor) -> None:
-    """Those of the whole image (L, h, w), enlarged, as probabilities."""
-    enlarged = F.interpolate(logits[None], size=out.shape[1:], mode="bilinear", align_corners=False)[0]
-    out.add_(enlarged.softmax(0))
 
 
 def _add_windows(model, views: Tensor, window: int, stride: int, out: Tensor) -> None:

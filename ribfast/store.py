@@ -64,7 +64,7 @@ class Store:
         self.folder, self.format, self.high_res = Path(folder), format, high_res
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"Store: expected a folder, got {self.folder}, a file; choose another place")
-        self._maps, self._masks = (self.folder, self.folder) if flat else (self.folder / "maps", self.folder / "masks")
+        self._maps, self.masks = (self.folder, self.folder) if flat else (self.folder / "maps", self.folder / "masks")
         self._is_tidy = False
 
     def path(self, name: str) -> Path:
@@ -138,14 +138,14 @@ class Store:
         return Maps(keys, None if cam is None else cam.float(), high_res.astype(np.float32, copy=False), size)
 
     def mask_path(self, name: str) -> Path:
-        return _place(self._masks, name, ".png")
+        return _place(self.masks, name, ".png")
 
     def has_mask(self, name: str) -> bool:
         return _is_there(self.mask_path(name))
 
     def mask_names(self) -> list[str]:
         """Of images with masks, sorted."""
-        return _names(self._masks, ".png")
+        return _names(self.masks, ".png")
 
     def save_mask(self, name: str, labels) -> None:
         """labels (H, W), integers from 0 to 255. Replaces what is there."""
@@ -157,7 +157,7 @@ class Store:
             raise ValueError(f"Store.save_mask: expected labels from 0 to 255, got {labels.min()} to {labels.max()} "
                              f"for {name}")  # fmt: skip
         path = self.mask_path(name)
-        _stay_within(self._masks, path)
+        _stay_within(self.masks, path)
         self._remove_stale()
         files.write(path, _png(labels.astype(np.uint8)))
 
@@ -187,13 +187,13 @@ class Store:
     def has_results(self) -> bool:
         """Whether there are maps or masks, whoever made them."""
         return any(
-            path.suffix in (*SUFFIXES.values(), ".png") for base in (self._maps, self._masks) for path in _walk(base)
+            path.suffix in (*SUFFIXES.values(), ".png") for base in (self._maps, self.masks) for path in _walk(base)
         )
 
     def clear(self) -> None:
         """Removes maps, masks, facts and failures, and last the configuration, which says whose maps are left if this
         is cut off."""
-        for base, suffixes in ((self._maps, {*SUFFIXES.values()}), (self._masks, {".png"})):
+        for base, suffixes in ((self._maps, {*SUFFIXES.values()}), (self.masks, {".png"})):
             for path in _walk(base):
                 if path.suffix in suffixes:
                     path.unlink()
@@ -205,7 +205,7 @@ class Store:
         if self._is_tidy:
             return
         self._is_tidy = True
-        for base in {self._maps, self._masks}:
+        for base in {self._maps, self.masks}:
             for path in _walk(base):
                 with contextlib.suppress(FileNotFoundError):  # another process was first
                     if path.name.endswith(files.PARTIAL) and time.time() - path.stat().st_mtime > _STALE:

@@ -63,9 +63,11 @@ def test_stand_ins_see_the_operators_alone():
         assert foreign(path, ["numpy", "torch", "ribfast.ops", "ribfast.compat"]) == [], path
 
 
-def test_models_import_torch_alone():
+def test_models_import_torch_and_files():
     for path in (PACKAGE / "models").glob("*.py"):
-        assert foreign(path, ["torch", "ribfast.models", "abc", "json", "os", "pathlib"]) == [], path.name
+        assert foreign(path, ["torch", "ribfast.files", "ribfast.models", "abc", "json", "os", "pathlib"]) == [], (
+            path.name
+        )
 
 
 def test_data_imports_torch_numpy_and_opencv():

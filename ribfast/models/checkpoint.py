@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import files
+
 _STAGES = {"stage1.0": "conv1", "stage1.1": "bn1", "stage1.4": "layer1", "stage2.0": "layer2", "stage3.0": "layer3",
            "stage4.0": "layer4"}  # fmt: skip
 _IRN_STAGES = {"stage1.0": "conv1", "stage1.1": "bn1", "stage2.0": "layer1", "stage3.0": "layer2", "stage4.0": "layer3",
@@ -112,13 +114,8 @@ def save_checkpoint(
         offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for value in state.values():
-            file.write(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    os.replace(partial, path)
+    values = (value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy() for value in state.values())
+    files.write(Path(path), len(text).to_bytes(8, "little"), text, *values, lasting=True)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

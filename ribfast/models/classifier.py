@@ -32,6 +32,7 @@ class CamClassifier(nn.Module, ABC):
     Batch normalisation always uses its running statistics; its affine parameters train with the rest.
     """
 
+    kind = "classifier"
     classifier: nn.Conv2d
     classes: tuple[str, ...] | None = None  # their names, where they are known
     normalization: str = "imagenet"  # of its input; or "symmetric": pixel / 127.5 - 1

@@ -67,6 +67,7 @@ class Segmenter(nn.Module):
     Label 0 is background, class + 1 the others.
     """
 
+    kind = "segmenter"
     classes: tuple[str, ...] | None = None  # their names, where they are known
 
     def __init__(self, backbone: CamClassifier, n_classes: int, *, caffe: bool = False, auxiliary: bool = False):
@@ -94,7 +95,7 @@ class Segmenter(nn.Module):
 
     def metadata(self) -> dict[str, str]:
         """What a checkpoint must say beside its tensors for open_segmenter."""
-        known = {"kind": "segmenter"} | self.backbone.metadata() | {"caffe": json.dumps(self.caffe)}
+        known = {"kind": self.kind} | self.backbone.metadata() | {"caffe": json.dumps(self.caffe)}
         return known if self.classes is None else known | {"classes": json.dumps(self.classes)}
 
     def tensors(self) -> dict[str, Tensor]:

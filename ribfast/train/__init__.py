@@ -2,12 +2,14 @@
 
 from .classifier import ClassifierConfig, train_classifier
 from .irn import IrnConfig, train_irn
-from .segmentation import SegmentationConfig, train_segmenter
+from .segmentation import SegmentationConfig, clear_segmenter, is_begun, train_segmenter
 
 __all__ = [
     "ClassifierConfig",
     "IrnConfig",
     "SegmentationConfig",
+    "clear_segmenter",
+    "is_begun",
     "train_classifier",
     "train_irn",
     "train_segmenter",

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 
 from .. import data, metrics, models
 from ..processes import Processes, processes, together
-from . import loop
+from . import inputs, loop
 
 log = logging.getLogger("ribfast")
 CHECKPOINT = "classifier.safetensors"
@@ -74,20 +73,22 @@ def train_classifier(
     weights: str | Path | None = None,
     validation: data.Source | None = None,
     resume: bool = False,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: loop.Progress | None = None,
+    begun: loop.Begun | None = None,
 ) -> Path:
     """Trains on a source's image-level labels and returns the checkpoint, which models.open_classifier opens.
 
     weights: the backbone to start from. validation: its loss and mean average precision follow every epoch. resume:
-    goes on after the last whole epoch in `out`, if there is one. Under torchrun the processes share each batch.
-    Writes classifier.safetensors and metrics.jsonl.
+    goes on after the last whole epoch in `out`, if there is one. begun: called with digests of the inputs once nothing
+    is wrong, before anything is written. Under torchrun the processes share each batch. Writes classifier.safetensors
+    and metrics.jsonl.
     """
     labels = _labels(source)
     if validation is not None and validation.classes != source.classes:
         raise ValueError("train_classifier: expected a validation split of the same classes, got others")
     task = _Classifier(source, labels, config, weights, validation)
     with processes(config.device) as here:
-        return loop.train(task, Path(out), here, resume=resume, progress=progress)
+        return loop.train(task, Path(out), here, resume=resume, progress=progress, begun=begun)
 
 
 def _labels(source: data.Source) -> Tensor:
@@ -105,12 +106,16 @@ def _labels(source: data.Source) -> Tensor:
 class _Classifier:
     """The task of `loop`."""
 
-    parts = 1
+    parts, files, indifferent = 1, (), ()
     name, checkpoint = "train_classifier", CHECKPOINT
 
     def __init__(self, source, labels, config, weights, validation):
         self.source, self.labels, self.config, self.images = source, labels, config, len(source)
         self.validation, self.weights, self.augmentation = validation, weights, config.augmentation()
+        self.inputs = inputs.digests(source, weights)
+
+    def inspect(self, here: Processes) -> None:
+        pass
 
     def begin(self, filled: bool) -> None:
         c = self.config
@@ -124,6 +129,7 @@ class _Classifier:
         if self.weights is None:
             log.warning("no weights to start from: the layers up to stride 8 stay random")
         else:
+            inputs.check_weights(self.name, self.weights, self.model.metadata())
             models.load_into(self.model, models.load_checkpoint(self.weights), classifier=False)
 
     def schedule(self, per_epoch: int) -> loop.Schedule:

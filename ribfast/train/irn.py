@@ -12,8 +12,7 @@ from torch import Tensor, distributed
 
 from .. import data, models, ops
 from ..processes import Processes, processes
-from . import labels as given
-from . import loop
+from . import inputs, loop
 
 log = logging.getLogger("ribfast")
 CHECKPOINT = "irn.safetensors"
@@ -73,38 +72,43 @@ class IrnConfig:
 
 def train_irn(
     source: data.Source,
-    labels: given.Labels,
+    labels: inputs.Labels,
     config: IrnConfig,
     out: str | Path,
     *,
     weights: str | Path | None = None,
     resume: bool = False,
     progress: loop.Progress | None = None,
+    begun: loop.Begun | None = None,
 ) -> Path:
     """Trains IRN's network on a source's images and returns the checkpoint, which models.open_irn opens.
 
     labels: each image's (H, W) uint8 by its name: 0 background, class + 1, 255 unknown (masks.confident_labels makes
     them), from a function, a mapping, or a folder of NAME.png. weights: the backbone's, of ImageNet or of a classifier.
     resume: goes on after the last whole epoch in `out`, if there is one. Under torchrun the processes share each batch.
-    Writes irn.safetensors and metrics.jsonl.
+    begun: called with digests of the inputs once nothing is wrong, before anything is written. Writes irn.safetensors
+    and metrics.jsonl.
     """
     if not len(source):
         raise ValueError("train_irn: expected images, got none")
-    reader = given.reader("train_irn", source, labels)
-    task = _Irn(source, reader, config, weights, given.inputs(source, labels, weights))
+    given = inputs.digests(source, weights) | {"labels": inputs.label_digest(source, labels)}
+    task = _Irn(source, inputs.reader("train_irn", source, labels), config, weights, given)
     with processes(config.device) as here:
-        return loop.train(task, Path(out), here, resume=resume, progress=progress)
+        return loop.train(task, Path(out), here, resume=resume, progress=progress, begun=begun)
 
 
 class _Irn:
     """The task of `loop`."""
 
-    parts = 1
+    parts, files, indifferent = 1, (), ()
     name, checkpoint = "train_irn", CHECKPOINT
 
     def __init__(self, source, labels, config, weights, inputs):
         self.source, self.labels, self.config, self.weights, self.inputs = source, labels, config, weights, inputs
         self.images, self.augmentation = len(source), config.augmentation()
+
+    def inspect(self, here: Processes) -> None:
+        pass
 
     def begin(self, filled: bool) -> None:
         c = self.config
@@ -117,11 +121,7 @@ class _Irn:
         if self.weights is None:
             log.warning("no weights to start from: the backbone stays random")
             return
-        known, mine = models.read_metadata(self.weights), self.model.metadata()
-        for name in ("network", "normalization", "tensorflow_padding"):
-            if known.get(name, mine[name]) != mine[name]:
-                raise ValueError(f"train_irn: expected weights for {name} {mine[name]}, got {self.weights}, trained "
-                                 f"with {known[name]}; set {name} to that")  # fmt: skip
+        inputs.check_weights(self.name, self.weights, self.model.metadata())
         self.model.fill(models.load_checkpoint(self.weights), branches=False)
 
     def schedule(self, per_epoch: int) -> loop.Schedule:
@@ -196,10 +196,10 @@ class _Irn:
         self.model.fill(state)
 
     def metadata(self) -> dict[str, str]:
-        return self.model.metadata() | self.inputs
+        return self.model.metadata()
 
     def others(self, known: dict[str, str]) -> list[str]:
-        return given.changed(self.inputs, known)
+        return []
 
 
 def irn_losses(sums: Tensor, counts: Tensor) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -17,12 +18,14 @@ from torch import Tensor, distributed, nn
 from .. import config as configuration
 from .. import data, models
 from ..processes import Processes
+from . import inputs
 from .journal import Journal
 
 log = logging.getLogger("ribfast")
 UNFINISHED = "unfinished.safetensors"
-INDIFFERENT = ("workers", "device", "cache_mib")  # fields that may change when a training goes on
+INDIFFERENT = ("workers", "device", "cache_mib", "graphs")  # fields that may change when a training goes on
 Progress = Callable[[int, int, str], None]
+Begun = Callable[[dict[str, str]], None]
 
 
 class Config(Protocol):
@@ -51,12 +54,18 @@ class Task(Protocol):
     name: str  # of its function, in errors
     checkpoint: str  # the file's name
     config: Config
+    files: tuple[str, ...]  # what else it writes, which a new training in the same folder removes
+    indifferent: tuple[str, ...]  # its own fields that may change when a training goes on
+    inputs: dict[str, str]  # digests of what it must be given again to go on
     images: int  # how many there are
     parts: int  # of a process's share of a batch, computed one after another to save memory; gradients are added
     model: nn.Module  # once `begin` has made it
 
     def schedule(self, per_epoch: int) -> Schedule:
         """per_epoch: steps that go once through the images."""
+
+    def inspect(self, here: Processes) -> None:
+        """Raises what is wrong with the data, once everything else is right and before anything is written."""
 
     def begin(self, filled: bool) -> None:
         """Makes the model; filled: whether an unfinished training's weights will replace its own."""
@@ -92,12 +101,19 @@ class Task(Protocol):
         """What a checkpoint says beside its tensors and the configuration."""
 
     def others(self, known: dict[str, str]) -> list[str]:
-        """What of an earlier run's metadata is of another run than this."""
+        """What else of an earlier run's metadata is of another run than this."""
 
 
-def train(task: Task, out: Path, here: Processes, *, resume: bool, progress: Progress | None) -> Path:
-    """Trains in `out` and returns the checkpoint."""
-    return _Training(task, out, here, resume).run(progress or (lambda done, total, text: None))
+def train(
+    task: Task, out: Path, here: Processes, *, resume: bool, progress: Progress | None, begun: Begun | None
+) -> Path:
+    """Trains in `out` and returns the checkpoint. begun: called with the inputs once nothing is wrong, before an
+    earlier run's files are removed."""
+    return _Training(task, out, here, resume).run(progress or _silent, begun or _silent)
+
+
+def _silent(*facts) -> None:
+    pass
 
 
 def check(config: Config) -> None:
@@ -137,11 +153,11 @@ class _Training:
         self.per_epoch = task.images // self.batch
         self.steps, self.every = task.schedule(self.per_epoch)
 
-    def run(self, progress: Progress) -> Path:
-        self.out.mkdir(parents=True, exist_ok=True)
+    def run(self, progress: Progress, begun: Begun) -> Path:
         checkpoint, unfinished = self.out / self.task.checkpoint, self.out / UNFINISHED
         if self.resume and checkpoint.is_file() and not unfinished.is_file():
             self._refuse_another_run(checkpoint)
+            begun(self.task.inputs)
             log.info("%s is there: nothing to train", checkpoint)
             return checkpoint
         goes_on = self.resume and unfinished.is_file()
@@ -153,9 +169,12 @@ class _Training:
             for parameter in self._trained():
                 parameter.grad = torch.zeros_like(parameter)
         first = self._restore(unfinished) if goes_on else 0
-        if self.here.rank == 0 and not self.resume:  # or another run's would be taken for this one's
-            checkpoint.unlink(missing_ok=True)
-            unfinished.unlink(missing_ok=True)
+        self.task.inspect(self.here)
+        self.out.mkdir(parents=True, exist_ok=True)
+        begun(self.task.inputs)
+        if self.here.rank == 0 and not goes_on:  # or another run's would be taken for this one's
+            for name in (self.task.checkpoint, UNFINISHED, *self.task.files):
+                (self.out / name).unlink(missing_ok=True)
         journal = Journal(self.out / "metrics.jsonl" if self.here.rank == 0 else None, first)
         self._run(first, journal, progress, unfinished)
         self.task.finish(self.here)
@@ -171,7 +190,9 @@ class _Training:
         forward = self.task.prepared(here, self.batch // here.world // self.task.parts)
         if here.world > 1:
             devices = [here.device] if here.device.type == "cuda" else None
-            forward = nn.parallel.DistributedDataParallel(forward, devices, broadcast_buffers=False)
+            with warnings.catch_warnings():  # older versions of torch do not have this argument's successor
+                warnings.simplefilter("ignore", FutureWarning)
+                forward = nn.parallel.DistributedDataParallel(forward, devices, broadcast_buffers=False)
         before = None  # a step's losses are read once the next step is on its way, so that a GPU does not wait
         for step, batch in enumerate(self._batches(first), first):
             rate = c.lr * (1 - step / self.steps) ** c.power
@@ -220,7 +241,13 @@ class _Training:
         if not all(torch.isfinite(p).all() for p in self._trained()):
             raise FloatingPointError(f"{self.task.name}: expected finite weights, got others after step {step}; lower "
                                      f"lr ({self.config.lr})")  # fmt: skip
-        if found := self.task.pause(step + 1, self.here):
+        try:  # before the state is saved: a training that is stopped meanwhile does this again
+            found = self.task.pause(step + 1, self.here)
+        except Exception:  # which would come again each time
+            if self.here.rank == 0:
+                self._save(unfinished, step + 1)
+            raise
+        if found:
             journal.write(step=step, epoch=epoch, **found)
             if self.here.rank == 0:
                 log.info("epoch %d: %s", epoch + 1, ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
@@ -250,7 +277,8 @@ class _Training:
         return data.prefetch(load, range(first, self.steps), workers=c.workers, ahead=max(2, c.workers))
 
     def _metadata(self) -> dict[str, str]:
-        return self.task.metadata() | {"training": json.dumps(configuration.plain(self.config))}
+        known = self.task.metadata() | self.task.inputs
+        return known | {"training": json.dumps(configuration.plain(self.config))}
 
     def _save(self, path: Path, steps: int) -> None:
         """Everything that the next step needs."""
@@ -276,7 +304,8 @@ class _Training:
     def _refuse_another_run(self, path: Path) -> None:
         known = models.read_metadata(path)
         there = json.loads(known.get("training", "{}"))
-        found = configuration.differences(self.config, there, INDIFFERENT) + self.task.others(known)
+        found = configuration.differences(self.config, there, INDIFFERENT + self.task.indifferent)
+        found += inputs.changed(self.task.inputs, known) + self.task.others(known)
         if found:
             raise ValueError(f"{self.task.name}: expected to go on as {path} began, got another {', '.join(found)}; "
                              f"choose another folder, or start anew without resume")  # fmt: skip

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,9 @@ from torch import Tensor, distributed, nn
 
 from .. import data, models, ops
 from ..metrics import Confusion
-from ..processes import Processes, processes, together
+from ..processes import Processes, processes, rank_and_world, together
 from ..segment import label_probabilities
-from . import labels as given
-from . import loop
+from . import inputs, loop
 
 log = logging.getLogger("ribfast")
 CHECKPOINT, BEST = "segmenter.safetensors", "best.safetensors"
@@ -35,7 +35,7 @@ class SegmentationConfig:
     parts: int = 1  # of a process's share of a batch, one after another, to save memory
     lr: float = 2.5e-4  # learning rate of the backbone at the start
     head_lr_scale: float = 10.0  # the heads' learning rate is so many times the backbone's; their biases' twice that
-    weight_decay: float = 5e-4  # not of biases
+    weight_decay: float = 5e-4  # not of the heads' biases
     momentum: float = 0.9
     power: float = 0.9  # learning rate = lr * (1 - step / steps) ** power
     rescale: tuple[float, float] = (0.5, 1.5)  # photographs are rescaled by a factor between these
@@ -59,7 +59,7 @@ class SegmentationConfig:
     precision: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False  # by torch.compile
     graphs: bool = True  # on a GPU, the network's kernels are launched as CUDA graphs
-    deterministic: bool = False  # on a GPU, only algorithms that add in a fixed order, which are slower
+    deterministic: bool = False  # on a GPU, algorithms that add in a fixed order, wherever there are such
     seed: int = 0  # of the heads' weights, the order of the images and their crops
     cache_mib: int = 0  # of decoded images that are kept
     workers: int = 4  # threads that decode; results do not depend on them
@@ -70,7 +70,9 @@ class SegmentationConfig:
         for name in ("parts", "crop", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"SegmentationConfig: expected {name} of at least 1, got {getattr(self, name)}")
-        for name in ("head_lr_scale", "beta", "k", "auxiliary", "frozen", "cache_mib"):
+        if not 0 < self.k < math.inf or (self.under_fitting == "pow" and self.k > 1):
+            raise ValueError(f"SegmentationConfig: expected k above 0, and at most 1 as a power, got {self.k}")
+        for name in ("head_lr_scale", "beta", "auxiliary", "frozen", "cache_mib"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"SegmentationConfig: expected {name} of at least 0, got {getattr(self, name)}")
         if self.frozen > 5:
@@ -82,6 +84,9 @@ class SegmentationConfig:
         self.augmentation()
         if self.caffe and self.network not in ("resnet50", "resnet101"):
             raise ValueError(f"SegmentationConfig: expected caffe with resnet50 or resnet101, got {self.network}")
+        if self.caffe != (self.normalization == "caffe"):
+            raise ValueError(f"SegmentationConfig: expected caffe and normalization caffe together, got {self.caffe} "
+                             f"and {self.normalization}")  # fmt: skip
 
     def augmentation(self) -> data.Augmentation:
         return data.Augmentation(
@@ -119,12 +124,13 @@ def train_segmenter(
     config: SegmentationConfig,
     out: str | Path,
     *,
-    labels: given.Labels | None = None,
+    labels: inputs.Labels | None = None,
     weights: str | Path | None = None,
     validation: data.Source | None = None,
     resume: bool = False,
     progress: loop.Progress | None = None,
     scanned: loop.Progress | None = None,
+    begun: loop.Begun | None = None,
 ) -> Path:
     """Trains DeepLab-v2, or MobileNetV2 with a light head, and returns the checkpoint, which models.open_segmenter
     opens.
@@ -133,8 +139,9 @@ def train_segmenter(
     mapping, or a folder of NAME.png; None: the source's own masks. weights: the backbone to start from, of ImageNet, a
     classifier or deeplab-pytorch. validation: images with masks, whose mIoU is reported at every pause; the last
     weights are kept all the same, unless choose says otherwise. resume: goes on after the last pause in `out`, if there
-    is one. Under torchrun the processes share each batch. Every image and mask is looked at before the first step,
-    which `scanned` reports. Writes segmenter.safetensors and metrics.jsonl.
+    is one. Under torchrun the processes share each batch. Every image and mask is looked at first, which `scanned`
+    reports. begun: called with digests of the inputs once nothing is wrong, before anything is written. Writes
+    segmenter.safetensors and metrics.jsonl.
     """
     if not len(source):
         raise ValueError("train_segmenter: expected images, got none")
@@ -142,35 +149,49 @@ def train_segmenter(
         raise ValueError("train_segmenter: expected a validation split to choose the best weights on, got none")
     if validation is not None and validation.classes != source.classes:
         raise ValueError("train_segmenter: expected a validation split of the same classes, got others")
-    reader = _own(source) if labels is None else given.reader("train_segmenter", source, labels)
-    task = _Segmentation(source, reader, config, weights, validation, Path(out), given.inputs(source, labels, weights))
+    reader = None if labels is None else inputs.reader("train_segmenter", source, labels)
+    if reader is None:
+        _refuse_unmasked(source)
+    given = inputs.digests(source, weights) | {"labels": inputs.label_digest(source, labels)}
+    if config.choose == "best":
+        given["validation"] = validation.digest()
+    task = _Segmentation(source, reader, config, weights, validation, Path(out), given, scanned)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     with processes(config.device) as here, _deterministic(config, here):
-        _scan(source, None if labels is None else reader, config, here, scanned)
-        return loop.train(task, Path(out), here, resume=resume, progress=progress)
+        return loop.train(task, Path(out), here, resume=resume, progress=progress, begun=begun)
 
 
-def _own(source: data.Source):
-    items = {item.name: item for item in source}
+def is_begun(out: str | Path) -> bool:
+    """Whether a training in `out` was begun or has ended."""
+    return any((Path(out) / name).is_file() for name in (CHECKPOINT, loop.UNFINISHED))
+
+
+def clear_segmenter(out: str | Path) -> None:
+    """Removes what a training left in `out`."""
+    for name in (CHECKPOINT, loop.UNFINISHED, BEST):
+        (Path(out) / name).unlink(missing_ok=True)
+
+
+def _refuse_unmasked(source: data.Source) -> None:
     missing = [item.name for item in source if item.mask is None and item.name not in source.drawings]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(f"train_segmenter: expected masks of {len(source)} images, got none of "
                          f"{', '.join(missing[:3])}{more}; name the folder of those to train on")  # fmt: skip
-    return lambda name: source.mask(items[name])
 
 
-def _scan(source: data.Source, reader, config: SegmentationConfig, here: Processes, progress) -> None:
+def _scan(source: data.Source, reader, workers: int, here: Processes, progress) -> data.Scan:
     """Raises what is wrong with the images and masks, in all processes, each of which looks at its share."""
     share = dataclasses.replace(source, items=source[here.rank :: here.world])
-    parts = together(here, data.scan(share, reader, workers=config.workers, progress=progress))
+    parts = together(here, data.scan(share, reader, workers=workers, progress=progress) if len(share) else None)
+    parts = [part for part in parts if part is not None]
     found = dataclasses.replace(
         parts[0], images=len(source), masks=sum(part.masks for part in parts),
         pixels=sum(part.pixels for part in parts), problems=tuple(p for part in parts for p in part.problems),
     )  # fmt: skip
     found.check("train_segmenter")
-    if absent := found.absent():
-        more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
-        log.warning("no pixel is of %s%s: these classes will not be learnt", ", ".join(absent[:5]), more)
+    return found
 
 
 @contextlib.contextmanager
@@ -191,15 +212,24 @@ class _Segmentation:
 
     name, checkpoint = "train_segmenter", CHECKPOINT
 
-    def __init__(self, source, labels, config, weights, validation, out, inputs):
+    def __init__(self, source, labels, config, weights, validation, out, inputs, scanned):
         self.source, self.labels, self.config, self.weights, self.inputs = source, labels, config, weights, inputs
-        self.validation, self.out = validation, out
+        self.validation, self.out, self.scanned = validation, out, scanned
         self.images, self.parts, self.augmentation = len(source), config.parts, config.augmentation()
+        self.files, self.indifferent = (BEST,), () if config.under_fitting else ("parts",)
         self.cache = data.ImageCache(source, config.cache_mib << 20)
         self.chosen = {}  # what the checkpoint says of how its weights were chosen
 
     def schedule(self, per_epoch: int) -> loop.Schedule:
         return loop.Schedule(self.config.steps, self.config.save_every)
+
+    def inspect(self, here: Processes) -> None:
+        found = _scan(self.source, self.labels, self.config.workers, here, self.scanned)
+        if (absent := found.absent()) and here.rank == 0:
+            more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
+            log.warning("no pixel is of %s%s: these classes will not be learnt", ", ".join(absent[:5]), more)
+        if self.validation is not None:
+            _scan(self.validation, None, self.config.workers, here, None)
 
     def begin(self, filled: bool) -> None:
         c = self.config
@@ -214,8 +244,10 @@ class _Segmentation:
         if filled:
             return
         if self.weights is None:
-            log.warning("no weights to start from: the backbone begins with random ones")
+            if rank_and_world()[0] == 0:
+                log.warning("no weights to start from: the backbone begins with random ones")
         else:
+            inputs.check_weights(self.name, self.weights, self.model.metadata())
             self.model.fill(models.load_checkpoint(self.weights), heads=False)
 
     def groups(self) -> list[dict]:
@@ -223,7 +255,7 @@ class _Segmentation:
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         backbone = [p for name, p in trained.items() if name.startswith("backbone.")]
         heads = {name: p for name, p in trained.items() if not name.startswith("backbone.")}
-        weights, biases = ([p for p in heads.values() if (p.ndim == 1) == bias] for bias in (False, True))
+        weights, biases = ([p for n, p in heads.items() if n.endswith(".bias") == bias] for bias in (False, True))
         scale = self.config.head_lr_scale
         groups = [{"params": weights, "scale": scale}, {"params": biases, "scale": 2 * scale, "weight_decay": 0.0}]
         return [{"params": backbone, "scale": 1.0}, *groups] if backbone else groups
@@ -243,19 +275,19 @@ class _Segmentation:
     def load(self, index: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         item = self.source[index]
         try:
-            return self.augmentation.with_labels(self.cache.image(item), self.labels(item.name), rng)
+            labels = self.source.mask(item) if self.labels is None else self.labels(item.name)
+            return self.augmentation.with_labels(self.cache.image(item), labels, rng)
         except ValueError as error:
             raise ValueError(f"train_segmenter: {item.name}: {error}") from error
 
     def begin_step(self, batch: list[Tensor], here: Processes) -> None:
         """The pixels that losses are averaged over: of the whole batch."""
         labels = batch[1]
-        background, ignored = (labels == 0).sum(), (labels == 255).sum()
-        counts = torch.stack([labels.new_tensor(labels.numel(), dtype=torch.long), background, ignored])
+        foreground = ((labels > 0) & (labels <= self.model.n_classes)).sum()
+        self.counts = torch.stack([torch.full_like(foreground, labels.numel()), (labels == 0).sum(), foreground])
+        self.counts = self.counts.double()
         if here.world > 1:
-            distributed.all_reduce(counts)
-        pixels, background, ignored = counts.double().unbind()
-        self.counts = torch.stack([pixels, background, pixels - background - ignored])
+            distributed.all_reduce(self.counts)
 
     def losses(self, forward, part: list[Tensor], here: Processes) -> dict[str, Tensor]:
         (images, labels), c = part, self.config
@@ -281,7 +313,7 @@ class _Segmentation:
         miou = self._validate(here)
         if self.config.choose == "best" and here.rank == 0:
             path = self.out / BEST
-            if steps <= self.config.save_every or miou > float(models.read_metadata(path).get("validation_miou", -1)):
+            if miou > float(models.read_metadata(path).get("validation_miou", -1)):
                 found = {"steps": str(steps), "validation_miou": repr(miou)}
                 models.save_checkpoint(path, self.tensors(), self.metadata() | found)
         return {"validation_miou": miou}
@@ -331,8 +363,7 @@ class _Segmentation:
         self.model.fill(state)
 
     def metadata(self) -> dict[str, str]:
-        return self.model.metadata() | self.inputs | self.chosen
+        return self.model.metadata() | self.chosen
 
     def others(self, known: dict[str, str]) -> list[str]:
-        other = [] if json.loads(known.get("classes", "null")) == list(self.source.classes) else ["the classes"]
-        return other + given.changed(self.inputs, known)
+        return [] if json.loads(known.get("classes", "null")) == list(self.source.classes) else ["the classes"]

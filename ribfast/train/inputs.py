@@ -1,0 +1,69 @@
+"""What trainings are given: label maps by the images' names, weights that fit, and digests of these."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from .. import data, models
+from ..data.decode import read_mask
+
+Labels = Callable[[str], np.ndarray] | Mapping[str, np.ndarray] | str | Path
+
+
+def reader(op: str, source: data.Source, labels: Labels) -> Callable[[str], np.ndarray]:
+    """An image's (H, W) uint8 by its name: from a function, a mapping, or a folder of NAME.png."""
+    if callable(labels):
+        return labels
+    if isinstance(labels, Mapping):
+        place, missing = "the mapping", [item.name for item in source if item.name not in labels]
+    else:
+        place = folder = Path(labels)
+        missing = [item.name for item in source if not (folder / f"{item.name}.png").is_file()]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(f"{op}: expected labels of {len(source)} images in {place}, got none of "
+                         f"{', '.join(missing[:3])}{more}; make them first")  # fmt: skip
+    return labels.__getitem__ if isinstance(labels, Mapping) else lambda name: read_mask(folder / f"{name}.png")
+
+
+def digests(source: data.Source, weights: str | Path | None) -> dict[str, str]:
+    """Of the images and their classes, and of the weights' file, if there is one."""
+    found = {"data": source.digest()}
+    if weights is not None:
+        if not Path(weights).is_file():
+            raise FileNotFoundError(f"weights: expected a file, got {weights}, which is none")
+        found["weights"] = _of_files([Path(weights)])
+    return found
+
+
+def label_digest(source: data.Source, labels: Labels | None) -> str:
+    """Of the files that labels are read from; None: the source's own. Of a function or a mapping, that it is one."""
+    if labels is None:
+        return "own " + _of_files(item.mask for item in source if item.mask is not None)
+    if isinstance(labels, (str, Path)):
+        return _of_files(Path(labels) / f"{item.name}.png" for item in source)
+    return "from Python"
+
+
+def changed(mine: dict[str, str], known: Mapping[str, str]) -> list[str]:
+    """The inputs that an earlier run, by its metadata, had otherwise."""
+    return [name for name, digest in mine.items() if known.get(name, digest) != digest]
+
+
+def check_weights(op: str, weights: str | Path, mine: Mapping[str, str]) -> None:
+    """Refuses weights that were trained here as another network's, or on pixels of another form."""
+    known = models.read_metadata(weights)
+    for name in ("network", "normalization", "tensorflow_padding"):
+        if known.get(name, mine[name]) != mine[name]:
+            raise ValueError(f"{op}: expected weights for {name} {mine[name]}, got {weights}, trained with "
+                             f"{known[name]}; set {name} to that")  # fmt: skip
+
+
+def _of_files(paths: Iterable[Path]) -> str:
+    total = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
