@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import shutil
 
 import cv2
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ribfast import data, models, ops
+from ribfast import data, models, ops, pipeline
 from ribfast.cli import main
 from ribfast.data.decode import VOC_PALETTE
 from ribfast.pipeline import PredictConfig, predict_masks
@@ -85,6 +87,55 @@ def test_refinement_and_known_classes(checkpoint, tmp_path):
         assert (known.load_mask(item.name) == found.argmax(0).numpy()).all()
     assert any((plain.load_mask(i.name) != refined.load_mask(i.name)).any() for i in source)
     assert any((plain.load_mask(i.name) != known.load_mask(i.name)).any() for i in source)
+
+
+def test_classes_that_are_known_are_not_lost_to_others(tmp_path, monkeypatch):
+    """The network is sure of a class that the photograph does not hold, and prefers the other one to background."""
+    source, model = data.open_source(pictures.draw(tmp_path / "data", 2)), models.segmenter("mobilenet_v2", 2)
+    first = dataclasses.replace(source, items=source[:1])
+    logits = torch.tensor([-20.0, 0.0, 20.0])  # of background, of the class that is there, of the other one
+
+    def sure(model, images, **options):
+        return [logits.softmax(0)[:, None, None].expand(3, *image.shape[:2]).clone() for image in images]
+
+    monkeypatch.setattr(pipeline, "label_probabilities", sure)
+    for crf in (False, True):
+        predict_masks(first, model, Store(tmp_path / str(crf)), PredictConfig(known=True, crf=crf))
+        assert (Store(tmp_path / str(crf)).load_mask("p0") == 1).all()
+
+
+def test_one_photograph_ends_nothing(checkpoint, folder, tmp_path, monkeypatch):
+    source, model = data.open_images(folder, pictures.CLASSES), models.open_segmenter(checkpoint)
+
+    def short_of_memory(model, images, **options):
+        if any(image.shape[:2] == (3, 90) for image in images):
+            raise RuntimeError("CUDA out of memory. Tried to allocate\nmore")
+        return label_probabilities(model, images, **options)
+
+    monkeypatch.setattr(pipeline, "label_probabilities", short_of_memory)
+    store = Store(tmp_path / "out")
+    made = predict_masks(source, model, store)
+    assert (made.made, made.failed) == (4, {"p4": "CUDA out of memory. Tried to allocate"})
+    assert store.failures() == made.failed and store.mask_names() == ["below/p2", "p0", "p1", "p3"]
+
+
+def test_other_photographs_or_classes_are_not_mixed(checkpoint, folder, tmp_path, capsys):
+    out, other, words = tmp_path / "out", tmp_path / "other", ["predict", "--checkpoint", str(checkpoint)]
+    assert main([*words, "--images", str(folder), "--out", str(out)]) == 0
+    masks = {name: Store(out).mask_path(name).read_bytes() for name in Store(out).mask_names()}
+    shutil.copytree(folder, other)
+    assert main([*words, "--images", str(other), "--out", str(out)]) == 1
+    assert "another photographs" in capsys.readouterr().err
+    assert main([*words, "--images", str(folder), "--out", str(folder / "masks")]) == 1
+    assert "whose masks would be taken for photographs" in capsys.readouterr().err
+    spec = pictures.draw(tmp_path / "data", 3)
+    wrong = tmp_path / "wrong.safetensors"
+    models.save_checkpoint(wrong, models.segmenter("mobilenet_v2", 5).tensors(), {"network": "mobilenet_v2"})
+    again = ["predict", "--checkpoint", str(wrong), "--data", spec, "--out", str(out), "--overwrite"]
+    assert (
+        main(again) == 1 and "a segmenter of the data's classes (square, disc), got one of 5" in capsys.readouterr().err
+    )
+    assert {name: Store(out).mask_path(name).read_bytes() for name in Store(out).mask_names()} == masks
 
 
 def test_large_photographs_are_reduced(checkpoint, folder, tmp_path):

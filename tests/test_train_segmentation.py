@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import json
 import os
@@ -195,13 +196,17 @@ def test_what_is_frozen_does_not_move(source, weights, tmp_path):
 
 
 def test_mobilenet_in_bfloat16_on_other_masks(source, tmp_path):
-    config = dataclasses.replace(SMALL, network="mobilenet_v2", precision="bfloat16", steps=2, auxiliary=0.4)
+    config = dataclasses.replace(SMALL, network="mobilenet_v2", precision="bfloat16", steps=1, auxiliary=0.4)
     masks = {item.name: np.full((64, 64), 255, np.uint8) for item in source}
     for mask in masks.values():
         mask[:8] = 1
-    path = train_segmenter(source, config, tmp_path, labels=masks)
-    assert {"loss", "main", "auxiliary"} <= lines(tmp_path)[0].keys()
+    path = train_segmenter(source, config, tmp_path / "16", labels=masks)
+    (found,) = lines(tmp_path / "16")
+    assert found["loss"] == pytest.approx(found["main"] + 0.4 * found["auxiliary"])
     assert all(value.dtype == torch.float32 for value in tensors(path).values())
+    train_segmenter(source, dataclasses.replace(config, precision="float32"), tmp_path / "32", labels=masks)
+    (exact,) = lines(tmp_path / "32")
+    assert found["loss"] != exact["loss"] and found["loss"] == pytest.approx(exact["loss"], rel=0.02)
 
 
 def test_every_problem_is_named_before_the_first_step(source, weights, tmp_path):
@@ -226,6 +231,75 @@ def test_every_problem_is_named_before_the_first_step(source, weights, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_wrong_leaves_an_earlier_run_alone(source, weights, tmp_path, capsys):
+    folder, out = source[0].image.parents[1], tmp_path / "out"
+    words = ["train-seg", "--data", f"folder:{folder}", "--out", str(out), "--network", "resnet18", "--steps", "1"]
+    words += ["--batch", "4", "--crop", "57", "--workers", "0", "--device", "cpu"]
+    good = [*words, "--weights", str(weights)]
+    assert main(good) == 0, capsys.readouterr().err
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert "data" in json.loads(before["config.json"])["inputs"]
+    wrong = tmp_path / "wrong.safetensors"
+    models.save_checkpoint(wrong, models.cam_classifier("mobilenet_v2", 2).state_dict())
+    few = tmp_path / "few"
+    few.mkdir()
+    for arguments, said in (
+        (["--weights", str(tmp_path / "none.pth")], "expected a file, got"),
+        (["--weights", str(wrong)], "a resnet18, got a checkpoint without"),
+        (["--weights", str(weights), "--masks", str(few)], "got none of p0"),
+        (["--weights", str(weights), "--under-fitting", "pow", "--k", "2"], "k above 0, and at most 1 as a power"),
+        (["--weights", str(weights), "--batch", "7", "--parts", "2"], "a batch that 2 parts can share"),
+    ):
+        with contextlib.suppress(SystemExit):
+            assert main([*words, "--lr", "0.5", *arguments]) == 1
+        assert said in capsys.readouterr().err
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_validation_is_looked_at_first(source, weights, tmp_path):
+    items = (dataclasses.replace(source[0], mask=None), *source[1:3])
+    validation = dataclasses.replace(source, items=items)
+    with pytest.raises(ValueError, match="train_segmenter: expected 3 images without problems, got 1 problem"):
+        train_segmenter(source, SMALL, tmp_path / "out", weights=weights, validation=validation)
+    assert not (tmp_path / "out").exists()
+
+
+def test_resuming_takes_the_same_labels_and_validation(source, weights, tmp_path):
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for item in source:
+        cv2.imwrite(str(masks / f"{item.name}.png"), source.mask(item))
+    config = dataclasses.replace(SMALL, choose="best")
+    given = dict(weights=weights, validation=source)
+
+    def killed(done, total, text):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_segmenter(source, config, tmp_path / "out", labels=masks, **given, progress=killed)
+    with pytest.raises(ValueError, match=r"as .* began, got another labels"):
+        train_segmenter(source, config, tmp_path / "out", **given, resume=True)
+    labels = cv2.imread(str(masks / "p0.png"), cv2.IMREAD_UNCHANGED)
+    cv2.imwrite(str(masks / "p0.png"), labels[:, ::-1])
+    with pytest.raises(ValueError, match=r"as .* began, got another labels"):
+        train_segmenter(source, config, tmp_path / "out", labels=masks, **given, resume=True)
+    cv2.imwrite(str(masks / "p0.png"), labels)
+    fewer = dataclasses.replace(source, items=source[:3])
+    with pytest.raises(ValueError, match=r"as .* began, got another validation"):
+        train_segmenter(source, config, tmp_path / "out", labels=masks, weights=weights, validation=fewer, resume=True)
+    train_segmenter(source, config, tmp_path / "out", labels=masks, validation=source, resume=True)
+
+
+def test_weights_of_another_input_are_refused(source, tmp_path):
+    path = tmp_path / "classifier.safetensors"
+    model = models.cam_classifier("resnet18", 2)
+    model.normalization = "symmetric"
+    models.save_checkpoint(path, model.state_dict(), model.metadata())
+    with pytest.raises(ValueError, match=r"expected weights for normalization imagenet, got .*, trained with symmetric"):
+        train_segmenter(source, SMALL, tmp_path / "out", weights=path)
+
+
 def test_a_class_without_a_pixel_is_said(source, weights, tmp_path, caplog):
     masks = {item.name: np.where(source.mask(item) == 2, 0, source.mask(item)).astype(np.uint8) for item in source}
     train_segmenter(source, dataclasses.replace(SMALL, steps=1), tmp_path, labels=masks, weights=weights)
@@ -239,6 +313,8 @@ def test_a_class_without_a_pixel_is_said(source, weights, tmp_path, caplog):
         ("parts", 3, "a batch that 3 parts can share, got 4"),
         ("save_every", 0, "save_every of at least 1"),
         ("beta", -1.0, "beta of at least 0"),
+        ("k", 0.0, "k above 0"),
+        ("normalization", "caffe", "caffe and normalization caffe together"),
         ("frozen", 6, "at most 5 frozen depths"),
         ("caffe", True, "caffe with resnet50 or resnet101"),
         ("rescale", (0.0, 1.0), r"0 < rescale\[0\]"),
@@ -301,3 +377,38 @@ def test_a_cycle_trains_on_what_it_predicted(source, weights, tmp_path, capsys):
     assert main([*words, "--resume"]) == 0 and (out / "segmenter.safetensors").stat().st_mtime_ns == before
     assert main(words[: words.index("--cycle")] + ["--prediction", str(prediction)]) == 1
     assert "expected --prediction with --cycle" in capsys.readouterr().err
+
+
+def test_a_cycle_keeps_nothing_of_another(source, weights, tmp_path):
+    config = dataclasses.replace(SMALL, steps=2, under_fitting="clamp", device="cpu")
+    given = dict(weights=weights, prediction=pipeline.PredictConfig(mirror=False))
+    others = {item.name: np.full((64, 64), 2, np.uint8) for item in source}
+    pipeline.train_cycle(source, config, tmp_path, labels=others, **given)
+    old = (tmp_path / "segmenter.safetensors").read_bytes()
+    assert Store(tmp_path / "first").mask_names()
+
+    def killed(stage):
+        if stage != "first":
+            return None
+
+        def progress(done, total, text):
+            if done == total:
+                raise KeyboardInterrupt
+
+        return progress
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.train_cycle(source, config, tmp_path, **given, progress=killed)
+    assert not (tmp_path / "segmenter.safetensors").exists() and not Store(tmp_path / "first").mask_names()
+    path = pipeline.train_cycle(source, config, tmp_path, **given, resume=True)
+    assert path.read_bytes() != old
+    straight = pipeline.train_cycle(source, config, tmp_path / "straight", **given)
+    assert path.read_bytes() == straight.read_bytes()
+    with pytest.raises(ValueError, match=r"got another scales .*; remove .*masks"):
+        other = pipeline.PredictConfig(mirror=False, scales=(0.5,))
+        pipeline.train_cycle(source, config, tmp_path, weights=weights, prediction=other, resume=True)
+    with pytest.raises(ValueError, match="expected a prediction of all images, got shard 0/2"):
+        pipeline.train_cycle(source, config, tmp_path, prediction=pipeline.PredictConfig(shard="0/2"))
+    train_segmenter(source, SMALL, tmp_path / "plain", weights=weights)
+    with pytest.raises(ValueError, match="where a training without one began"):
+        pipeline.train_cycle(source, config, tmp_path / "plain", **given, resume=True)
