@@ -16,11 +16,12 @@ import cv2
 import numpy as np
 
 from . import __version__, data, files
-from .data.decode import encode_region, read_image
+from .data.decode import encode_region, read_image, read_mask
 from .store import Store
 
 log = logging.getLogger("ribfast")
 _JPEG = b"\xff\xd8"
+_CATEGORIES = b'"categories": '
 _TURNED = (b"Exif", b"eXIf", b"EXIF")  # how JPEG, PNG and WebP name what may say how a camera was held
 
 
@@ -79,20 +80,30 @@ def export(
         encoded anew stays one, anything else becomes a PNG.
 
     Everything is decoded before anything is written, and all problems are raised together. begin is called in between.
+    Where out holds other lists, their classes must be these, and what voc's call by the same name must be the same
+    photograph, byte for byte, or if it is not there or not asked for, the same mask. A list of this name is replaced.
     """
     config, out, anew = config or ExportConfig(), Path(out), set()
+    if config.name is None:
+        config = dataclasses.replace(config, name="train" if config.format == "voc" else "train2017")
+    _refuse_other_classes(out, source.classes, config)
+    listed = _listed(out, config) if config.format == "voc" else {}
     stems, problems = _stems(source) if config.format == "voc" else ({item.name: item.name for item in source}, [])
 
     def look(item: data.Item, image: np.ndarray, mask: np.ndarray) -> None:
-        if not config.images:
-            return
-        if item.image.resolve().is_relative_to(out.resolve()):
+        stem, missed = stems[item.name], None
+        if config.images and item.image.resolve().is_relative_to(out.resolve()):
             raise ValueError(f"export: expected a photograph outside of {out}, got {item.image}; choose another --out")
-        missed = _missed(item.image, image, source.upright, config.format)
+        if config.images:
+            missed = _missed(item.image, image, source.upright, config.format)
         if missed is not None and not config.convert:
             raise ValueError(f"export: expected {missed}, got {item.image}; say --convert to encode it anew")
         if missed is not None:
             anew.add(item.name)
+        other = _other(out, stem, item, image, mask, config, missed is not None) if stem in listed else None
+        if other is not None:
+            raise ValueError(f"export: expected what {listed[stem]} calls {stem}, got another {other}; rename it or "
+                             f"choose another --out")  # fmt: skip
 
     def report(done: int, total: int, name: str) -> None:
         if progress is not None:
@@ -113,6 +124,51 @@ def export(
         result.annotations += annotations
         report(len(source) + number + 1, len(source), source[number].name)
     return result
+
+
+def _refuse_other_classes(out: Path, classes: tuple[str, ...], config: ExportConfig) -> None:
+    """Masks there would come to mean other classes, or a number in two lists different ones."""
+    if config.format == "voc":
+        path, classes = out / "VOC2012" / "classes.txt", ("background", *classes)
+        known = {path: _read_lines(path)} if path.is_file() else {}
+    else:
+        paths = sorted((out / "annotations").glob("instances_*.json"))
+        known = {path: _categories(path) for path in paths if path.name != f"instances_{config.name}.json"}
+    for path, there in known.items():
+        if there is not None and there != list(classes):
+            raise ValueError(f"export: expected the classes of {path}, {', '.join(there)}, got {', '.join(classes)}; "
+                             f"choose another --out")  # fmt: skip
+
+
+def _read_lines(path: Path) -> list[str]:
+    return path.read_text("utf-8").splitlines()
+
+
+def _categories(path: Path) -> list[str] | None:
+    """Of annotations as they are written here, with a line for the categories: the rest can be gigabytes."""
+    with open(path, "rb") as file:
+        line = next((line for line in file if line.startswith(_CATEGORIES)), None)
+    return line and [category["name"] for category in json.loads(line[len(_CATEGORIES) :].rstrip(b",\n"))]
+
+
+def _listed(out: Path, config: ExportConfig) -> dict[str, Path]:
+    """The stems in lists that stay, and the list of each."""
+    paths = sorted((out / "VOC2012" / "ImageSets").glob("Segmentation*/*.txt"))
+    paths = [path for path in paths if path.stem != config.name]
+    return {Path(line.split()[0]).stem: path for path in paths for line in _read_lines(path) if line.strip()}
+
+
+def _other(
+    out: Path, stem: str, item: data.Item, image: np.ndarray, mask: np.ndarray, config: ExportConfig, anew: bool
+) -> str | None:
+    """What would be lost of a stem: another photograph, or where none tells, another mask."""
+    photograph = out / "VOC2012" / "JPEGImages" / f"{stem}.jpg"
+    if config.images and photograph.is_file():
+        content = _encoded(image, ".jpg", config) if anew else item.image.read_bytes()
+        same = photograph.read_bytes() == content
+        return None if same else "photograph" + ", or the same encoded otherwise" * anew
+    path = Store(out / "VOC2012" / "SegmentationClassAug", flat=True).mask_path(stem)
+    return None if not path.is_file() or np.array_equal(read_mask(path), mask) else "mask"
 
 
 def _stems(source: data.Source) -> tuple[dict[str, str], list[data.Problem]]:
@@ -142,12 +198,16 @@ def _missed(path: Path, image: np.ndarray, upright: bool, format: str) -> str | 
 
 def _put_image(source: data.Source, item: data.Item, path: Path, config: ExportConfig, anew: bool) -> None:
     if anew:
-        flags = [] if path.suffix == ".png" else [cv2.IMWRITE_JPEG_QUALITY, config.quality]
-        files.write(path, cv2.imencode(path.suffix, cv2.cvtColor(source.image(item), cv2.COLOR_RGB2BGR), flags)[1])
+        files.write(path, _encoded(source.image(item), path.suffix, config))
     elif config.link == "copy":
         files.write(path, item.image.read_bytes())
     else:
         files.link(path, item.image, symbolic=config.link == "symbolic")
+
+
+def _encoded(image: np.ndarray, suffix: str, config: ExportConfig) -> bytes:
+    flags = [] if suffix == ".png" else [cv2.IMWRITE_JPEG_QUALITY, config.quality]
+    return cv2.imencode(suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR), flags)[1].tobytes()
 
 
 def _write_voc(
@@ -168,12 +228,14 @@ def _write_voc(
         return 0
 
     yield from data.prefetch(put, source, workers=config.workers, ahead=max(2, config.workers))
-    name, names = config.name or "train", stems.values()
+    name, names, table = config.name, stems.values(), root / f"names_{config.name}.csv"
     pairs = [f"/JPEGImages/{stem}.jpg /SegmentationClassAug/{stem}.png" for stem in names]
     renamed = [(item, stem) for item, stem in stems.items() if item != stem]
     if renamed:
-        csv.writer(table := io.StringIO(), lineterminator="\n").writerows([("name", "exported"), *renamed])
-        files.write(root / f"names_{name}.csv", table.getvalue().encode())
+        csv.writer(rows := io.StringIO(), lineterminator="\n").writerows([("name", "exported"), *renamed])
+        files.write(table, rows.getvalue().encode())
+    else:
+        table.unlink(missing_ok=True)  # of a list that this one replaces
     files.write(root / "classes.txt", _lines(["background", *source.classes]))
     files.write(lists / "SegmentationAug" / f"{name}.txt", _lines(pairs))
     files.write(lists / "Segmentation" / f"{name}.txt", _lines(names))
@@ -186,7 +248,7 @@ def _lines(lines) -> bytes:
 def _write_coco(
     source: data.Source, masks: Callable, out: Path, config: ExportConfig, stems: Mapping[str, str], anew: set[str]
 ) -> Iterator[int]:
-    name, images, annotations = config.name or "train2017", [], []
+    name, images, annotations = config.name, [], []
 
     def put(item: data.Item) -> tuple[str, tuple[int, int], list[dict]]:
         suffix, mask = item.image.suffix, masks(item.name)
@@ -207,7 +269,7 @@ def _write_coco(
     files.write(
         out / "annotations" / f"instances_{name}.json",
         b'{"info": ', _json({"description": f"masks by ribfast {__version__}"}),
-        b',\n"categories": ', _json(categories),
+        b",\n", _CATEGORIES, _json(categories),
         b',\n"images": [\n', b",\n".join(images),
         b'],\n"annotations": [\n', b",\n".join(annotations), b"]}\n",
     )  # fmt: skip

@@ -275,6 +275,98 @@ def test_all_problems_before_anything_is_written(folder, masks, tmp_path):
     assert not begun and not out.exists()
 
 
+@pytest.fixture
+def others(tmp_path, masks):
+    """Another data set: b_c is another photograph, a the first one's."""
+    root = tmp_path / "others"
+    write(root / "images" / "a.jpg", jpeg())
+    write(root / "images" / "b_c.jpg", jpeg((31, 47)))
+    write(root / "labels.csv", "image,labels\na,disc\nb_c,disc\n")
+    write(root / "classes.txt", "\n".join(CLASSES))
+    masks.save_mask("b_c", np.ones((31, 47), np.uint8))
+    return root
+
+
+def whole(root):
+    return {name: (root / name).read_bytes() for name in contents(root)}
+
+
+def test_photographs_of_other_lists_stay(folder, others, masks, tmp_path):
+    out, config = tmp_path / "out", ExportConfig(name="val")
+    export(opened(folder), masks.load_mask, out)
+    before = whole(out)
+    with pytest.raises(ValueError, match=r"got 1 problem; (.|\n)*  b_c: export: expected what .*train\.txt calls b_c, "
+                                         r"got another photograph; rename it or choose another --out$"):  # fmt: skip
+        export(opened(others), masks.load_mask, out, config)
+    assert whole(out) == before
+    (out / "VOC2012" / "ImageSets" / "Segmentation" / "train.txt").unlink()  # either list names it
+    with pytest.raises(ValueError, match="calls b_c, got another photograph; "):
+        export(opened(others), masks.load_mask, out, config)
+    write(others / "labels.csv", "image,labels\na,disc\n")
+    export(opened(others), masks.load_mask, out, config)
+    assert (out / "VOC2012" / "ImageSets" / "Segmentation" / "val.txt").read_text() == "a\n"
+    assert (out / "VOC2012" / "JPEGImages" / "b_c.jpg").read_bytes() == before["VOC2012/JPEGImages/b_c.jpg"]
+
+
+@pytest.mark.parametrize("link", ["copy", "symbolic"])
+def test_a_photograph_may_be_in_several_lists(link, folder, masks, tmp_path):
+    out = tmp_path / "out"
+    export(opened(folder), masks.load_mask, out, ExportConfig(link=link))
+    before = whole(out)
+    masks.save_mask("b/c", np.ones((31, 47), np.uint8))
+    export(opened(folder), masks.load_mask, out, ExportConfig(name="trainval"))  # b/c and d.v 2: encoded anew
+    after = whole(out)
+    assert [name for name in before if after[name] != before[name]] == [
+        name for name in before if name.startswith("VOC2012/SegmentationClass") and name.endswith("/b_c.png")
+    ]
+    lists = [out / "VOC2012" / "ImageSets" / "Segmentation" / f"{name}.txt" for name in ("train", "trainval")]
+    assert lists[0].read_text() == lists[1].read_text() == "a\nb_c\nd_v_2\ne\n"
+    with pytest.raises(ValueError, match=r"2 problems(.|\n)*got another photograph, or the same encoded otherwise; "):
+        export(opened(folder), masks.load_mask, out, ExportConfig(name="val", quality=80))
+
+
+@pytest.mark.parametrize("images", [(False, False), (False, True), (True, False)])
+def test_without_photographs_masks_tell(images, folder, others, masks, tmp_path):
+    out = tmp_path / "out"
+    export(opened(folder), masks.load_mask, out, ExportConfig(images=images[0]))
+    before, config = whole(out), ExportConfig(name="val", images=images[1])
+    with pytest.raises(ValueError, match=r"got 1 problem; (.|\n)*  b_c: .*calls b_c, got another mask; rename it "):
+        export(opened(others), masks.load_mask, out, config)
+    assert whole(out) == before
+    masks.save_mask("b_c", masks.load_mask("b/c"))
+    assert export(opened(others), masks.load_mask, out, config).images == 2
+
+
+def test_a_list_is_replaced_by_one_of_its_name(folder, others, masks, tmp_path):
+    export(opened(folder), masks.load_mask, tmp_path / "out")
+    export(opened(others), masks.load_mask, tmp_path / "out")
+    root = tmp_path / "out" / "VOC2012"
+    assert (root / "ImageSets" / "Segmentation" / "train.txt").read_text() == "a\nb_c\n"
+    assert (root / "JPEGImages" / "b_c.jpg").read_bytes() == (others / "images" / "b_c.jpg").read_bytes()
+    assert not (root / "names_train.csv").exists()
+
+
+@pytest.mark.parametrize("format", ["voc", "coco"])
+def test_classes_of_other_lists_stay(format, folder, others, masks, tmp_path):
+    out, config, begun = tmp_path / "out", ExportConfig(format, name="val"), []
+    export(opened(folder), masks.load_mask, out, ExportConfig(format))
+    before = whole(out)
+    write(others / "labels.csv", "image,labels\na,disc\n")
+    for classes in (("disc", "square", "star"), CLASSES[:2], (*CLASSES, "moon")):
+        write(others / "classes.txt", "\n".join(classes))
+        with pytest.raises(ValueError, match=rf"^export: expected the classes of {out}.*{', '.join(CLASSES)}, got .*"
+                                             rf"{', '.join(classes)}; choose another --out$"):  # fmt: skip
+            export(opened(others), masks.load_mask, out, config, begin=lambda: begun.append(1))
+    assert whole(out) == before and not begun
+    if format == "coco":  # where it stands alone, a list brings its own
+        assert export(opened(others), masks.load_mask, out, ExportConfig(format)).images == 1
+        assert data.open_source(f"coco:{out}").classes == (*CLASSES, "moon")
+    write(others / "classes.txt", "\n".join(CLASSES))
+    export(opened(others), masks.load_mask, tmp_path / "new", config)
+    export(opened(folder), masks.load_mask, tmp_path / "new", ExportConfig(format))
+    assert [item.name for item in data.open_source(f"{format}:{tmp_path / 'new'}", "val")] == ["a"]
+
+
 def test_names_and_places_that_cannot_be(folder, masks, tmp_path):
     long = "/".join(["x" * 100] * 3)
     write(folder / "images" / f"{long}.jpg", jpeg())

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .loading import prefetch
-from .sources import Item, Source
+from .sources import Item, Source, check_mask
 
 SHOWN = 10  # problems that an error names
 
@@ -63,7 +63,10 @@ def scan(
     def read_mask(item: Item, size: tuple[int, int] | None) -> np.ndarray | None:
         if masks is not None:
             mask = masks(item.name)
-            _check_mask(mask, size, len(source.classes))
+            if not isinstance(mask, np.ndarray) or mask.dtype != np.uint8 or mask.ndim != 2:
+                kind = f"{mask.dtype} {mask.shape}" if isinstance(mask, np.ndarray) else type(mask).__name__
+                raise ValueError(f"scan: expected a mask (H, W) in uint8, got {kind}; convert it")
+            check_mask(mask, size, len(source.classes), "scan")
             return mask
         mask = source.mask(item, size)
         if mask is None and required:
@@ -103,16 +106,3 @@ def scan(
     pixels, labels = np.zeros(len(source.classes) + 2, np.int64), min(len(source.classes) + 1, 255)
     pixels[:labels], pixels[-1] = counts[:labels], counts[255]
     return Scan(source.classes, len(source), whole, pixels, tuple(problems))
-
-
-def _check_mask(mask: np.ndarray, size: tuple[int, int] | None, classes: int) -> None:
-    if not isinstance(mask, np.ndarray) or mask.dtype != np.uint8 or mask.ndim != 2:
-        kind = f"{mask.dtype} {mask.shape}" if isinstance(mask, np.ndarray) else type(mask).__name__
-        raise ValueError(f"scan: expected a mask (H, W) in uint8, got {kind}; convert it")
-    if size is not None and mask.shape != size:
-        raise ValueError(f"scan: expected a mask of the image's {size[0]} x {size[1]} pixels, got {mask.shape[0]} x "
-                         f"{mask.shape[1]}; make it again")  # fmt: skip
-    wrong = mask[(mask > classes) & (mask != 255)]
-    if wrong.size:
-        raise ValueError(f"scan: expected labels 0..{classes} (class + 1) or 255, got {wrong[0]}; make the mask again "
-                         f"with these classes")  # fmt: skip

@@ -85,14 +85,33 @@ class Source:
             mask, place = draw_regions(drawing.size, drawing.regions, item.name), f"the annotations of {item.name}"
         else:
             return None
-        if size is not None and mask.shape != tuple(size):
-            raise ValueError(f"Source.mask: expected {size[0]} x {size[1]} pixels as {item.image} has, got "
-                             f"{mask.shape[0]} x {mask.shape[1]} in {place}; make both the same size")  # fmt: skip
-        wrong = mask[(mask > len(self.classes)) & (mask != 255)]
-        if wrong.size:
-            raise ValueError(f"Source.mask: expected labels 0..{len(self.classes)} (class + 1) or 255, got {wrong[0]} "
-                             f"in {place}; renumber the mask's labels")  # fmt: skip
+        check_mask(mask, size, len(self.classes), "Source.mask", image=item.image, place=place)
         return mask
+
+
+def check_mask(
+    mask: np.ndarray,
+    size: tuple[int, int] | None,
+    classes: int,
+    op: str,
+    *,
+    image: Path | None = None,
+    place: str | Path | None = None,
+) -> None:
+    """Refuses a mask of another size than its image's (H, W), or with labels of no class. image, place: files to name.
+
+    size: None where the image's is not known.
+    """
+    where = "" if place is None else f" in {place}"
+    if size is not None and mask.shape != tuple(size):
+        pixels = f"{size[0]} x {size[1]} pixels"
+        expected = f"a mask of the image's {pixels}" if image is None else f"{pixels} as {image} has"
+        raise ValueError(f"{op}: expected {expected}, got {mask.shape[0]} x {mask.shape[1]}{where}; make both the same "
+                         f"size")  # fmt: skip
+    wrong = mask[(mask > classes) & (mask != 255)]
+    if wrong.size:
+        raise ValueError(f"{op}: expected labels 0..{classes} (class + 1) or 255, got {wrong[0]}{where}; renumber the "
+                         f"mask's labels")  # fmt: skip
 
 
 def open_source(spec: str, split: str | None = None) -> Source:
