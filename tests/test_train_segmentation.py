@@ -296,7 +296,7 @@ def test_weights_of_another_input_are_refused(source, tmp_path):
     model = models.cam_classifier("resnet18", 2)
     model.normalization = "symmetric"
     models.save_checkpoint(path, model.state_dict(), model.metadata())
-    with pytest.raises(ValueError, match=r"expected weights for normalization imagenet, got .*, trained with symmetric"):
+    with pytest.raises(ValueError, match=r"for normalization imagenet, got .*, trained with symmetric"):
         train_segmenter(source, SMALL, tmp_path / "out", weights=path)
 
 
