@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.photographs import picture, write
+from benchmarks.photographs import block_masks, picture, write
 from ribfast.train import SegmentationConfig, segmentation, train_segmenter
 
 IMAGES, SIZE, CLASSES, STEPS, WARM, BLOCKS = 40, (375, 500), 20, 12, 6, 3
@@ -22,14 +22,12 @@ ASKED = 0.9
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """(source, masks by name): labels of large blocks."""
-    folder, rng = tmp_path_factory.mktemp("loading"), np.random.default_rng(0)
+    """(source, the folder of its masks)"""
+    folder = tmp_path_factory.mktemp("loading")
     source = write(folder / "data", (picture(n, SIZE) for n in range(IMAGES)), lambda n: n % CLASSES, CLASSES)
     (folder / "masks").mkdir()
-    for item in source:
-        blocks = rng.choice([0, item.classes[0] + 1], (4, 5)).astype(np.uint8)
-        large = cv2.resize(blocks, SIZE[::-1], interpolation=cv2.INTER_NEAREST)
-        cv2.imwrite(str(folder / "masks" / f"{item.name}.png"), large)
+    for name, mask in block_masks(source, SIZE).items():
+        cv2.imwrite(str(folder / "masks" / f"{name}.png"), mask)
     return source, folder / "masks"
 
 

@@ -14,12 +14,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.photographs import picture, write
+from benchmarks.photographs import block_masks, picture, write
 from ribfast import models
 from ribfast.train import SegmentationConfig, train_segmenter
 
@@ -34,16 +33,6 @@ WAYS = {
     "float32": dataclasses.replace(BASE, precision="float32"),
     "bfloat16, compiled": dataclasses.replace(BASE, compile=True),
 }
-
-
-def source(folder: Path, images: int, size: tuple[int, int]):
-    """Photographs, and masks of large blocks."""
-    made = write(folder, (picture(n, size) for n in range(images)), lambda n: n % CLASSES, CLASSES)
-    rng, masks = np.random.default_rng(0), {}
-    for item in made:
-        blocks = rng.choice([0, item.classes[0] + 1], (4, 5)).astype(np.uint8)
-        masks[item.name] = cv2.resize(blocks, size[::-1], interpolation=cv2.INTER_NEAREST)
-    return made, masks
 
 
 def weights(path: Path, network: str) -> Path:
@@ -70,7 +59,8 @@ def measure(report, ways: dict[str, SegmentationConfig], images: int = 60, size=
     """report: called with each row as soon as it is there."""
     with tempfile.TemporaryDirectory() as folder:
         folder, expected = Path(folder), None
-        made, masks = source(folder / "data", images, size)
+        made = write(folder / "data", (picture(n, size) for n in range(images)), lambda n: n % CLASSES, CLASSES)
+        masks = block_masks(made, size)
         for number, (name, config) in enumerate(ways.items()):
             begun, out = time.perf_counter(), folder / str(number)
             start = weights(folder / "weights.safetensors", config.network)

@@ -20,6 +20,15 @@ def picture(seed, size):
     return np.clip(part.astype(np.int16) + rng.integers(-30, 30, 3), 0, 255).astype(np.uint8)
 
 
+def block_masks(source: data.Source, size: tuple[int, int]) -> dict[str, np.ndarray]:
+    """Labels of large blocks, of background and of each image's first class."""
+    rng, masks = np.random.default_rng(0), {}
+    for item in source:
+        blocks = rng.choice([0, item.classes[0] + 1], (4, 5)).astype(np.uint8)
+        masks[item.name] = cv2.resize(blocks, size[::-1], interpolation=cv2.INTER_NEAREST)
+    return masks
+
+
 def write(folder: Path, images, label, n_classes: int) -> data.Source:
     """The images as a data set; label: the class on each, by its number."""
     (folder / "images").mkdir(parents=True)

@@ -130,13 +130,19 @@ def classifier(options, source, seed, folder) -> models.CamClassifier:
     return models.open_classifier(path)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def arguments(about: str, *, weights: bool = True) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("data")
-    parser.add_argument("weights", type=Path)
+    if weights:
+        parser.add_argument("weights", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--network", default="mobilenet_v2", choices=models.NAMES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    return parser
+
+
+def main() -> None:
+    parser = arguments(__doc__)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--every", type=int, default=4, help="of the train images, to choose thresholds on")
     parser.add_argument("--crop", type=int, default=192, help="of the other images")

@@ -7,14 +7,12 @@ each seed. CAMs, IRN's networks and what was measured are kept in it, so that a 
 Writes results/quality_masks.json and quality.md.
 """
 
-import argparse
 import dataclasses
 import json
 import time
-from pathlib import Path
 
 import numpy as np
-from quality import RESULTS, write_report
+from quality import RESULTS, arguments, write_report
 
 from ribfast import data, models
 from ribfast.metrics import Confusion
@@ -91,11 +89,7 @@ def measure(method, sources, maps, network) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--network", default="mobilenet_v2", choices=models.NAMES)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = arguments(__doc__, weights=False)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     options = parser.parse_args()
     sources = {name: data.open_source(f"folder:{options.data}", name) for name in ("train", "val")}

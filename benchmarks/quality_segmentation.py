@@ -7,13 +7,11 @@ backbone. Masks, segmenters and what was measured are kept in FOLDER, so that a 
 results/quality_segmentation.json and quality.md.
 """
 
-import argparse
 import dataclasses
 import json
 import time
-from pathlib import Path
 
-from quality import RESULTS, write_report
+from quality import RESULTS, arguments, write_report
 from quality_masks import METHODS, Counter, irn_of
 
 from ribfast import data, models
@@ -48,16 +46,14 @@ def miou_of(source, read) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data")
-    parser.add_argument("weights", type=Path)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--network", default="mobilenet_v2", choices=models.NAMES)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = arguments(__doc__)
     parser.add_argument("--variants", nargs="+", default=list(FITS), choices=FITS)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--crop", type=int, default=193)
     options = parser.parse_args()
+    first = "masks, PUF clamp"
+    if f"{first}, cycle" in options.variants and first not in options.variants:
+        parser.error(f"expected {first!r} with its cycle, got --variants {options.variants}")
     train, val = (data.open_source(f"folder:{options.data}", split) for split in ("train", "val"))
     mobile = options.network == "mobilenet_v2"
     for seed in options.seeds:
@@ -76,15 +72,14 @@ def main() -> None:
                 under_fitting=FITS[variant], normalization="symmetric" if mobile else "imagenet",
                 tensorflow_padding=mobile, cache_mib=512,
             )  # fmt: skip
-            labels, read = pseudo.folder / "masks", pseudo.load_mask
+            labels, read = pseudo.masks, pseudo.load_mask
             if variant == "ground truth":
                 labels, read = None, {item.name: train.mask(item) for item in train}.__getitem__
             elif "cycle" in variant:
-                first = folder / "masks, PUF clamp"
-                store = Store(first)
-                predict_masks(train, models.open_segmenter(first / "segmenter.safetensors"), store,
-                              TESTS["scales and CRF"])  # fmt: skip
-                labels, read = first / "masks", store.load_mask
+                store = Store(folder / first)
+                model = models.open_segmenter(store.folder / "segmenter.safetensors")
+                predict_masks(train, model, store, TESTS["scales and CRF"])
+                labels, read = store.masks, store.load_mask
             checkpoint = train_segmenter(train, config, folder / variant, labels=labels, weights=options.weights,
                                          resume=True)  # fmt: skip
             model, found = models.open_segmenter(checkpoint), {}
