@@ -58,7 +58,7 @@ def bench_loading(benchmark, made, tmp_path, monkeypatch):
     torch.set_num_threads(before)
     memory, files = (statistics.median(times[kind]) for kind in ("memory", "files"))
     benchmark.extra_info.update(
-        target=ASKED, ratio=memory / files, baseline_median=memory, ours_median=files, baseline_min=min(times["memory"]),
-        ours_min=min(times["files"]), steps=len(times["files"]), threads=2,
+        target=ASKED, ratio=memory / files, baseline_median=memory, ours_median=files,
+        baseline_min=min(times["memory"]), ours_min=min(times["files"]), steps=len(times["files"]), threads=2,
     )  # fmt: skip
     benchmark.pedantic(lambda: None, rounds=1)
