@@ -14,12 +14,12 @@ namespace ribfast::cuda {
 namespace {
 
 // The maps as the kernels read them, and the blocks that they take.
-struct Given {
+struct PairInputs {
   at::Tensor boundary, displacement, labels;
   PairMaps maps;
   int64_t blocks;
 
-  Given(const at::Tensor& boundary_, const at::Tensor& displacement_, const at::Tensor& labels_, int64_t radius)
+  PairInputs(const at::Tensor& boundary_, const at::Tensor& displacement_, const at::Tensor& labels_, int64_t radius)
       : boundary(boundary_.to(at::kFloat).contiguous()),
         displacement(displacement_.to(at::kFloat).contiguous()),
         labels(labels_.contiguous()) {
@@ -43,7 +43,7 @@ at::Tensor pair_losses(const at::Tensor& boundary, const at::Tensor& displacemen
                        int64_t radius) {
   check_pair_losses("pair_losses", boundary, displacement, labels, radius);
   const c10::cuda::CUDAGuard guard(boundary.device());
-  const Given given(boundary, displacement, labels, radius);
+  const PairInputs given(boundary, displacement, labels, radius);
   if (given.blocks == 0) return at::zeros({kLossSums}, given.boundary.options());
   at::Tensor partial = at::empty({given.blocks, kLossSums}, given.boundary.options());
   pair_losses_kernel<<<checked_grid("pair_losses", given.blocks), kPairThreads, 0,
@@ -59,7 +59,7 @@ std::tuple<at::Tensor, at::Tensor> pair_losses_backward(const at::Tensor& grad_,
   check_loss_gradient(grad_, boundary);
   at::globalContext().alertNotDeterministic("ribfast::pair_losses_backward");
   const c10::cuda::CUDAGuard guard(boundary.device());
-  const Given given(boundary, displacement, labels, radius);
+  const PairInputs given(boundary, displacement, labels, radius);
   const at::Tensor grad = grad_.to(at::kFloat).contiguous();
   at::Tensor to_boundary = at::zeros(boundary.sizes(), given.boundary.options());
   at::Tensor to_displacement = at::zeros(displacement.sizes(), given.boundary.options());

@@ -14,11 +14,11 @@ namespace ribfast::cuda {
 namespace {
 
 // Logits and labels as the kernels read them.
-struct Given {
+struct LossInputs {
   at::Tensor logits, labels;
   LossMaps maps;
 
-  Given(const at::Tensor& logits_, const at::Tensor& labels_)
+  LossInputs(const at::Tensor& logits_, const at::Tensor& labels_)
       : logits((logits_.scalar_type() == at::kDouble ? logits_.to(at::kFloat) : logits_).contiguous()),
         labels(labels_.contiguous()),
         maps{labels.const_data_ptr<uint8_t>(),
@@ -33,7 +33,7 @@ struct Given {
 
 // Calls f(T{}) with the CUDA type of logits, which are not float64.
 template <typename F>
-void with_logits(const Given& given, F&& f) {
+void with_logits(const LossInputs& given, F&& f) {
   with_element(given.logits, [&](auto element) {
     if constexpr (!std::is_same_v<decltype(element), double>) f(element);
   });
@@ -47,7 +47,7 @@ at::Tensor pixel_losses(const at::Tensor& logits, const at::Tensor& labels) {
   check_pixel_losses("segmentation_loss", logits, labels);
   const c10::cuda::CUDAGuard guard(logits.device());
   const OnStream run{c10::cuda::getCurrentCUDAStream()};
-  const Given given(logits, labels);
+  const LossInputs given(logits, labels);
   at::Tensor result = at::empty(labels.sizes(), logits.options().dtype(at::kFloat));
   if (given.cells() == 0) return result;
   with_logits(given, [&](auto element) {
@@ -83,7 +83,7 @@ at::Tensor pixel_loss_sums_backward(const at::Tensor& grad_, const at::Tensor& l
   check_pixel_loss_gradient(grad_, logits);
   const c10::cuda::CUDAGuard guard(logits.device());
   const OnStream run{c10::cuda::getCurrentCUDAStream()};
-  const Given given(logits, labels);
+  const LossInputs given(logits, labels);
   const at::Tensor grad = grad_.contiguous(), losses = losses_.contiguous();
   at::Tensor result = at::empty(logits.sizes(), given.logits.options());
   const int64_t n = result.numel();

@@ -28,23 +28,20 @@ def reader(op: str, source: data.Source, labels: Labels) -> Callable[[str], np.n
     return labels.__getitem__ if isinstance(labels, Mapping) else lambda name: read_mask(folder / f"{name}.png")
 
 
-def digests(source: data.Source, weights: str | Path | None) -> dict[str, str]:
-    """Of the images and their classes, and of the weights' file, if there is one."""
+def digests(source: data.Source, weights: str | Path | None, **labels: Labels | None) -> dict[str, str]:
+    """Of the images and their classes, of the weights' file, if there is one, and of the files that labels are read
+    from; labels=None: the source's own. Of a function or a mapping nothing is known."""
     found = {"data": source.digest()}
+    for name, given in labels.items():
+        if given is None:
+            found[name] = "own " + _of_files(item.mask for item in source if item.mask is not None)
+        elif isinstance(given, (str, Path)):
+            found[name] = _of_files(Path(given) / f"{item.name}.png" for item in source)
     if weights is not None:
         if not Path(weights).is_file():
             raise FileNotFoundError(f"weights: expected a file, got {weights}, which is none")
         found["weights"] = _of_files([Path(weights)])
     return found
-
-
-def label_digest(source: data.Source, labels: Labels | None) -> str:
-    """Of the files that labels are read from; None: the source's own. Of a function or a mapping, that it is one."""
-    if labels is None:
-        return "own " + _of_files(item.mask for item in source if item.mask is not None)
-    if isinstance(labels, (str, Path)):
-        return _of_files(Path(labels) / f"{item.name}.png" for item in source)
-    return "from Python"
 
 
 def changed(mine: dict[str, str], known: Mapping[str, str]) -> list[str]:

@@ -91,8 +91,8 @@ def train_irn(
     """
     if not len(source):
         raise ValueError("train_irn: expected images, got none")
-    given = inputs.digests(source, weights) | {"labels": inputs.label_digest(source, labels)}
-    task = _Irn(source, inputs.reader("train_irn", source, labels), config, weights, given)
+    reader = inputs.reader("train_irn", source, labels)
+    task = _Irn(source, reader, config, weights, inputs.digests(source, weights, labels=labels))
     with processes(config.device) as here:
         return loop.train(task, Path(out), here, resume=resume, progress=progress, begun=begun)
 

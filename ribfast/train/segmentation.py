@@ -152,7 +152,7 @@ def train_segmenter(
     reader = None if labels is None else inputs.reader("train_segmenter", source, labels)
     if reader is None:
         _refuse_unmasked(source)
-    given = inputs.digests(source, weights) | {"labels": inputs.label_digest(source, labels)}
+    given = inputs.digests(source, weights, labels=labels)
     if config.choose == "best":
         given["validation"] = validation.digest()
     task = _Segmentation(source, reader, config, weights, validation, Path(out), given, scanned)
