@@ -92,7 +92,12 @@ def main() -> None:
             path.write_text(json.dumps(facts | {"seconds": round(time.time() - start)}))
             said = ", ".join(f"{name} {100 * value:.1f}" for name, value in found.items())
             print(f"seed {seed} {variant}: {said}; trained on {100 * facts['trained_on']:.1f}", flush=True)
-    rows = [json.loads(path.read_text()) for path in sorted(options.folder.glob("*-segmenters/*.json"))]
+    write(options.folder)
+
+
+def write(folder: Path) -> None:
+    """results/quality_segmentation.json from all that was measured, and the table in quality.md."""
+    rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*-segmenters/*.json"))]
     rows.sort(key=lambda row: (row["network"], list(FITS).index(row["variant"]), row["seed"]))
     (RESULTS / "quality_segmentation.json").write_text(json.dumps({"masks": MASKS, "rows": rows}, indent=1) + "\n")
     write_report()
