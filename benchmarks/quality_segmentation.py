@@ -10,6 +10,7 @@ results/quality_segmentation.json and quality.md.
 import dataclasses
 import json
 import time
+from pathlib import Path
 
 from quality import RESULTS, arguments, write_report
 from quality_masks import METHODS, Counter, irn_of
