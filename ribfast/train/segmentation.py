@@ -313,7 +313,7 @@ class _Segmentation:
         miou = self._validate(here)
         if self.config.choose == "best" and here.rank == 0:
             path = self.out / BEST
-            if miou > float(models.read_metadata(path).get("validation_miou", -1)):
+            if not path.is_file() or miou > float(models.read_metadata(path)["validation_miou"]):
                 found = {"steps": str(steps), "validation_miou": repr(miou)}
                 models.save_checkpoint(path, self.tensors(), self.metadata() | found)
         return {"validation_miou": miou}
