@@ -75,11 +75,7 @@ def multi_crop_cams(
     with torch.inference_mode():
         for first in range(0, len(places), batch):
             some = places[first : first + batch]
-            crops = torch.zeros(len(some), 3, crop, crop).contiguous(memory_format=torch.channels_last)
-            for out, (view, y, x) in zip(crops, some, strict=True):
-                part = view[:, y : y + crop, x : x + crop]
-                out[:, : part.shape[1], : part.shape[2]] = part
-            maps.append(model(crops.to(device, non_blocking=True))[:, keys].float())
+            maps.append(model(cut_crops(some, crop).to(device, non_blocking=True))[:, keys].float())
         maps = torch.cat(maps)
         for view, (rows, columns) in zip(views, grids, strict=True):
             own, maps = maps.split([len(rows) * len(columns), len(maps) - len(rows) * len(columns)])
@@ -88,6 +84,15 @@ def multi_crop_cams(
         spread = torch.where(high - low > 1e-5 * high, high - low, torch.inf)  # rounding is no pattern
         sums.sub_(low).div_(spread)
     return sums
+
+
+def cut_crops(places: Sequence[tuple[Tensor, int, int]], crop: int) -> Tensor:
+    """(n, 3, crop, crop) of views (3, h, w), from row y and column x on, with zeros beyond the view."""
+    crops = places[0][0].new_zeros(len(places), 3, crop, crop).contiguous(memory_format=torch.channels_last)
+    for out, (view, y, x) in zip(crops, places, strict=True):
+        part = view[:, y : y + crop, x : x + crop]
+        out[:, : part.shape[1], : part.shape[2]] = part
+    return crops
 
 
 def crop_origins(length: int, crop: int, stride: int) -> list[int]:

@@ -7,7 +7,6 @@ for, and a function of both.
 import argparse
 import dataclasses
 import functools
-import hashlib
 import importlib
 import json
 import logging
@@ -20,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import __version__, config
+from . import __version__, config, files
 
 log = logging.getLogger("ribfast")
 # fields of how a run is put to work, which change no result
@@ -134,8 +133,8 @@ def _first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _progress() -> Progress | None:
-    return Progress() if _first() else None
+def _progress(title: str = "") -> Progress | None:
+    return Progress(title=title) if _first() else None
 
 
 def _sentence(text: str) -> str:
@@ -198,7 +197,7 @@ def begin(
     """
     path = options.out / "config.json"
     refuse_another_command(options, keep=indifferent is not None)
-    inputs = {name: _digest(value) if isinstance(value, Path) else value for name, value in inputs.items()}
+    inputs = {name: files.digest(value) if isinstance(value, Path) else value for name, value in inputs.items()}
     before = {}
     if indifferent is not None and not path.is_file() and not getattr(options, "keep", False):
         _refuse_unknown_results(options)
@@ -274,11 +273,6 @@ def _clear(options: argparse.Namespace, settings) -> None:
         raise ValueError(f"expected one process for --overwrite, got several, which would remove one another's files; "
                          f"remove {options.out} and run without it")  # fmt: skip
     Store(options.out).clear()
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -521,7 +515,7 @@ def _train_seg(options: argparse.Namespace, settings) -> None:
 def _stage(name: str) -> Progress | None:
     titles = {"scan": "looking at images and masks", "first": "training on these masks", "masks": "predicting the "
               "training images", "scan again": "looking at what was predicted", "last": "training on it"}  # fmt: skip
-    return Progress(title=titles[name]) if _first() else None
+    return _progress(titles[name])
 
 
 def _predict_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -54,6 +55,11 @@ def link(path: Path, target: Path, *, symbolic: bool = False) -> None:
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)  # POSIX replaces no name of a file by another of the same file
+
+
+def digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import math
@@ -20,13 +19,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import config as configuration
-from . import data, masks, models, ops, rib, train
+from . import data, files, masks, models, ops, rib, train
 from .cams import CROP_SCALES, merge_cams, multi_crop_cams, shrink_cams
 from .metrics import Confusion, PerImage, ThresholdSweep, bootstrap_interval
 from .processes import choose_device, choose_shard, processes, together
 from .rib import RIBConfig
 from .segment import label_probabilities
-from .store import Store
+from .store import Maps, Store
 
 log = logging.getLogger("ribfast")
 
@@ -356,64 +355,42 @@ def make_masks(
     maps is recorded as a failure and does not stop the others. network: IRN's, for method irn.
     """
     config = config or MasksConfig.crf()
-    device, (index, count), result = choose_device(config.device), choose_shard(config.shard), Made()
+    device = choose_device(config.device)
     if config.method == "irn" and network is None:
         raise ValueError("make_masks: expected IRN's network for method irn, got none; train it first (train-irn)")
     network = None if network is None else network.to(device, memory_format=torch.channels_last).eval()
-    items = source[index::count]
-    todo = [item for item in items if not store.has_mask(item.name)]
-    result.kept = len(items) - len(todo)
+    walks, without_classes = config.method == "irn", set()
 
-    def load(item: data.Item):
-        try:
-            image = source.image(item)
-            if not item.classes:
-                return item, image, None
-            own = maps.read(item.name) if config.method == "irn" else maps.load(item.name)
-            if config.method == "irn" and own.cam is None:
-                raise ValueError("expected maps at a quarter of the photograph's size, which walk, got PMM's file")
-            if config.method != "irn" and own.high_res.shape[1:] != image.shape[:2]:
-                raise ValueError(f"expected maps of the photograph's {image.shape[:2]} pixels, got "
-                                 f"{own.high_res.shape[1:]}; make them again")  # fmt: skip
-            if not {*own.keys.tolist()} <= {*item.classes}:
-                raise ValueError(f"expected maps of the photograph's classes {item.classes}, got "
-                                 f"{own.keys.tolist()}; they are another data set's")  # fmt: skip
-            return item, image, own
-        except (OSError, ValueError) as error:
-            return item, None, str(error)
+    def load(item: data.Item) -> tuple[np.ndarray, Maps | None]:
+        image = source.image(item)
+        if not item.classes:
+            return image, None
+        own = maps.read(item.name) if walks else maps.load(item.name)
+        if walks and own.cam is None:
+            raise ValueError("expected maps at a quarter of the photograph's size, which walk, got PMM's file")
+        if not walks and own.high_res.shape[1:] != image.shape[:2]:
+            raise ValueError(f"expected maps of the photograph's {image.shape[:2]} pixels, got "
+                             f"{own.high_res.shape[1:]}; make them again")  # fmt: skip
+        if not {*own.keys.tolist()} <= {*item.classes}:
+            raise ValueError(f"expected maps of the photograph's classes {item.classes}, got "
+                             f"{own.keys.tolist()}; they are another data set's")  # fmt: skip
+        return image, own
 
-    def label(block: list[tuple]) -> list[tuple]:
-        """Of a block's images that have maps; one after another where one of them cannot be."""
-        own, walks = [each for _, _, each in block], config.method == "irn"
+    def label(block: list[tuple]) -> list[Tensor]:
+        """Images without classes are background."""
+        without_classes.update(item.name for item, (_, own) in block if own is None)
+        ready = [loaded for _, loaded in block if loaded[1] is not None]
+        images, own = [image for image, _ in ready], [maps for _, maps in ready]
         cams = [each.cam.float().to(device) if walks else None for each in own]
         large = [None if walks else torch.from_numpy(each.high_res).to(device) for each in own]
         keys = [each.keys.tolist() for each in own]
-        try:
-            found = masks.make_masks([image for _, image, _ in block], cams, large, keys, config, network)
-        except ValueError as error:
-            if len(block) > 1:
-                return [made for each in block for made in label([each])]
-            return [(block[0][0], str(error))]
-        return [(item, None, mask.cpu().numpy()) for (item, _, _), mask in zip(block, found, strict=True)]
+        found = iter(masks.make_masks(images, cams, large, keys, config, network) if ready else ())
+        return [torch.zeros(image.shape[:2], dtype=torch.uint8) if own is None else next(found)
+                for _, (image, own) in block]  # fmt: skip
 
-    def made() -> Iterator[tuple]:
-        """(item, error, mask), block by block."""
-        loaded = data.prefetch(load, todo, workers=config.workers, ahead=2 * config.batch)
-        for block in _blocks(loaded, config.batch):
-            for item, image, own in block:
-                if image is None:
-                    yield item, own
-                elif own is None:
-                    result.without_classes += 1
-                    yield item, None, np.zeros(image.shape[:2], np.uint8)
-            ready = [each for each in block if each[1] is not None and each[2] is not None]
-            if ready:
-                yield from label(ready)
-
-    def keep(item: data.Item, mask: np.ndarray) -> None:
-        store.save_mask(item.name, mask)
-
-    return _save_all(store, made(), keep, result, len(items), progress, ahead=config.batch)
+    result = _label_all(source, store, config, load, label, ValueError, progress)
+    result.without_classes = len(without_classes)
+    return result
 
 
 @dataclass(frozen=True)
@@ -471,42 +448,13 @@ def predict_masks(
     read is recorded as a failure and does not stop the others."""
     config = config or PredictConfig()
     check_classes("predict_masks", source, model)
-    device, (index, count), result = choose_device(config.device), choose_shard(config.shard), Made()
-    model = model.to(device, memory_format=torch.channels_last).eval()
-    items = source[index::count]
-    todo = [item for item in items if not store.has_mask(item.name)]
-    result.kept = len(items) - len(todo)
+    model = model.to(choose_device(config.device), memory_format=torch.channels_last).eval()
 
-    def load(item: data.Item):
-        try:
-            return item, source.image(item), None
-        except (OSError, ValueError) as error:
-            return item, None, str(error)
+    def label(block: list[tuple]) -> list[Tensor]:
+        return _predict(model, [image for _, image in block], [item.classes for item, _ in block], config)
 
-    def label(block: list[tuple]) -> list[tuple]:
-        """(item, error, mask) of each (item, image); one after another where they cannot be together."""
-        failure = None
-        try:
-            found = _predict(model, [image for _, image in block], [item.classes for item, _ in block], config)
-            return [(item, None, mask.cpu().numpy()) for (item, _), mask in zip(block, found, strict=True)]
-        except (ValueError, RuntimeError, MemoryError) as error:  # a lack of memory is any of these
-            failure = str(error).splitlines()[0]
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        return [(block[0][0], failure)] if len(block) == 1 else [made for one in block for made in label([one])]
-
-    def made() -> Iterator[tuple]:
-        """Block by block."""
-        loaded = data.prefetch(load, todo, workers=config.workers, ahead=2 * config.batch)
-        for block in _blocks(loaded, config.batch):
-            yield from ((item, error) for item, _, error in block if error is not None)
-            if ready := [(item, image) for item, image, error in block if error is None]:
-                yield from label(ready)
-
-    def keep(item: data.Item, mask: np.ndarray) -> None:
-        store.save_mask(item.name, mask)
-
-    return _save_all(store, made(), keep, result, len(items), progress, ahead=config.batch)
+    lacking = (ValueError, RuntimeError, MemoryError)  # a lack of memory is any of these
+    return _label_all(source, store, config, source.image, label, lacking, progress)
 
 
 def train_cycle(
@@ -549,7 +497,7 @@ def train_cycle(
         checkpoint = train.train_segmenter(source, config, folder, labels=labels, progress=progress("first"),
                                            scanned=progress("scan"), begun=start, **given)  # fmt: skip
         prediction = dataclasses.replace(prediction, device=str(here.device))
-        beside = {"checkpoint": hashlib.sha256(checkpoint.read_bytes()).hexdigest()}
+        beside = {"checkpoint": files.digest(checkpoint)}
         if path.is_file():
             there = json.loads(path.read_text("utf-8"))
             found = configuration.differences(prediction, there["config"], ("device", "workers", "batch"))
@@ -596,6 +544,42 @@ def _predict(model, images: list[np.ndarray], classes: list[tuple[int, ...]], co
     labels = [own.to(torch.uint8) for own in labels]
     return [own if own.shape == size else F.interpolate(own[None, None], size=size, mode="nearest-exact")[0, 0]
             for own, size in zip(labels, sizes, strict=True)]  # fmt: skip
+
+
+def _label_all(source, store: Store, config, load: Callable, label: Callable, expected, progress) -> Made:
+    """Masks of this share's images that have none yet: `load` of each item, by threads, then `label` of some of these
+    together, [(item, loaded), ...] -> masks; one after another where that raises one of `expected`."""
+    (index, count), result = choose_shard(config.shard), Made()
+    items = source[index::count]
+    todo = [item for item in items if not store.has_mask(item.name)]
+    result.kept = len(items) - len(todo)
+
+    def read(item: data.Item):
+        try:
+            return item, load(item), None
+        except (OSError, ValueError) as error:
+            return item, None, str(error)
+
+    def labelled(block: list[tuple]) -> list[tuple]:
+        try:
+            return [(item, None, mask.cpu().numpy()) for (item, _), mask in zip(block, label(block), strict=True)]
+        except expected as error:
+            failure = (str(error).splitlines() or [type(error).__name__])[0]
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        return [(block[0][0], failure)] if len(block) == 1 else [made for one in block for made in labelled([one])]
+
+    def made() -> Iterator[tuple]:
+        """(item, error, mask), block by block."""
+        for block in _blocks(data.prefetch(read, todo, workers=config.workers, ahead=2 * config.batch), config.batch):
+            yield from ((item, error) for item, _, error in block if error is not None)
+            if ready := [(item, loaded) for item, loaded, error in block if error is None]:
+                yield from labelled(ready)
+
+    def keep(item: data.Item, mask: np.ndarray) -> None:
+        store.save_mask(item.name, mask)
+
+    return _save_all(store, made(), keep, result, len(items), progress, ahead=config.batch)
 
 
 def _blocks(things: Iterator, size: int) -> Iterator[list]:

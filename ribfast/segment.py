@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import data
-from .cams import crop_origins, merge_crops
+from .cams import crop_origins, cut_crops, merge_crops
 
 TOGETHER = 1 << 22  # pixels that go through the network at once
 
@@ -83,11 +83,7 @@ def _add_windows(model, views: Tensor, window: int, stride: int, out: Tensor) ->
     for which, view in enumerate(views):
         parts = []
         for begin in range(0, len(places), count):
-            some = places[begin : begin + count]
-            crops = view.new_zeros(len(some), 3, window, window)
-            for crop, (y, x) in zip(crops, some, strict=True):
-                part = view[:, y : y + window, x : x + window]
-                crop[:, : part.shape[1], : part.shape[2]] = part
-            parts.append(_logits(model, crops))
+            some = [(view, y, x) for y, x in places[begin : begin + count]]
+            parts.append(_logits(model, cut_crops(some, window)))
         logits = merge_crops(torch.cat(parts), rows, columns, window, size, torch.zeros_like(out), relu=False)
         out.add_((logits.flip(-1) if which else logits).softmax(0))

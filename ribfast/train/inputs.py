@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import data, models
+from .. import data, files, models
 from ..data.decode import read_mask
 
 Labels = Callable[[str], np.ndarray] | Mapping[str, np.ndarray] | str | Path
@@ -40,7 +40,7 @@ def digests(source: data.Source, weights: str | Path | None, **labels: Labels | 
     if weights is not None:
         if not Path(weights).is_file():
             raise FileNotFoundError(f"weights: expected a file, got {weights}, which is none")
-        found["weights"] = _of_files([Path(weights)])
+        found["weights"] = files.digest(Path(weights))
     return found
 
 
@@ -61,6 +61,5 @@ def check_weights(op: str, weights: str | Path, mine: Mapping[str, str]) -> None
 def _of_files(paths: Iterable[Path]) -> str:
     total = hashlib.sha256()
     for path in paths:
-        with open(path, "rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
+        total.update(files.digest(path).encode())
     return total.hexdigest()

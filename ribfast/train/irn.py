@@ -56,9 +56,7 @@ class IrnConfig:
         self.augmentation()
 
     def augmentation(self) -> data.Augmentation:
-        return data.Augmentation(
-            None, self.crop, self.flip, data.NORMALIZATIONS[self.normalization], rescale=self.rescale
-        )
+        return loop.augmentation(self)
 
     @classmethod
     def released(cls) -> "IrnConfig":

@@ -129,6 +129,18 @@ def check(config: Config) -> None:
         raise ValueError(f"{kind}: expected tensorflow_padding with mobilenet_v2, got {config.network}")
 
 
+def clear(out: Path, *names: str) -> None:
+    """Removes what a training left in `out`: files by these names, and what was unfinished."""
+    for name in (UNFINISHED, *names):
+        (out / name).unlink(missing_ok=True)
+
+
+def augmentation(config) -> data.Augmentation:
+    """Of a configuration that rescales by a factor, as networks that see masks are trained."""
+    normalization = data.NORMALIZATIONS[config.normalization]
+    return data.Augmentation(None, config.crop, config.flip, normalization, rescale=config.rescale)
+
+
 def autocast(config: Config, here: Processes):
     return torch.autocast(here.device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
 
@@ -173,8 +185,7 @@ class _Training:
         self.out.mkdir(parents=True, exist_ok=True)
         begun(self.task.inputs)
         if self.here.rank == 0 and not goes_on:  # or another run's would be taken for this one's
-            for name in (self.task.checkpoint, UNFINISHED, *self.task.files):
-                (self.out / name).unlink(missing_ok=True)
+            clear(self.out, self.task.checkpoint, *self.task.files)
         journal = Journal(self.out / "metrics.jsonl" if self.here.rank == 0 else None, first)
         self._run(first, journal, progress, unfinished)
         self.task.finish(self.here)

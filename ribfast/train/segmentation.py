@@ -89,9 +89,7 @@ class SegmentationConfig:
                              f"and {self.normalization}")  # fmt: skip
 
     def augmentation(self) -> data.Augmentation:
-        return data.Augmentation(
-            None, self.crop, self.flip, data.NORMALIZATIONS[self.normalization], rescale=self.rescale
-        )
+        return loop.augmentation(self)
 
     @classmethod
     def voc(cls) -> "SegmentationConfig":
@@ -169,8 +167,7 @@ def is_begun(out: str | Path) -> bool:
 
 def clear_segmenter(out: str | Path) -> None:
     """Removes what a training left in `out`."""
-    for name in (CHECKPOINT, loop.UNFINISHED, BEST):
-        (Path(out) / name).unlink(missing_ok=True)
+    loop.clear(Path(out), CHECKPOINT, BEST)
 
 
 def _refuse_unmasked(source: data.Source) -> None:
@@ -333,18 +330,14 @@ class _Segmentation:
                 (found,) = label_probabilities(self.model, [image], mirror=False)
             confusion.add(found.argmax(0).byte().cpu().numpy(), mask)
         self.model.train()
-        if here.world > 1:
-            matrix = torch.from_numpy(confusion.matrix).to(here.device)
-            distributed.all_reduce(matrix)
-            confusion.matrix = matrix.cpu().numpy()
+        confusion.matrix = sum(together(here, confusion.matrix))
         return confusion.miou()
 
     def finish(self, here: Processes) -> None:
         if self.config.choose == "last":
             self.chosen = {"chosen": "last"}
             return
-        if here.world > 1:
-            distributed.barrier()
+        together(here)
         path = self.out / BEST
         known = models.read_metadata(path)
         self.chosen = {"chosen": "best on the validation's ground truth"} | {
