@@ -484,3 +484,21 @@ def segmentation_loss(
     else:
         parts = [losses[known].sum() / (sum(sizes) if under_fitting is None else pixels).clamp(min=1)]
     return world * sum(parts, 0 * losses.sum())
+
+
+def erase(images, maps, which, *, sharpness=100.0, level=0.5):
+    """Images (N, 3, H, W) with what maps (P, h, w) attend to taken out, which[p] being the image of map p; and, of each
+    map, its attention summed over the pixels.
+
+    The attention A is the map, rectified, enlarged (bilinear, align_corners=False) and stretched from its minimum to
+    its maximum; 0 where that is rounding (at most 1e-5 of the maximum). Erased is x (1 - sigmoid(sharpness (A - level))).
+    Where several pixels are the minimum or the maximum, gradients are those of one of them.
+    """
+    large = F.interpolate(maps.to(accumulator_dtype(maps.dtype)).relu()[:, None], images.shape[2:], mode="bilinear")
+    flat = large.flatten(1)
+    low, high = flat.min(1).values, flat.max(1).values
+    rounding = (high - low <= 1e-5 * high)[:, None]
+    spread = torch.where(rounding, 1.0, (high - low)[:, None])
+    attention = torch.where(rounding, 0.0, (flat - low[:, None]) / spread).view_as(large)
+    kept = (-sharpness * (attention - level)).sigmoid()
+    return (images[which] * kept).to(images.dtype), attention.sum((1, 2, 3))
