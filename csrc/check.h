@@ -468,6 +468,56 @@ inline void check_pixel_loss_gradient(const at::Tensor& grad, const at::Tensor& 
   check_same_device(op, grad, logits);
 }
 
+inline void check_erase(const char* op, const at::Tensor& images, const at::Tensor& maps, const at::Tensor& which,
+                        double sharpness, double level) {
+  check_float(op, "images", images);
+  check_float(op, "maps", maps);
+  RIBFAST_CHECK_VALUE(images.dim() == 4 && images.size(2) > 0 && images.size(3) > 0 && images.size(2) < (1 << 24) &&
+                          images.size(3) < (1 << 24),
+                      op, "images (N, C, H, W) with 1 <= H, W < 2^24", images.sizes());
+  RIBFAST_CHECK_VALUE(maps.dim() == 3 && maps.size(1) > 0 && maps.size(2) > 0 && maps.size(1) < (1 << 24) &&
+                          maps.size(2) < (1 << 24),
+                      op, "maps (P, h, w) with 1 <= h, w < 2^24", maps.sizes());
+  RIBFAST_CHECK_TYPE(which.scalar_type() == at::kLong, op, "which in int64", c10::toString(which.scalar_type()));
+  RIBFAST_CHECK_VALUE(which.dim() == 1 && which.size(0) == maps.size(0), op, "which (P,), the image of each map",
+                      which.sizes(), " for ", maps.sizes());
+  RIBFAST_CHECK_VALUE(std::isfinite(static_cast<float>(sharpness)) && std::isfinite(static_cast<float>(level)), op,
+                      "a sharpness and a level that are finite in float32", sharpness, " and ", level);
+  check_same_device(op, images, maps);
+  check_same_device(op, images, which);
+}
+
+inline void check_erase_gradient(const std::optional<at::Tensor>& grad, const std::optional<at::Tensor>& grad_areas,
+                                 const at::Tensor& images, const at::Tensor& maps) {
+  const char* op = "erase_backward";
+  if (grad) {
+    check_float(op, "grad", *grad);
+    RIBFAST_CHECK_VALUE(grad->dim() == 4 && grad->size(0) == maps.size(0) &&
+                            grad->sizes().slice(1) == images.sizes().slice(1),
+                        op, "grad (P, C, H, W) of the maps and images", grad->sizes());
+    check_same_device(op, *grad, images);
+  }
+  if (grad_areas) {
+    check_float(op, "grad_areas", *grad_areas);
+    RIBFAST_CHECK_VALUE(grad_areas->dim() == 1 && grad_areas->size(0) == maps.size(0), op, "grad_areas (P,) of the maps",
+                        grad_areas->sizes());
+    check_same_device(op, *grad_areas, images);
+  }
+}
+
+// Pixels that are read as they are: contiguous, or channels last.
+inline bool is_interleaved(const at::Tensor& t) {
+  return !t.is_contiguous() && t.is_contiguous(at::MemoryFormat::ChannelsLast);
+}
+
+inline at::Tensor dense_pixels(const at::Tensor& t) { return is_interleaved(t) ? t : t.contiguous(); }
+
+// Uninitialised, for `count` images of the layout of `images`.
+inline at::Tensor empty_images(const at::Tensor& images, int64_t count) {
+  const auto layout = is_interleaved(images) ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+  return at::empty({count, images.size(1), images.size(2), images.size(3)}, images.options(), layout);
+}
+
 // One image of random_walk and the weights of its pairs.
 inline void check_random_walk(const char* op, const at::Tensor& cams, const at::Tensor& weights, int64_t radius,
                               int64_t steps) {

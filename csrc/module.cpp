@@ -65,6 +65,13 @@ TORCH_LIBRARY(ribfast, m) {
   m.def(
       "pixel_loss_sums_backward(Tensor grad, Tensor logits, Tensor labels, Tensor losses, Tensor? active, int fit, "
       "float k) -> Tensor");
+  // images (N, C, H, W), maps (P, h, w), which (P,) int64, the image of each map -> images with what maps attend to taken
+  // out (P, C, H, W), and the attention's sums (P,)
+  m.def(
+      "erase(Tensor images, Tensor maps, Tensor which, float sharpness, float level) -> (Tensor erased, Tensor areas)");
+  m.def(
+      "erase_backward(Tensor? grad, Tensor? grad_areas, Tensor images, Tensor maps, Tensor which, float sharpness, "
+      "float level) -> Tensor");
   // each image's cams (C, h, w) and weights (P, h, w) of its pairs -> (C, h, w) float32
   m.def("random_walk(Tensor[] cams, Tensor[] weights, int radius, int steps) -> Tensor[]");
   // images (N, 3, H, W), maps (N, C, H, W) -> refined maps alike, float32; pamr: PAMR, else PAR

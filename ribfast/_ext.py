@@ -27,7 +27,8 @@ _SCHEMAS = {  # of each operator that has Triton kernels, in csrc/module.cpp
 }
 # operators whose kernels are C++ alone
 _WITHOUT_TRITON = (
-    "adapt", "dense_crf", "lattice", "pair_losses", "path_affinity", "random_walk", "refine", "segmentation_loss",
+    "adapt", "dense_crf", "erase", "lattice", "pair_losses", "path_affinity", "random_walk", "refine",
+    "segmentation_loss",
 )  # fmt: skip
 _ON_CPU = ("confusion_matrix", "threshold_histogram")  # whose kernels are for the CPU alone
 OPS = (*_SCHEMAS, *_WITHOUT_TRITON, *_ON_CPU)

@@ -491,7 +491,7 @@ def erase(images, maps, which, *, sharpness=100.0, level=0.5):
     map, its attention summed over the pixels.
 
     The attention A is the map, rectified, enlarged (bilinear, align_corners=False) and stretched from its minimum to
-    its maximum; 0 where that is rounding (at most 1e-5 of the maximum). Erased is x (1 - sigmoid(sharpness (A - level))).
+    its maximum; 0 where that is rounding (at most 1e-5 of the maximum). Erased: x (1 - sigmoid(sharpness (A - level))).
     Where several pixels are the minimum or the maximum, gradients are those of one of them.
     """
     large = F.interpolate(maps.to(accumulator_dtype(maps.dtype)).relu()[:, None], images.shape[2:], mode="bilinear")

@@ -13,8 +13,8 @@ from ribfast import _ext
 
 TESTS = Path(__file__).parent
 WITHOUT_TRITON = (
-    "adapt", "confusion_matrix", "dense_crf", "lattice", "pair_losses", "path_affinity", "random_walk", "refine",
-    "segmentation_loss", "threshold_histogram",
+    "adapt", "confusion_matrix", "dense_crf", "erase", "lattice", "pair_losses", "path_affinity", "random_walk",
+    "refine", "segmentation_loss", "threshold_histogram",
 )  # fmt: skip
 OPERATORS = [str(TESTS / f"test_{op}.py") for op in _ext.OPS if op not in WITHOUT_TRITON]
 WITHOUT_COMPILER = "not compiles and not opcheck"

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "erase.h"
 #include "lattice.h"
 #include "losses.h"
 #include "pairs.h"
@@ -126,6 +127,10 @@ struct Kernels {
                           double* sums);
   void (*pixel_losses_backward)(const LossRow& row, const float* losses, const float* weights, const LossFit& fit,
                                 float* low, float* high);
+  // A strip of pixels, of images in a storage, with arithmetic in float or double (erase.h, erase.inl).
+  double (*erase[2][kStorages])(const EraseStrip& strip, const PixelRows& image, const PixelRows& erased);
+  void (*erase_backward[2][kStorages])(const EraseStrip& strip, const PixelRows& image, const PixelRows& grad,
+                                       double grad_area, void* low, void* high);
   // A row of weights from the image's three planes; a row of all classes from them, out: that row of the first plane.
   void (*affinities)(const RefineJob& job, const float* image, int64_t row, float* weights);
   void (*refine_row)(const RefineJob& job, const float* in, const float* weights, int64_t classes, int64_t row,

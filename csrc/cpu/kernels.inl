@@ -417,6 +417,7 @@ void normalize(const void* map_, int64_t n, double eps, void* result_) {
 #include "lattice.inl"
 #include "pairs.inl"
 #include "losses.inl"
+#include "erase.inl"
 #include "refine.inl"
 #include "histogram.inl"
 
@@ -424,6 +425,8 @@ void normalize(const void* map_, int64_t n, double eps, void* result_) {
 
 #define RIBFAST_EACH_STORAGE(kernel) \
   { kernel<Stored<kDouble>>, kernel<Stored<kFloat>>, kernel<Stored<kHalf>>, kernel<Stored<kBFloat16>> }
+#define RIBFAST_EACH_STORAGE_IN(kernel, S) \
+  { kernel<Stored<kDouble>, S>, kernel<Stored<kFloat>, S>, kernel<Stored<kHalf>, S>, kernel<Stored<kBFloat16>, S> }
 
 extern const Kernels RIBFAST_TIER_TABLE = {
     RIBFAST_TIER_NAME,
@@ -447,6 +450,8 @@ extern const Kernels RIBFAST_TIER_TABLE = {
     pixel_losses,
     pixel_loss_sums,
     pixel_losses_backward,
+    {RIBFAST_EACH_STORAGE_IN(erase, float), RIBFAST_EACH_STORAGE_IN(erase, double)},
+    {RIBFAST_EACH_STORAGE_IN(erase_backward, float), RIBFAST_EACH_STORAGE_IN(erase_backward, double)},
     affinities,
     refine_row,
     {nullptr, threshold_row<Stored<kFloat>>, threshold_row<Stored<kHalf>>, threshold_row<Stored<kBFloat16>>},
@@ -460,6 +465,7 @@ extern const Kernels RIBFAST_TIER_TABLE = {
 };
 
 #undef RIBFAST_EACH_STORAGE
+#undef RIBFAST_EACH_STORAGE_IN
 #undef RIBFAST_INLINE
 
 }  // namespace ribfast::cpu

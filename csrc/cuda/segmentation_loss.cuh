@@ -41,17 +41,6 @@ __device__ __forceinline__ float dot(const Corners& a, const Corners& b) {
   return a.at[0] * b.at[0] + a.at[1] * b.at[1] + a.at[2] * b.at[2] + a.at[3] * b.at[3];
 }
 
-// The first of `count` pixels whose tap is not before `cell`.
-__device__ __forceinline__ int32_t first_pixel(int32_t cell, float step, int32_t count, int32_t in) {
-  if (cell == 0) return 0;
-  if (cell >= in) return count;
-  const float guess = (static_cast<float>(cell) + 0.5f) / step - 0.5f;
-  int32_t pixel = guess < static_cast<float>(count) ? static_cast<int32_t>(guess) : count;
-  while (pixel < count && bilinear_tap<float>(pixel, step, in).cell < cell) ++pixel;
-  while (pixel > 0 && bilinear_tap<float>(pixel - 1, step, in).cell >= cell) --pixel;
-  return pixel;
-}
-
 // A block's cell in shared memory: its logits and which pixels it has.
 struct LossCell {
   Corners logits[kMostLabels];

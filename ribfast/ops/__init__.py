@@ -3,6 +3,7 @@
 from .accumulate_cams import accumulate_cams, accumulate_cams_batch
 from .confusion_matrix import confusion_matrix
 from .dense_crf import dense_crf, dense_crf_labels, mean_field
+from .erase import erase
 from .gndrp import gndrp
 from .lattice import Lattice
 from .normalize_cams import normalize_cams
@@ -20,6 +21,7 @@ __all__ = [
     "confusion_matrix",
     "dense_crf",
     "dense_crf_labels",
+    "erase",
     "gndrp",
     "mean_field",
     "normalize_cams",

@@ -1,0 +1,351 @@
+// What maps attend to taken out of images, and the maps' gradient.
+//
+// Layout: images (N, C, H, W), erased and their gradient (P, C, H, W) of T, of any strides (Pixels); maps (P, height,
+// width) of any float type and strides, arithmetic in S. A block is a strip: the rows of pixels between two rows of a
+// map's cells; a thread goes down a column, where the four cells blend into two numbers once. Attention is linear in the
+// cells, so its least and largest pixels lie at the corners of each cell's pixels: every block finds them for itself.
+// What blocks add up, the map's last block to end does, in a fixed order. A map of no image: zeros.
+#pragma once
+
+#include "common.cuh"
+
+namespace ribfast::cuda {
+
+constexpr int kEraseThreads = 256, kEraseWarps = kEraseThreads / kWarp;
+constexpr int kRowsTogether = 64;  // of pixels where a map may have its extremes
+
+enum MapStorage : int32_t { kDoubleMap, kFloatMap, kHalfMap, kBFloat16Map };
+
+struct EraseMaps {
+  const void* maps;
+  int64_t map_stride, row_stride, column_stride;
+  const int64_t* which;
+  int64_t images;
+  int32_t storage, height, width;          // of the maps
+  int32_t channels, rows, columns;         // of the images
+  int32_t group;                           // C where all that is read lies channel by channel within a pixel, else 1
+  double sharpness, level;
+
+  __device__ int64_t map() const { return blockIdx.x / height; }
+  __device__ int32_t strip() const { return static_cast<int32_t>(blockIdx.x % height); }
+  __device__ bool has_image() const { return which[map()] >= 0 && which[map()] < images; }
+};
+
+// Strides in elements.
+struct Pixels {
+  int64_t image, channel, row, column;
+};
+
+template <typename S>
+__device__ __forceinline__ S cell_as_given(const EraseMaps& maps, int32_t y, int32_t x) {
+  const int64_t at = maps.map() * maps.map_stride + y * maps.row_stride + x * maps.column_stride;
+  switch (maps.storage) {
+    case kDoubleMap: return static_cast<S>(static_cast<const double*>(maps.maps)[at]);
+    case kHalfMap: return widen(static_cast<const __half*>(maps.maps)[at]);
+    case kBFloat16Map: return widen(static_cast<const __nv_bfloat16*>(maps.maps)[at]);
+    default: return static_cast<const float*>(maps.maps)[at];
+  }
+}
+
+template <typename S>
+__device__ __forceinline__ S rectified_cell(const EraseMaps& maps, int32_t y, int32_t x) {
+  const S cell = cell_as_given<S>(maps, y, x);
+  return cell < 0 ? S(0) : cell;  // NaN stays
+}
+
+// Where a pixel lies between cells: (1 - t) cell + t next. Beyond the last cell both are that cell.
+template <typename S>
+struct Place {
+  int32_t cell, next;
+  S t;
+
+  __device__ Place(int32_t pixel, int32_t count, int32_t cells) {
+    const Tap<S> tap = bilinear_tap<S>(pixel, static_cast<S>(cells) / static_cast<S>(count), cells);
+    cell = tap.cell, next = min(cell + 1, cells - 1), t = cell < next ? tap.t : S(0);
+  }
+  __device__ S weight(int32_t of) const { return (of == cell ? 1 - t : S(0)) + (of == next ? t : S(0)); }
+};
+
+template <typename S>
+__device__ __forceinline__ int32_t first_pixel_of(int32_t cell, int32_t count, int32_t cells) {
+  return first_pixel(cell, static_cast<S>(cells) / static_cast<S>(count), count, cells);
+}
+
+// The first, then the last pixel of the cells' one after another; -1 where a cell has none.
+template <typename S>
+__device__ __forceinline__ int32_t candidate(int32_t i, int32_t count, int32_t cells) {
+  const int32_t begin = first_pixel_of<S>(i / 2, count, cells), end = first_pixel_of<S>(i / 2 + 1, count, cells);
+  return begin == end ? -1 : i % 2 ? end - 1 : begin;
+}
+
+struct Smaller {  // NaN wins
+  template <typename S>
+  __device__ S operator()(S a, S b) const {
+    return a < b || a != a ? a : b;
+  }
+};
+
+template <typename S>
+struct EraseScratch {
+  int32_t row[kRowsTogether], cell[kRowsTogether], next[kRowsTogether];
+  S t[kRowsTogether];
+  S values[kWarp];
+  int64_t places[kWarp];
+};
+
+// Of a map's pixels the least and the largest, known to all threads, and the first place of each.
+template <typename S>
+struct MapExtremes {
+  S low, high;
+  int64_t low_at, high_at;
+
+  __device__ void find(const EraseMaps& maps, EraseScratch<S>& scratch, bool places) {
+    low = INFINITY, high = -INFINITY, low_at = high_at = 0;
+    const auto thread = static_cast<int>(threadIdx.x);
+    for (int64_t first = 0; first < 2 * int64_t{maps.height}; first += kRowsTogether) {
+      const auto count = static_cast<int>(min(static_cast<int64_t>(kRowsTogether), 2 * int64_t{maps.height} - first));
+      if (thread < count) {
+        const int32_t row = candidate<S>(static_cast<int32_t>(first) + thread, maps.rows, maps.height);
+        const Place<S> place(max(row, 0), maps.rows, maps.height);
+        scratch.row[thread] = row, scratch.cell[thread] = place.cell, scratch.next[thread] = place.next;
+        scratch.t[thread] = place.t;
+      }
+      __syncthreads();
+      for (int32_t i = thread % kWarp; i < 2 * maps.width; i += kWarp) {
+        const int32_t column = candidate<S>(i, maps.columns, maps.width);
+        if (column < 0) continue;
+        const Place<S> place(column, maps.columns, maps.width);
+        for (int r = thread / kWarp; r < count; r += kEraseWarps) {
+          if (scratch.row[r] < 0) continue;
+          const S value = blended(maps, scratch.cell[r], scratch.next[r], scratch.t[r], place);
+          const int64_t at = static_cast<int64_t>(scratch.row[r]) * maps.columns + column;
+          if (value < low || value != value || (value == low && at < low_at)) low = value, low_at = at;
+          if (value > high || value != value || (value == high && at < high_at)) high = value, high_at = at;
+        }
+      }
+      __syncthreads();
+    }
+    const S own_low = low, own_high = high;
+    low = block_reduce(low, Smaller(), scratch.values);
+    __syncthreads();
+    high = block_reduce(high, Larger(), scratch.values);
+    __syncthreads();
+    if (!places) return;
+    constexpr int64_t kNowhere = int64_t{1} << 62;
+    low_at = block_reduce(own_low == low ? low_at : kNowhere, Smaller(), scratch.places);
+    __syncthreads();
+    high_at = block_reduce(own_high == high ? high_at : kNowhere, Smaller(), scratch.places);
+    __syncthreads();
+  }
+
+  static __device__ S blended(const EraseMaps& maps, int32_t cell, int32_t next, S t, const Place<S>& column) {
+    const S above = (1 - column.t) * rectified_cell<S>(maps, cell, column.cell) +
+                    column.t * rectified_cell<S>(maps, cell, column.next);
+    const S below = (1 - column.t) * rectified_cell<S>(maps, next, column.cell) +
+                    column.t * rectified_cell<S>(maps, next, column.next);
+    return (1 - t) * above + t * below;
+  }
+
+  __device__ bool rounding() const { return high - low <= S(1e-5) * high; }
+
+  // A cell's, from which that of pixels is blended.
+  __device__ S attention(const EraseMaps& maps, int32_t y, int32_t x) const {
+    return rounding() ? S(0) : (rectified_cell<S>(maps, y, x) - low) / (high - low);
+  }
+};
+
+// Attention down a column of a strip: above + t (below - above).
+template <typename S>
+struct Column {
+  S above, below;
+
+  __device__ Column(const EraseMaps& maps, const MapExtremes<S>& extremes, const Place<S>& place) {
+    const int32_t cell = maps.strip(), next = min(cell + 1, maps.height - 1);
+    above = extremes.attention(maps, cell, place.cell);
+    above += place.t * (extremes.attention(maps, cell, place.next) - above);
+    below = extremes.attention(maps, next, place.cell);
+    below += place.t * (extremes.attention(maps, next, place.next) - below);
+  }
+};
+
+__device__ __forceinline__ float kept_of(float z) { return __fdividef(1.0f, 1.0f + __expf(z)); }
+__device__ __forceinline__ double kept_of(double z) { return 1.0 / (1.0 + exp(z)); }
+
+// 0 between the last row of cells and the border.
+template <typename S>
+__device__ __forceinline__ S row_weight(const EraseMaps& maps, int32_t y) {
+  return Place<S>(y, maps.rows, maps.height).t;
+}
+
+// Whether all other blocks of the map have ended; what they have written is then to be read past the first-level cache.
+__device__ __forceinline__ bool is_last_block(const EraseMaps& maps, int32_t* done) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(done + maps.map(), 1) == maps.height - 1;
+  __syncthreads();
+  return last;
+}
+
+// done: of each map, zeros; partial: of each block.
+template <typename T, typename S>
+__global__ void __launch_bounds__(kEraseThreads)
+    erase_kernel(EraseMaps maps, const T* __restrict__ images, Pixels from, T* __restrict__ erased, Pixels to,
+                 S* partial, int32_t* done, S* areas) {
+  __shared__ EraseScratch<S> scratch;
+  const bool has_image = maps.has_image();
+  MapExtremes<S> extremes;
+  extremes.find(maps, scratch, false);
+  const T* image = images + (has_image ? maps.which[maps.map()] * from.image : 0);
+  T* result = erased + maps.map() * to.image;
+  const int32_t begin = first_pixel_of<S>(maps.strip(), maps.rows, maps.height);
+  const int32_t end = first_pixel_of<S>(maps.strip() + 1, maps.rows, maps.height);
+  const int32_t planes = maps.group > 1 ? 1 : maps.channels;
+  const int64_t elements = static_cast<int64_t>(maps.columns) * maps.group;
+  const auto sharpness = static_cast<S>(maps.sharpness), level = static_cast<S>(maps.level);
+  S sum = 0;
+  for (int64_t i = threadIdx.x; i < elements; i += kEraseThreads) {
+    const auto x = static_cast<int32_t>(i / maps.group), channel = static_cast<int32_t>(i % maps.group);
+    const Column<S> column(maps, extremes, Place<S>(x, maps.columns, maps.width));
+    for (int32_t plane = channel; plane < channel + planes; ++plane) {
+      const T* in = image + plane * from.channel + x * from.column;
+      T* out = result + plane * to.channel + x * to.column;
+#pragma unroll 4
+      for (int32_t y = begin; y < end; ++y) {
+        const S a = column.above + row_weight<S>(maps, y) * (column.below - column.above);
+        if (plane == 0) sum += a;
+        const S value = has_image ? kept_of(sharpness * (a - level)) * static_cast<S>(widen(in[y * from.row])) : S(0);
+        out[y * to.row] = narrow<T>(static_cast<Acc<T>>(value));
+      }
+    }
+  }
+  sum = block_reduce(sum, Plus(), scratch.values);
+  if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+  if (!is_last_block(maps, done)) return;
+  S total = 0;
+  for (int32_t i = static_cast<int32_t>(threadIdx.x); i < maps.height; i += kEraseThreads) {
+    total += __ldcg(partial + maps.map() * maps.height + i);
+  }
+  total = block_reduce(total, Plus(), scratch.values);
+  if (threadIdx.x == 0) areas[maps.map()] = has_image ? total : S(0);
+}
+
+// The gradient of the attention at a cell, from the corners of four strips' cells: see erase_backward_kernel.
+template <typename S>
+__device__ __forceinline__ S gathered(const EraseMaps& maps, const S* partial, int32_t y, int32_t x) {
+  S sum = 0;
+  for (int corner = 0; corner < 4; ++corner) {
+    const int32_t strip = y - corner / 2, cell = x - corner % 2;
+    if (strip < 0 || cell < 0) continue;
+    sum += __ldcg(partial + ((maps.map() * maps.height + strip) * 4 + corner) * maps.width + cell);
+  }
+  return sum;
+}
+
+template <typename S>
+__device__ __forceinline__ void write_gradient(const EraseMaps& maps, void* result, int64_t at, S value) {
+  switch (maps.storage) {
+    case kDoubleMap: static_cast<double*>(result)[at] = value; break;
+    case kHalfMap: static_cast<__half*>(result)[at] = narrow<__half>(static_cast<float>(value)); break;
+    case kBFloat16Map: static_cast<__nv_bfloat16*>(result)[at] = narrow<__nv_bfloat16>(static_cast<float>(value)); break;
+    default: static_cast<float*>(result)[at] = static_cast<float>(value); break;
+  }
+}
+
+// grads and grad_areas may be null. partial (P, height, 4, width): of each strip what the pixels between two columns
+// add to the four cells around them: above left, above right, below left, below right. result (P, height, width) of the
+// maps' type.
+template <typename T, typename S>
+__global__ void __launch_bounds__(kEraseThreads)
+    erase_backward_kernel(EraseMaps maps, const T* __restrict__ images, Pixels from, const T* __restrict__ grads,
+                          Pixels of_grads, const S* grad_areas, S* partial, int32_t* done, void* result) {
+  __shared__ EraseScratch<S> scratch;
+  __shared__ S above[kEraseThreads], below[kEraseThreads], rights[kEraseThreads];
+  const auto thread = static_cast<int>(threadIdx.x);
+  const int64_t map = maps.map(), cells = static_cast<int64_t>(maps.height) * maps.width;
+  MapExtremes<S> extremes;
+  extremes.find(maps, scratch, true);
+  if (!maps.has_image() || extremes.rounding()) {
+    for (int64_t i = thread; maps.strip() == 0 && i < cells; i += kEraseThreads) {
+      write_gradient(maps, result, map * cells + i, S(0));
+    }
+    return;
+  }
+  S* own = partial + static_cast<int64_t>(blockIdx.x) * 4 * maps.width;
+  for (int64_t i = thread; i < 4 * int64_t{maps.width}; i += kEraseThreads) own[i] = 0;
+  __syncthreads();
+  const T* image = images + maps.which[map] * from.image;
+  const T* grad = grads ? grads + map * of_grads.image : nullptr;
+  const S grad_area = grad_areas ? grad_areas[map] : S(0);
+  const int32_t begin = first_pixel_of<S>(maps.strip(), maps.rows, maps.height);
+  const int32_t end = first_pixel_of<S>(maps.strip() + 1, maps.rows, maps.height);
+  const int32_t planes = maps.group > 1 ? 1 : maps.channels;
+  const int64_t elements = static_cast<int64_t>(maps.columns) * maps.group;
+  const auto sharpness = static_cast<S>(maps.sharpness), level = static_cast<S>(maps.level);
+  for (int64_t first = 0; first < elements; first += kEraseThreads) {
+    const int64_t i = first + thread, here = min(first + kEraseThreads, elements);
+    S sum = 0, lower = 0, right = 0;
+    if (i < here) {
+      const auto x = static_cast<int32_t>(i / maps.group), channel = static_cast<int32_t>(i % maps.group);
+      const Place<S> place(x, maps.columns, maps.width);
+      const Column<S> column(maps, extremes, place);
+      right = place.t;
+      for (int32_t plane = channel; grad && plane < channel + planes; ++plane) {
+        const T* in = image + plane * from.channel + x * from.column;
+        const T* slope = grad + plane * of_grads.channel + x * of_grads.column;
+#pragma unroll 4
+        for (int32_t y = begin; y < end; ++y) {
+          const S t = row_weight<S>(maps, y), a = column.above + t * (column.below - column.above);
+          const S kept = kept_of(sharpness * (a - level));
+          const S product = static_cast<S>(widen(in[y * from.row])) * static_cast<S>(widen(slope[y * of_grads.row]));
+          const S d = -sharpness * kept * (1 - kept) * product;
+          sum += d, lower += t * d;
+        }
+      }
+      for (int32_t y = begin; channel == 0 && grad_areas && y < end; ++y) {
+        sum += grad_area, lower += row_weight<S>(maps, y) * grad_area;
+      }
+    }
+    above[thread] = sum - lower, below[thread] = lower, rights[thread] = right;
+    __syncthreads();
+    const auto first_cell = Place<S>(static_cast<int32_t>(first / maps.group), maps.columns, maps.width).cell;
+    const auto last_cell = Place<S>(static_cast<int32_t>((here - 1) / maps.group), maps.columns, maps.width).cell;
+    for (int32_t task = thread; task < 4 * (last_cell - first_cell + 1); task += kEraseThreads) {
+      const int32_t cell = first_cell + task / 4, corner = task % 4;
+      const int64_t from_element = int64_t{first_pixel_of<S>(cell, maps.columns, maps.width)} * maps.group;
+      const int64_t to_element = int64_t{first_pixel_of<S>(cell + 1, maps.columns, maps.width)} * maps.group;
+      S part = 0;
+      for (int64_t e = max(from_element, first); e < min(to_element, here); ++e) {
+        const S value = corner < 2 ? above[e - first] : below[e - first];
+        part += (corner % 2 ? rights[e - first] : 1 - rights[e - first]) * value;
+      }
+      own[static_cast<int64_t>(corner) * maps.width + cell] += part;
+    }
+    __syncthreads();
+  }
+  if (!is_last_block(maps, done)) return;
+  S total = 0, of_attention = 0;
+  for (int64_t i = thread; i < cells; i += kEraseThreads) {
+    const auto y = static_cast<int32_t>(i / maps.width), x = static_cast<int32_t>(i % maps.width);
+    const S sum = gathered(maps, partial, y, x);
+    total += sum;
+    if (sum != 0) of_attention += sum * extremes.attention(maps, y, x);  // cells that no pixel reads may be infinite
+  }
+  total = block_reduce(total, Plus(), scratch.values);
+  __syncthreads();
+  of_attention = block_reduce(of_attention, Plus(), scratch.values);
+  const Place<S> low_y(static_cast<int32_t>(extremes.low_at / maps.columns), maps.rows, maps.height);
+  const Place<S> low_x(static_cast<int32_t>(extremes.low_at % maps.columns), maps.columns, maps.width);
+  const Place<S> high_y(static_cast<int32_t>(extremes.high_at / maps.columns), maps.rows, maps.height);
+  const Place<S> high_x(static_cast<int32_t>(extremes.high_at % maps.columns), maps.columns, maps.width);
+  for (int64_t i = thread; i < cells; i += kEraseThreads) {
+    const auto y = static_cast<int32_t>(i / maps.width), x = static_cast<int32_t>(i % maps.width);
+    S value = gathered(maps, partial, y, x);
+    value += (of_attention - total) * (low_y.weight(y) * low_x.weight(x));
+    value -= of_attention * (high_y.weight(y) * high_x.weight(x));
+    value /= extremes.high - extremes.low;
+    write_gradient(maps, result, map * cells + i, cell_as_given<S>(maps, y, x) <= 0 ? S(0) : value);
+  }
+}
+
+}  // namespace ribfast::cuda
