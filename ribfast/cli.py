@@ -29,10 +29,11 @@ EXPECTED = (ValueError, OSError, ArithmeticError, MemoryError)  # said in a line
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """config: "module:Class", imported for this command alone. run returns the exit code; None is success."""
+    """config: "module:Class", imported for this command alone, or one for each of its methods, the first the default.
+    run returns the exit code; None is success."""
 
     help: str
-    config: str
+    config: str | dict[str, str]
     arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace, Any], int | None]
 
@@ -85,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("options", nargs=argparse.REMAINDER, metavar="...", help="its options")
     chosen = parser.parse_args(argv)
     command = COMMANDS[chosen.command]
-    module, _, name = command.config.partition(":")
+    module, _, name = _config_of(command, chosen.options).partition(":")
     kind = getattr(importlib.import_module(module), name)
 
     parser = argparse.ArgumentParser(
@@ -96,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     command.arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
-    _add_config(parser, kind)
+    _add_config(parser, kind, () if isinstance(command.config, str) else tuple(command.config))
     options = parser.parse_args(chosen.options)
     options.command = chosen.command
     handler = _log_to_stderr()
@@ -120,6 +121,21 @@ def main(argv: list[str] | None = None) -> int:
         log.removeHandler(handler)
 
 
+def _config_of(command: Command, words: list[str]) -> str:
+    """The configuration's class; of several, that of the method which the options, or their --config, say."""
+    if isinstance(command.config, str):
+        return command.config
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--method")
+    first.add_argument("--config", type=Path)
+    try:
+        known, _ = first.parse_known_args(words)
+        method = known.method or (config.read(known.config).get("method") if known.config is not None else None)
+    except (argparse.ArgumentError, ValueError, OSError):  # which the command's own parser will say
+        method = None
+    return command.config.get(method) or next(iter(command.config.values()))
+
+
 def _log_to_stderr() -> logging.Handler:
     """Lines in place of the bar, if there is one; of several processes the first one's alone, and warnings."""
     handler = logging.StreamHandler(sys.stderr)
@@ -141,7 +157,7 @@ def _sentence(text: str) -> str:
     return text[0].upper() + text[1:] + "."
 
 
-def _add_config(parser: argparse.ArgumentParser, kind: type) -> None:
+def _add_config(parser: argparse.ArgumentParser, kind: type, methods: tuple[str, ...] = ()) -> None:
     group = parser.add_argument_group("configuration", "preset, then --config, then single fields")
     names = config.presets(kind)
     if names:
@@ -149,6 +165,8 @@ def _add_config(parser: argparse.ArgumentParser, kind: type) -> None:
     group.add_argument("--config", type=Path, metavar="FILE", help="JSON of fields, such as a run's config.json")
     said, base = config.comments(kind), _default(kind)
     for name, hint in config.hints(kind).items():
+        if name == "method" and methods:  # of one class there is one
+            hint = typing.Literal[methods]
         option, default = "--" + name.replace("_", "-"), getattr(base, name)
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else "none" if default is None else default
         text = f"{said.get(name, '')} (default: {shown})".strip().replace("%", "%%")
@@ -284,17 +302,23 @@ def _classifier_arguments(parser: argparse.ArgumentParser) -> None:
     _data_arguments(parser)
     parser.add_argument("--validation", metavar="NAME", help="a split whose loss and mAP follow every epoch")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="the backbone to start from, .pth or .safetensors")
+    parser.add_argument("--adversary-weights", type=Path, metavar="FILE", help="with --method eader: the adversary's")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for classifier.safetensors")
     parser.add_argument("--resume", action="store_true", help="go on after the last whole epoch in --out")
 
 
 def _train_classifier(options: argparse.Namespace, settings) -> None:
     from .data import open_source
-    from .train import train_classifier
+    from .train import train_classifier, train_eader
 
+    if settings.method != "eader" and options.adversary_weights is not None:
+        raise ValueError(f"expected --adversary-weights with --method eader, got --method {settings.method}")
     source = open_source(options.data, options.split)
     validation = None if options.validation is None else open_source(options.data, options.validation)
-    _train(options, settings, functools.partial(train_classifier, source, settings, validation=validation))
+    training = functools.partial(train_classifier, source, settings)
+    if settings.method == "eader":
+        training = functools.partial(train_eader, source, settings, adversary_weights=options.adversary_weights)
+    _train(options, settings, functools.partial(training, validation=validation))
 
 
 def _train(options: argparse.Namespace, settings, training: Callable[..., Path]) -> None:
@@ -617,7 +641,8 @@ def _print_classes(result: dict) -> None:
 COMMANDS = {
     "train-classifier": Command(
         "train a classifier on image-level labels",
-        "ribfast.train:ClassifierConfig", _classifier_arguments, _train_classifier,
+        {"bce": "ribfast.train:ClassifierConfig", "eader": "ribfast.train:EaderConfig"},
+        _classifier_arguments, _train_classifier,
     ),
     "cam": Command("class activation maps of a trained classifier", "ribfast.pipeline:CamConfig", _cam_arguments, _cam),
     "rib": Command(

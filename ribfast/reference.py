@@ -502,3 +502,39 @@ def erase(images, maps, which, *, sharpness=100.0, level=0.5):
     attention = torch.where(rounding, 0.0, (flat - low[:, None]) / spread).view_as(large)
     kept = (-sharpness * (attention - level)).sigmoid()
     return (images[which] * kept).to(images.dtype), attention.sum((1, 2, 3))
+
+
+def grad_cam(features, logits, classes):
+    """Grad-CAM before ReLU of each image's classes (N, C) bool, in the order of classes.nonzero().
+
+    Features (N, K, h, w) weighted by their mean gradient of the class's logit (N, C), which is held constant.
+    """
+    maps = {}
+    for number in range(classes.shape[1]):
+        if classes[:, number].any():  # images do not meet in the network: the sum's gradient is each one's own
+            (grads,) = torch.autograd.grad(logits[:, number].sum(), features, retain_graph=True)
+            maps[number] = (grads.mean((2, 3), keepdim=True) * features).sum(1)
+    pairs = classes.nonzero().tolist()
+    return torch.stack([maps[number][image] for image, number in pairs])
+
+
+def adversarial_losses(
+    localiser, adversary, images, targets, *, attention="cam", erasing=0.05, regularisation=1e-5, regulariser="mean",
+    sharpness=100.0, level=0.5,
+):  # fmt: skip
+    """EADER's losses of a localiser and an adversary (models.CamClassifier) for normalised images and targets (N, C).
+
+    Of each image and each of its classes the attention is erased. The localiser's loss: of its classification, plus
+    `erasing` times the adversary's mean probability of that class, plus `regularisation` times the attention's mean
+    size. The adversary's: of its classification of what is left, all of the image's classes.
+    """
+    features = localiser.tail(localiser.trunk(images))
+    maps = localiser.classifier(features)
+    logits, (which, present) = maps.mean((2, 3)), targets.nonzero(as_tuple=True)
+    chosen = maps[which, present] if attention == "cam" else grad_cam(features, logits, targets.bool())
+    erased, areas = erase(images, chosen, which, sharpness=sharpness, level=level)
+    found = adversary.through(erased).mean((2, 3))
+    left = found[torch.arange(len(which)), present].sigmoid().mean()
+    size = areas.mean() / (images[0, 0].numel() if regulariser == "mean" else 1)
+    classification = F.multilabel_soft_margin_loss(logits, targets)
+    return classification + erasing * left + regularisation * size, F.multilabel_soft_margin_loss(found, targets[which])

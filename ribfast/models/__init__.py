@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .checkpoint import load_checkpoint, load_into, read_metadata, save_checkpoint
 from .classifier import CamClassifier
+from .folding import folded, trained_folded
 from .irn import IRNet
 from .mobilenet import MobileNetV2
 from .resnet import LAYERS, Form, ResNet
@@ -181,6 +182,7 @@ __all__ = [
     "IRNet",
     "Segmenter",
     "cam_classifier",
+    "folded",
     "irn_network",
     "load_checkpoint",
     "load_into",
@@ -190,4 +192,5 @@ __all__ = [
     "read_metadata",
     "save_checkpoint",
     "segmenter",
+    "trained_folded",
 ]

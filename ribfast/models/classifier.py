@@ -90,6 +90,10 @@ class CamClassifier(nn.Module, ABC):
         """Logits maps (N, C, h, w) at stride 16; pool them over their positions for logits."""
         return self.maps(self.trunk(images))
 
+    def through(self, images: Tensor) -> Tensor:
+        """As forward, but not detached: for gradients of the images."""
+        return self.maps(self._trunk(images))
+
     def trained_parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """(the backbone's, the classifier's): the latter train at ten times the rate."""
         backbone = [p for p in self.parameters() if p.requires_grad and p is not self.classifier.weight]

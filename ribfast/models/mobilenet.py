@@ -19,7 +19,7 @@ class SamePadded(nn.Conv2d):
         for size in (x.shape[3], x.shape[2]):
             total = 1 if size % 2 == 0 else 2
             pads += [total // 2, total - total // 2]
-        return F.conv2d(F.pad(x, pads), self.weight, None, self.stride, 0, 1, self.groups)
+        return F.conv2d(F.pad(x, pads), self.weight, self.bias, self.stride, 0, 1, self.groups)
 
 
 def normalised(channels: int, out: int, kernel: int, stride: int, groups: int, tensorflow_padding: bool):

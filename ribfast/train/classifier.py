@@ -43,14 +43,15 @@ class ClassifierConfig:
     seed: int = 0  # of the classifier's weights, the order of the images and their crops
     workers: int = 4  # threads that decode; results do not depend on them
     device: str = "auto"  # auto, cpu, cuda or cuda:N
+    method: Literal["bce"] = "bce"  # bce: from the labels alone; eader: with adversarial erasing
 
     def __post_init__(self):
         loop.check(self)
+        kind = type(self).__name__
         if self.crop < 1:
-            raise ValueError(f"ClassifierConfig: expected crop of at least 1, got {self.crop}")
+            raise ValueError(f"{kind}: expected crop of at least 1, got {self.crop}")
         if not 0 <= self.classifier_lr_scale < math.inf:
-            raise ValueError(f"ClassifierConfig: expected classifier_lr_scale of at least 0, got "
-                             f"{self.classifier_lr_scale}")  # fmt: skip
+            raise ValueError(f"{kind}: expected classifier_lr_scale of at least 0, got {self.classifier_lr_scale}")
         self.augmentation()
 
     def augmentation(self) -> data.Augmentation:
@@ -83,60 +84,66 @@ def train_classifier(
     is wrong, before anything is written. Under torchrun the processes share each batch. Writes classifier.safetensors
     and metrics.jsonl.
     """
-    labels = _labels(source)
-    if validation is not None and validation.classes != source.classes:
-        raise ValueError("train_classifier: expected a validation split of the same classes, got others")
-    task = _Classifier(source, labels, config, weights, validation)
+    task = ClassifierTask(source, config, weights, validation)
     with processes(config.device) as here:
         return loop.train(task, Path(out), here, resume=resume, progress=progress, begun=begun)
 
 
-def _labels(source: data.Source) -> Tensor:
-    """(N, C) float, once every class has an image."""
-    labels = source.labels()
-    if not len(labels) or not labels.any():
-        raise ValueError(f"train_classifier: expected images with labels, got {len(labels)} without any")
-    absent = [name for name, count in zip(source.classes, labels.sum(0).tolist(), strict=True) if not count]
-    if absent:
-        raise ValueError(f"train_classifier: expected images of every class, got none of {', '.join(absent[:5])}"
-                         f"{f' and {len(absent) - 5} more' if len(absent) > 5 else ''}")  # fmt: skip
-    return labels.float()
-
-
-class _Classifier:
+class ClassifierTask:
     """The task of `loop`."""
 
-    parts, files, indifferent = 1, (), ()
+    parts, files, indifferent, idle = 1, (), (), False
     name, checkpoint = "train_classifier", CHECKPOINT
 
-    def __init__(self, source, labels, config, weights, validation):
-        self.source, self.labels, self.config, self.images = source, labels, config, len(source)
+    def __init__(self, source, config, weights, validation):
+        self.source, self.config, self.images, self.labels = source, config, len(source), self._labels(source)
+        if validation is not None and validation.classes != source.classes:
+            raise ValueError(f"{self.name}: expected a validation split of the same classes, got others")
         self.validation, self.weights, self.augmentation = validation, weights, config.augmentation()
         self.inputs = inputs.digests(source, weights)
+
+    def _labels(self, source: data.Source) -> Tensor:
+        """(N, C) float, once every class has an image."""
+        labels = source.labels()
+        if not len(labels) or not labels.any():
+            raise ValueError(f"{self.name}: expected images with labels, got {len(labels)} without any")
+        absent = [name for name, count in zip(source.classes, labels.sum(0).tolist(), strict=True) if not count]
+        if absent:
+            raise ValueError(f"{self.name}: expected images of every class, got none of {', '.join(absent[:5])}"
+                             f"{f' and {len(absent) - 5} more' if len(absent) > 5 else ''}")  # fmt: skip
+        return labels.float()
 
     def inspect(self, here: Processes) -> None:
         pass
 
     def begin(self, filled: bool) -> None:
         c = self.config
+        self.classifier = self.network(c.network, c.normalization, c.tensorflow_padding, c.seed)
+        self.model = self.classifier
+        if not filled:
+            self.start(self.classifier, self.weights)
+
+    def network(self, name: str, normalization: str, tensorflow_padding: bool, seed: int) -> models.CamClassifier:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(c.seed)
-            padding = c.tensorflow_padding
-            self.model = models.cam_classifier(c.network, len(self.source.classes), tensorflow_padding=padding)
-        self.model.classes, self.model.normalization = self.source.classes, c.normalization
-        if filled:
+            torch.manual_seed(seed)
+            classes = self.source.classes
+            made = models.cam_classifier(name, len(classes), tensorflow_padding=tensorflow_padding)
+        made.classes, made.normalization = classes, normalization
+        return made
+
+    def start(self, classifier: models.CamClassifier, weights: str | Path | None, of: str = "") -> None:
+        """Fills its backbone. of: "" or, of another network than the classifier, whose weights they are."""
+        if weights is None:
+            log.warning("no %sweights to start from: the layers up to stride 8 stay random", of)
             return
-        if self.weights is None:
-            log.warning("no weights to start from: the layers up to stride 8 stay random")
-        else:
-            inputs.check_weights(self.name, self.weights, self.model.metadata())
-            models.load_into(self.model, models.load_checkpoint(self.weights), classifier=False)
+        inputs.check_weights(self.name, weights, classifier.metadata())
+        models.load_into(classifier, models.load_checkpoint(weights), classifier=False)
 
     def schedule(self, per_epoch: int) -> loop.Schedule:
         return loop.Schedule(self.config.epochs * per_epoch, per_epoch)
 
     def groups(self) -> list[dict]:
-        backbone, head = self.model.trained_parameters()
+        backbone, head = self.classifier.trained_parameters()
         return [{"params": backbone, "scale": 1.0}, {"params": head, "scale": self.config.classifier_lr_scale}]
 
     def load(self, index: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -145,7 +152,7 @@ class _Classifier:
     def prepared(self, here: Processes, images: int) -> torch.nn.Module:
         return self.model
 
-    def begin_step(self, batch: list[Tensor], here: Processes) -> None:
+    def begin_step(self, step: int, batch: list[Tensor], here: Processes) -> None:
         pass
 
     def losses(self, forward, batch, here: Processes) -> dict[str, Tensor]:
@@ -169,7 +176,7 @@ class _Classifier:
         for views in data.prefetch(load, mine, workers=self.config.workers):
             (views,) = loop.to_device((views,), here)
             with loop.autocast(self.config, here):
-                scores.append(self.model(views).float().mean((0, 2, 3)).cpu())
+                scores.append(self.classifier(views).float().mean((0, 2, 3)).cpu())
         gathered = together(here, (list(mine), scores))
         by_index = {i: score for indices, part in gathered for i, score in zip(indices, part, strict=True)}
         scores, labels = torch.stack([by_index[i] for i in range(len(self.validation))]), self.validation.labels()
@@ -180,13 +187,16 @@ class _Classifier:
         pass
 
     def tensors(self) -> dict[str, Tensor]:
-        return {n: value for n, value in self.model.state_dict().items() if not n.endswith("num_batches_tracked")}
+        return {n: value for n, value in self.classifier.state_dict().items() if not n.endswith("num_batches_tracked")}
 
     def fill(self, state: dict[str, Tensor]) -> None:
-        models.load_into(self.model, state)
+        models.load_into(self.classifier, state)
+
+    def result(self) -> dict[str, Tensor]:
+        return self.tensors()
 
     def metadata(self) -> dict[str, str]:
-        return self.model.metadata()
+        return self.classifier.metadata()
 
     def others(self, known: dict[str, str]) -> list[str]:
         return ["the classes"] if json.loads(known.get("classes", "null")) != list(self.source.classes) else []

@@ -98,7 +98,7 @@ def train_irn(
 class _Irn:
     """The task of `loop`."""
 
-    parts, files, indifferent = 1, (), ()
+    parts, files, indifferent, idle = 1, (), (), False
     name, checkpoint = "train_irn", CHECKPOINT
 
     def __init__(self, source, labels, config, weights, inputs):
@@ -144,7 +144,7 @@ class _Irn:
     def prepared(self, here: Processes, images: int) -> torch.nn.Module:
         return self.model
 
-    def begin_step(self, batch: list[Tensor], here: Processes) -> None:
+    def begin_step(self, step: int, batch: list[Tensor], here: Processes) -> None:
         pass
 
     def losses(self, forward, batch, here: Processes) -> dict[str, Tensor]:
@@ -192,6 +192,9 @@ class _Irn:
 
     def fill(self, state: dict[str, Tensor]) -> None:
         self.model.fill(state)
+
+    def result(self) -> dict[str, Tensor]:
+        return self.tensors()
 
     def metadata(self) -> dict[str, str]:
         return self.model.metadata()

@@ -59,6 +59,7 @@ class Task(Protocol):
     inputs: dict[str, str]  # digests of what it must be given again to go on
     images: int  # how many there are
     parts: int  # of a process's share of a batch, computed one after another to save memory; gradients are added
+    idle: bool  # whether some of what trains has no gradient in some steps, and then stays as it is
     model: nn.Module  # once `begin` has made it
 
     def schedule(self, per_epoch: int) -> Schedule:
@@ -79,7 +80,7 @@ class Task(Protocol):
     def load(self, index: int, rng: np.random.Generator) -> tuple[Tensor, ...]:
         """An image and what belongs to it, to be stacked; called by threads."""
 
-    def begin_step(self, batch: list[Tensor], here: Processes) -> None:
+    def begin_step(self, step: int, batch: list[Tensor], here: Processes) -> None:
         """What losses of the batch's parts need to know of all of it."""
 
     def losses(self, forward: nn.Module, part: list[Tensor], here: Processes) -> dict[str, Tensor]:
@@ -92,10 +93,13 @@ class Task(Protocol):
         """What the model still needs after the last step."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """The model's, as a checkpoint has them."""
+        """The model's, which a stopped training goes on from."""
 
     def fill(self, state: dict[str, Tensor]) -> None:
         """The opposite."""
+
+    def result(self) -> dict[str, Tensor]:
+        """The checkpoint's."""
 
     def metadata(self) -> dict[str, str]:
         """What a checkpoint says beside its tensors and the configuration."""
@@ -177,7 +181,9 @@ class _Training:
         self.task.model.to(self.here.device, memory_format=torch.channels_last).train()
         c = self.config
         self.optimizer = torch.optim.SGD(self.task.groups(), c.lr, momentum=c.momentum, weight_decay=c.weight_decay)
-        if self.here.device.type == "cuda":
+        # on a GPU graphs write gradients where they were; what is idle must have none, or it would move by momentum
+        self.keeps_gradients = self.here.device.type == "cuda" and not self.task.idle
+        if self.keeps_gradients:
             for parameter in self._trained():
                 parameter.grad = torch.zeros_like(parameter)
         first = self._restore(unfinished) if goes_on else 0
@@ -190,7 +196,7 @@ class _Training:
         self._run(first, journal, progress, unfinished)
         self.task.finish(self.here)
         if self.here.rank == 0:
-            models.save_checkpoint(checkpoint, self.task.tensors(), self._metadata())
+            models.save_checkpoint(checkpoint, self.task.result(), self._metadata())
             unfinished.unlink(missing_ok=True)
         if self.here.world > 1:
             distributed.barrier()
@@ -203,13 +209,15 @@ class _Training:
             devices = [here.device] if here.device.type == "cuda" else None
             with warnings.catch_warnings():  # older versions of torch do not have this argument's successor
                 warnings.simplefilter("ignore", FutureWarning)
-                forward = nn.parallel.DistributedDataParallel(forward, devices, broadcast_buffers=False)
+                forward = nn.parallel.DistributedDataParallel(
+                    forward, devices, broadcast_buffers=False, find_unused_parameters=self.task.idle
+                )
         before = None  # a step's losses are read once the next step is on its way, so that a GPU does not wait
         for step, batch in enumerate(self._batches(first), first):
             rate = c.lr * (1 - step / self.steps) ** c.power
             for group in self.optimizer.param_groups:
                 group["lr"] = rate * group["scale"]
-            names, values = self._gradients(forward, to_device(batch, here))
+            names, values = self._gradients(forward, step, to_device(batch, here))
             self.optimizer.step()
             if here.world > 1:
                 distributed.all_reduce(values)
@@ -233,12 +241,12 @@ class _Training:
                 before = None
                 self._pause(step, journal, unfinished)
 
-    def _gradients(self, forward: nn.Module, batch: list[Tensor]) -> tuple[tuple[str, ...], Tensor]:
+    def _gradients(self, forward: nn.Module, step: int, batch: list[Tensor]) -> tuple[tuple[str, ...], Tensor]:
         """A step's losses, by name, once their gradients are there."""
         task, parts, total = self.task, self.task.parts, 0
         # a graph would write the next part's gradients where autograd has left this one's, had it not its own memory
-        self.optimizer.zero_grad(set_to_none=self.here.device.type != "cuda")
-        task.begin_step(batch, self.here)
+        self.optimizer.zero_grad(set_to_none=not self.keeps_gradients)
+        task.begin_step(step, batch, self.here)
         for number, part in enumerate(zip(*(t.chunk(parts) for t in batch), strict=True), 1):
             waits = self.here.world > 1 and number < parts  # processes' gradients are added once
             with forward.no_sync() if waits else contextlib.nullcontext():

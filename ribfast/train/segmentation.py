@@ -207,7 +207,7 @@ def _deterministic(config: SegmentationConfig, here: Processes) -> Iterator[None
 class _Segmentation:
     """The task of `loop`."""
 
-    name, checkpoint = "train_segmenter", CHECKPOINT
+    name, checkpoint, idle = "train_segmenter", CHECKPOINT, False
 
     def __init__(self, source, labels, config, weights, validation, out, inputs, scanned):
         self.source, self.labels, self.config, self.weights, self.inputs = source, labels, config, weights, inputs
@@ -277,7 +277,7 @@ class _Segmentation:
         except ValueError as error:
             raise ValueError(f"train_segmenter: {item.name}: {error}") from error
 
-    def begin_step(self, batch: list[Tensor], here: Processes) -> None:
+    def begin_step(self, step: int, batch: list[Tensor], here: Processes) -> None:
         """The pixels that losses are averaged over: of the whole batch."""
         labels = batch[1]
         foreground = ((labels > 0) & (labels <= self.model.n_classes)).sum()
@@ -354,6 +354,9 @@ class _Segmentation:
 
     def fill(self, state: dict[str, Tensor]) -> None:
         self.model.fill(state)
+
+    def result(self) -> dict[str, Tensor]:
+        return self.tensors()
 
     def metadata(self) -> dict[str, str]:
         return self.model.metadata() | self.chosen

@@ -1,0 +1,234 @@
+"""End-to-end adversarial erasing (Stammes et al. 2021) as a way to train the classifier.
+
+In turns of some steps, a localiser G learns to classify while what its maps attend to, once it is erased, hides the
+class from an adversary F, and F learns to classify what is left.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn import functional as F
+
+from .. import data, files, models, ops
+from ..processes import Processes, processes
+from . import loop
+from .classifier import ClassifierConfig, ClassifierTask
+
+
+@dataclass(frozen=True)
+class EaderConfig(ClassifierConfig):
+    """The defaults are what EADER's released code trains with."""
+
+    epochs: int = 10  # passes over the images, of both networks together
+    lr: float = 0.01  # learning rate of both backbones at the start
+    classifier_lr_scale: float = 1.0  # the classifiers' learning rate is so many times the backbones'
+    momentum: float = 0.9
+    power: float = 0.0  # learning rate = lr * (1 - step / steps) ** power
+    crop: int = 448  # side of the crops
+    method: Literal["eader"] = "eader"
+    adversary: Literal["resnet18", "resnet50", "resnet101", "mobilenet_v2"] = "resnet18"  # the adversary's backbone
+    # cam: of the logits map; gradcam: of the features weighted by the class's gradient, which is held constant, so that
+    # the classifier's weights do not learn where to attend
+    attention: Literal["cam", "gradcam"] = "cam"
+    localiser_steps: int = 200  # steps of the localiser, before a turn of the adversary
+    adversary_steps: int = 200  # steps of the adversary, before the localiser's next turn
+    erasing: float = 0.05  # weight of the adversary's probability of the class that was erased
+    regularisation: float = 1e-5  # weight of the attention's size
+    regulariser: Literal["mean", "sum"] = "mean"  # the attention's size: its mean over the pixels, or its sum
+    sharpness: float = 100.0  # erased is sigmoid(sharpness * (attention - level))
+    level: float = 0.5
+    adversary_normalization: Literal["imagenet", "symmetric"] = "imagenet"  # of the adversary's pixels
+    adversary_tensorflow_padding: bool = False  # for an adversary of MobileNetV2 weights trained in TensorFlow
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("localiser_steps", "adversary_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"EaderConfig: expected {name} of at least 1, got {getattr(self, name)}")
+        for name in ("erasing", "regularisation", "sharpness"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"EaderConfig: expected {name} of at least 0, got {getattr(self, name)}")
+        if not math.isfinite(self.level):
+            raise ValueError(f"EaderConfig: expected a finite level, got {self.level}")
+        if self.adversary_tensorflow_padding and self.adversary != "mobilenet_v2":
+            raise ValueError(f"EaderConfig: expected adversary_tensorflow_padding with an adversary of mobilenet_v2, "
+                             f"got {self.adversary}")  # fmt: skip
+
+    @classmethod
+    def released(cls) -> "EaderConfig":
+        return cls()
+
+    @classmethod
+    def paper(cls) -> "EaderConfig":
+        return cls(regulariser="sum")
+
+
+def train_eader(
+    source: data.Source,
+    config: EaderConfig,
+    out: str | Path,
+    *,
+    weights: str | Path | None = None,
+    adversary_weights: str | Path | None = None,
+    validation: data.Source | None = None,
+    resume: bool = False,
+    progress: loop.Progress | None = None,
+    begun: loop.Begun | None = None,
+) -> Path:
+    """As train_classifier, with adversarial erasing; the checkpoint is the localiser's, as any classifier's is.
+
+    adversary_weights: the backbone that the adversary starts from.
+    """
+    task = EaderTask(source, config, weights, adversary_weights, validation)
+    with processes(config.device) as here:
+        return loop.train(task, Path(out), here, resume=resume, progress=progress, begun=begun)
+
+
+class _Tail(nn.Module):
+    """What follows a network's trunk."""
+
+    def __init__(self, network: models.CamClassifier):
+        super().__init__()
+        self.network = network
+
+    def forward(self, trunk: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and logits maps."""
+        features = self.network.tail(trunk)
+        return features, self.network.classifier(features)
+
+
+class _Both(nn.Module):
+    """The localiser and the adversary.
+
+    All layers run in copies whose batch normalisation is folded into the convolutions, on what the trained weights
+    are there now. Weights that rest, and trunks, which never train, are the copies' own.
+    """
+
+    def __init__(self, localiser: models.CamClassifier, adversary: models.CamClassifier, attention: str):
+        super().__init__()
+        self.localiser, self.adversary, self.attention = localiser, adversary, attention
+
+    def fold(self) -> None:
+        """Takes the weights as they are for those that rest."""
+        self.resting = {name: models.folded(network) for name, network in self.named_children()}
+
+    def forward(self, trains: str, trunk: Tensor) -> tuple[Tensor, ...]:
+        """The localiser's logits maps (N, C, h, w) and its attention before ReLU; or the adversary's logits maps.
+
+        Logits are means over positions, so a class's gradient with respect to the features is its row of the
+        classifier divided by their number, everywhere: Grad-CAM takes no backward pass.
+        """
+        weights = models.trained_folded(getattr(self, trains))
+        own = {f"network.{name}": weight for name, weight in weights.items()}
+        features, maps = torch.func.functional_call(_Tail(self.resting[trains]), own, (trunk,))
+        if trains == "adversary":
+            return (maps,)
+        if self.attention == "cam":
+            return maps, maps
+        return maps, F.conv2d(features, weights["classifier.weight"].detach() / features[0, 0].numel())
+
+
+class EaderTask(ClassifierTask):
+    """The task of `loop`.
+
+    Neither network's turn takes more of the other than it needs: in the localiser's turn the adversary has gradients of
+    its images and none of its weights, in the adversary's turn the localiser has none.
+    """
+
+    name, idle = "train_eader", True
+
+    def __init__(self, source, config, weights, adversary_weights, validation):
+        super().__init__(source, config, weights, validation)
+        self.adversary_weights = adversary_weights
+        if adversary_weights is not None:
+            if not Path(adversary_weights).is_file():
+                raise FileNotFoundError(f"adversary_weights: expected a file, got {adversary_weights}, which is none")
+            self.inputs["adversary_weights"] = files.digest(Path(adversary_weights))
+        self.trains = None  # until the first step
+        self.renormalization = _between(config.normalization, config.adversary_normalization)
+
+    def begin(self, filled: bool) -> None:
+        super().begin(filled)
+        c = self.config
+        adversary = self.network(c.adversary, c.adversary_normalization, c.adversary_tensorflow_padding, c.seed + 1)
+        if not filled:
+            self.start(adversary, self.adversary_weights, "adversary's ")
+        self.model = _Both(self.classifier, adversary, c.attention)
+
+    def groups(self) -> list[dict]:
+        groups = []
+        for network in (self.model.localiser, self.model.adversary):
+            backbone, head = network.trained_parameters()
+            groups += [{"params": backbone, "scale": 1.0}, {"params": head, "scale": self.config.classifier_lr_scale}]
+        return groups
+
+    def begin_step(self, step: int, batch: list[Tensor], here: Processes) -> None:
+        c = self.config
+        trains = "localiser" if step % (c.localiser_steps + c.adversary_steps) < c.localiser_steps else "adversary"
+        if trains != self.trains:
+            self.trains = trains
+            self.model.fold()
+        self.image, self.present = batch[1].nonzero(as_tuple=True)  # of each pair of an image and a class of it
+        self.pairs = batch[1].count_nonzero().float()
+        if here.world > 1:  # means are over the pairs of the whole batch
+            distributed.all_reduce(self.pairs)
+
+    def losses(self, forward, batch, here: Processes) -> dict[str, Tensor]:
+        (images, targets), share = batch, here.world / self.pairs.clamp(min=1)
+        localiser, adversary = self.model.resting["localiser"], self.model.resting["adversary"]
+        with loop.autocast(self.config, here):
+            if self.trains == "localiser":
+                maps, attention = forward("localiser", localiser.trunk(images))
+                erased, areas = self._erase(images, attention)
+                found = adversary.through(erased).float().mean((2, 3))
+            else:
+                with torch.no_grad():
+                    erased, _ = self._erase(images, localiser(images))
+                    trunk = adversary.trunk(erased)
+                (maps,) = forward("adversary", trunk)
+        logits = maps.float().mean((2, 3))
+        if self.trains == "adversary":
+            losses = F.multilabel_soft_margin_loss(logits, targets[self.image], reduction="none")
+            return {"loss": losses.sum() * share}
+        classification = F.multilabel_soft_margin_loss(logits, targets)
+        left = found[torch.arange(len(found), device=found.device), self.present].sigmoid().sum() * share
+        attended = areas.sum() * share
+        mean = attended / images[0, 0].numel()
+        size = mean if self.config.regulariser == "mean" else attended
+        loss = classification + self.config.erasing * left + self.config.regularisation * size
+        return {"loss": loss, "classification": classification, "left": left, "attended": mean}
+
+    def _erase(self, images: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
+        """Of every pair, what the adversary is shown, and the attention summed."""
+        if self.renormalization is not None:
+            scale, shift = (factor.to(images.device).view(1, 3, 1, 1) for factor in self.renormalization)
+            images = images * scale + shift
+        if torch.is_autocast_enabled(images.device.type):
+            images = images.to(torch.get_autocast_dtype(images.device.type))
+        c = self.config
+        return ops.erase(images, attention[self.image, self.present], self.image, sharpness=c.sharpness, level=c.level)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {n: value for n, value in self.model.state_dict().items() if not n.endswith("num_batches_tracked")}
+
+    def fill(self, state: dict[str, Tensor]) -> None:
+        for name, network in self.model.named_children():
+            own = {n.removeprefix(f"{name}."): value for n, value in state.items() if n.startswith(f"{name}.")}
+            models.load_into(network, own)
+
+    def result(self) -> dict[str, Tensor]:
+        return super().tensors()
+
+
+def _between(first: str, second: str) -> tuple[Tensor, Tensor] | None:
+    """What pixels of one normalisation are multiplied by, and what is added, to have the other; None: nothing."""
+    if first == second:
+        return None
+    (mean, std), (other_mean, other_std) = (
+        (torch.tensor(n.mean), torch.tensor(n.std)) for n in (data.NORMALIZATIONS[first], data.NORMALIZATIONS[second])
+    )
+    return std / other_std, (mean - other_mean) / other_std
