@@ -1,12 +1,16 @@
-"""Steps of DeepLab-v2 on a GPU, from JPEG files: as CUDA graphs, without, compiled, and in float32.
+"""Steps of DeepLab-v2 on a GPU, from JPEG files: as CUDA graphs, without, compiled, and in float32; and steps of
+adversarial erasing against plain torch.
 
 ResNet-101 with random weights, crops of 321, batches of 10, 21 labels. A step's time is the median between lines of
 metrics.jsonl; operations are counted, two a multiply-add, three times the forward's. Losses are compared with the first
-way's. Called by benchmarks/gpu.py: `python -m benchmarks.gpu_train RESULT.json` adds to that file after every row.
+way's. EADER's: a step of either turn, of 16 crops of 448 in memory, ResNet-50 against ResNet-18, 32 pairs of an image
+and a class; the medians. Called by benchmarks/gpu.py: `python -m benchmarks.gpu_train RESULT.json` adds to that file
+after every row.
 """
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import statistics
@@ -18,9 +22,10 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.eader import Steps
 from benchmarks.photographs import block_masks, picture, write
 from ribfast import models
-from ribfast.train import SegmentationConfig, train_segmenter
+from ribfast.train import EaderConfig, SegmentationConfig, train_segmenter
 
 CLASSES, STEPS = 20, 40
 BASE = SegmentationConfig(
@@ -74,19 +79,34 @@ def measure(report, ways: dict[str, SegmentationConfig], images: int = 60, size=
             report(row | {"largest_difference_of_losses": float(np.abs(losses - expected).max())})
 
 
+def measure_erasing(report, device="cuda", images=16, crop=448, rounds=5) -> None:
+    for precision, attention in itertools.product(("bfloat16", "float32"), ("cam", "gradcam")):
+        config = EaderConfig("resnet50", attention=attention, crop=crop, precision=precision, device=device)
+        steps, times, losses = Steps(config, images, torch.device(device)), {"ours": [], "plain": []}, {}
+        for _ in range(rounds + 1):
+            for name, run in (("ours", steps.ours), ("plain", steps.plain)):
+                begun = time.perf_counter()
+                losses[name] = run().tolist()  # which waits for the device
+                times[name].append(time.perf_counter() - begun)
+        ours, plain = (1e3 * statistics.median(times[name][1:]) / 2 for name in ("ours", "plain"))
+        row = {"way": f"{precision}, {attention}", "step_ms": ours, "plain_step_ms": plain, "ratio": plain / ours}
+        report(row | {"target": 2.0, "losses": losses["ours"], "plain_losses": losses["plain"]})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("result", type=Path)
     path = parser.parse_args().result
     facts = json.loads(path.read_text()) if path.exists() else {}
-    facts["segmentation"] = rows = []
+    facts["segmentation"], facts["erasing"] = [], []
 
-    def report(row) -> None:
-        rows.append(row)
+    def report(kind: str, row: dict) -> None:
+        facts[kind].append(row)
         path.write_text(json.dumps(facts, indent=1) + "\n")
         print(row, flush=True)
 
-    measure(report, WAYS)
+    measure(functools.partial(report, "segmentation"), WAYS)
+    measure_erasing(functools.partial(report, "erasing"))
 
 
 if __name__ == "__main__":

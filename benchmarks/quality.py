@@ -59,6 +59,13 @@ val photographs, mean over seeds (standard deviation), the last weights of {step
 photographs' masks by {masks}, with or without pretended under-fitting (PUF), on what such a segmenter predicts of the
 train photographs (cycle), and on their ground truth. Labels on train: how good the masks are that it was trained on."""
 
+ABOUT_EADER = """
+## Classifiers trained by adversarial erasing
+
+Made by `python benchmarks/quality_eader.py` from quality_eader.json: mIoU (%) of CAMs on the same val photographs, the
+threshold chosen on all train photographs; mean over seeds (standard deviation). The localiser is trained as the plain
+classifier is, for as many steps; the adversary, {adversary}, has as many again, in turns of {turn}."""
+
 
 def constants(model, variant, crop) -> RIBConfig:
     sizes = {"others_crop": crop, "others_long_side": (round(0.8 * crop), round(1.4 * crop))}
@@ -117,16 +124,19 @@ def precision(model, source, others, seed, crop) -> dict:
     return found
 
 
+def configuration(options, seed) -> ClassifierConfig:
+    mobile = options.network == "mobilenet_v2"
+    return dataclasses.replace(
+        ClassifierConfig.paper(), network=options.network, lr=0.03 if mobile else 0.01, epochs=8,
+        long_side=(224, 384), crop=288, seed=seed, precision="bfloat16",
+        tensorflow_padding=mobile, normalization="symmetric" if mobile else "imagenet",
+    )  # fmt: skip
+
+
 def classifier(options, source, seed, folder) -> models.CamClassifier:
     path = folder / "classifier.safetensors"
     if not path.exists():
-        mobile = options.network == "mobilenet_v2"
-        config = dataclasses.replace(
-            ClassifierConfig.paper(), network=options.network, lr=0.03 if mobile else 0.01, epochs=8,
-            long_side=(224, 384), crop=288, seed=seed, precision="bfloat16",
-            tensorflow_padding=mobile, normalization="symmetric" if mobile else "imagenet",
-        )  # fmt: skip
-        train_classifier(source, config, folder, weights=options.weights)
+        train_classifier(source, configuration(options, seed), folder, weights=options.weights)
     return models.open_classifier(path)
 
 
@@ -192,17 +202,39 @@ def write(folder: Path) -> None:
 
 
 def write_report() -> None:
-    """quality.md from quality.json and, of masks and segmenters, quality_masks.json and quality_segmentation.json."""
-    facts, masks, segmenters = (
-        json.loads(path.read_text()) if path.exists() else {}
-        for path in (RESULTS / f"{name}.json" for name in ("quality", "quality_masks", "quality_segmentation"))
+    """quality.md from quality.json and what there is of quality_eader.json, _masks.json and _segmentation.json."""
+    names = ("quality", "quality_eader", "quality_masks", "quality_segmentation")
+    facts, erasing, masks, segmenters = (
+        json.loads(path.read_text()) if path.exists() else {} for path in (RESULTS / f"{name}.json" for name in names)
     )
     text = report(facts["rows"], facts["precision"])
+    if erasing:
+        text += report_of_eader(erasing)
     if masks:
         text += report_of_masks(masks["rows"])
     if segmenters:
         text += report_of_segmenters(segmenters, masks["rows"])
     (RESULTS / "quality.md").write_text(text)
+
+
+def report_of_eader(facts: dict) -> str:
+    """mIoU of CAMs by how their classifier was trained."""
+    rows = facts["rows"]
+    text = [ABOUT_EADER.format(adversary=", ".join({row["adversary"] for row in rows}), turn=facts["turn"])]
+    for network in sorted({row["network"] for row in rows}):
+        own = [row for row in rows if row["network"] == network]
+        text += [f"\n### {network}\n", "| trained by | mIoU | gain | best on val | on train | thresholds |",
+                 "|---|---|---|---|---|---|"]  # fmt: skip
+        plain = {row["seed"]: row["miou"] for row in own if row["variant"] == "BCE"}
+        for variant in dict.fromkeys(row["variant"] for row in own):
+            found = [row for row in own if row["variant"] == variant]
+            cells = [_mean([100 * row["miou"] for row in found])]
+            cells += [_mean([100 * (row["miou"] - plain[row["seed"]]) for row in found if row["seed"] in plain])]
+            cells += [_mean([100 * row[name] for row in found]) for name in ("best_on_val", "miou_on_train")]
+            cells += [", ".join(f"{row['threshold']:g}" for row in found)]
+            text.append(f"| {variant} | {' | '.join(cells)} |")
+        text.append(f"\nSeeds: {', '.join(str(seed) for seed in sorted({row['seed'] for row in own}))}.")
+    return "\n".join(text) + "\n"
 
 
 def report_of_masks(rows: list[dict]) -> str:

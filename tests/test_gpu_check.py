@@ -80,3 +80,12 @@ def test_steps_of_segmentation_are_measured(benchmarks):
     assert [row["way"] for row in rows] == ["plain", "graphs"] and rows[0]["step_ms"] > 0 < rows[0]["tflops"]
     assert [row["largest_difference_of_losses"] for row in rows] == [0, 0]
     assert len(gpu_train.WAYS) >= 5
+
+
+def test_steps_of_erasing_are_measured(benchmarks):
+    gpu_train, rows = benchmarks("gpu_train"), []
+    gpu_train.measure_erasing(rows.append, "cpu", images=2, crop=33, rounds=1)
+    assert [row["way"] for row in rows] == [f"{p}, {a}" for p in ("bfloat16", "float32") for a in ("cam", "gradcam")]
+    for row in rows:
+        assert row["losses"] == pytest.approx(row["plain_losses"], rel=1e-4 if "float32" in row["way"] else 0.1)
+        assert row["ratio"] == pytest.approx(row["plain_step_ms"] / row["step_ms"])

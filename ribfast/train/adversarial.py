@@ -24,13 +24,14 @@ class EaderConfig(ClassifierConfig):
     """The defaults are what EADER's released code trains with."""
 
     epochs: int = 10  # passes over the images, of both networks together
-    lr: float = 0.01  # learning rate of both backbones at the start
-    classifier_lr_scale: float = 1.0  # the classifiers' learning rate is so many times the backbones'
+    lr: float = 0.01  # learning rate of the localiser's backbone at the start
+    classifier_lr_scale: float = 1.0  # classifiers' learning rates are so many times their backbones'
     momentum: float = 0.9
     power: float = 0.0  # learning rate = lr * (1 - step / steps) ** power
     crop: int = 448  # side of the crops
     method: Literal["eader"] = "eader"
     adversary: Literal["resnet18", "resnet50", "resnet101", "mobilenet_v2"] = "resnet18"  # the adversary's backbone
+    adversary_lr_scale: float = 1.0  # the adversary's learning rates are so many times the localiser's
     # cam: of the logits map; gradcam: of the features weighted by the class's gradient, which is held constant, so that
     # the classifier's weights do not learn where to attend
     attention: Literal["cam", "gradcam"] = "cam"
@@ -49,7 +50,7 @@ class EaderConfig(ClassifierConfig):
         for name in ("localiser_steps", "adversary_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"EaderConfig: expected {name} of at least 1, got {getattr(self, name)}")
-        for name in ("erasing", "regularisation", "sharpness"):
+        for name in ("adversary_lr_scale", "erasing", "regularisation", "sharpness"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"EaderConfig: expected {name} of at least 0, got {getattr(self, name)}")
         if not math.isfinite(self.level):
@@ -161,9 +162,10 @@ class EaderTask(ClassifierTask):
 
     def groups(self) -> list[dict]:
         groups = []
-        for network in (self.model.localiser, self.model.adversary):
+        for network, scale in ((self.model.localiser, 1.0), (self.model.adversary, self.config.adversary_lr_scale)):
             backbone, head = network.trained_parameters()
-            groups += [{"params": backbone, "scale": 1.0}, {"params": head, "scale": self.config.classifier_lr_scale}]
+            groups += [{"params": backbone, "scale": scale}]
+            groups += [{"params": head, "scale": scale * self.config.classifier_lr_scale}]
         return groups
 
     def begin_step(self, step: int, batch: list[Tensor], here: Processes) -> None:
