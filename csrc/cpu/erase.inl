@@ -142,7 +142,8 @@ double erase_rows(const EraseStrip& strip, const PixelRows& image, const PixelRo
       }
       for (int i = 0; i < L && i < count; ++i) {
         for (int64_t c = 0; c < strip.channels; ++c) {
-          const S value = kept[i] * static_cast<S>(St::get(from + c * image.channel_stride + (x + i) * image.column_stride));
+          const T* pixel = from + c * image.channel_stride + (x + i) * image.column_stride;
+          const S value = kept[i] * static_cast<S>(St::get(pixel));
           to[c * erased.channel_stride + (x + i) * erased.column_stride] = St::from(static_cast<typename St::S>(value));
         }
       }

@@ -1,6 +1,6 @@
-// erase on CUDA: kernels in erase.cuh, one launch each way. Maps of any strides; images and gradients of images are read
-// as they are where they are contiguous or channels last, else copied. No maps launch nothing. Everything is added up in
-// a fixed order; nothing waits for the device.
+// erase on CUDA: kernels in erase.cuh, one launch each way. Maps of any strides; images and gradients of images are
+// read as they are where they are contiguous or channels last, else copied. No maps launch nothing. Everything is added
+// up in a fixed order; nothing waits for the device.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 

@@ -1,18 +1,21 @@
 // What maps attend to taken out of images, and the maps' gradient.
 //
 // Layout: images (N, C, H, W), erased and their gradient (P, C, H, W) of T, of any strides (Pixels); maps (P, height,
-// width) of any float type and strides, arithmetic in S. A block is a strip: the rows of pixels between two rows of a
-// map's cells; a thread goes down a column, where the four cells blend into two numbers once. Attention is linear in the
-// cells, so its least and largest pixels lie at the corners of each cell's pixels: every block finds them for itself.
-// What blocks add up, the map's last block to end does, in a fixed order. A map of no image: zeros.
+// width) of any float type and strides; arithmetic in S. A block is a strip: the rows of pixels between two rows of a
+// map's cells. A thread goes down a column of it, where the four cells blend into two numbers once. Attention is linear
+// in the cells, so its extremes lie at the corners of what pixels a cell has: every block finds them for itself. What
+// the blocks of a map have added up is gathered by the last one to end, in a fixed order. A map of no image: zeros.
 #pragma once
 
 #include "common.cuh"
 
 namespace ribfast::cuda {
 
-constexpr int kEraseThreads = 256, kEraseWarps = kEraseThreads / kWarp;
+constexpr int kEraseThreads = 128, kEraseWarps = kEraseThreads / kWarp;
 constexpr int kLargestGroup = 64;  // 2^24 columns of as many channels are numbered in 32 bits
+// Blocks that share a multiprocessor: those of 24 maps of 28 rows are all there at once.
+template <typename S>
+constexpr int kEraseBlocks = sizeof(S) == sizeof(float) ? 6 : 4;
 constexpr int kRowsTogether = 64;  // of pixels where a map may have its extremes
 
 enum MapStorage : int32_t { kDoubleMap, kFloatMap, kHalfMap, kBFloat16Map };
@@ -38,21 +41,34 @@ struct Pixels {
   int64_t image, channel, row, column;
 };
 
-template <typename S>
-__device__ __forceinline__ S cell_as_given(const EraseMaps& maps, int32_t y, int32_t x) {
-  const int64_t at = maps.map() * maps.map_stride + y * maps.row_stride + x * maps.column_stride;
-  switch (maps.storage) {
-    case kDoubleMap: return static_cast<S>(static_cast<const double*>(maps.maps)[at]);
-    case kHalfMap: return widen(static_cast<const __half*>(maps.maps)[at]);
-    case kBFloat16Map: return widen(static_cast<const __nv_bfloat16*>(maps.maps)[at]);
-    default: return static_cast<const float*>(maps.maps)[at];
-  }
-}
+// The cells of the block's map.
+template <typename M, typename S>
+struct Cells {
+  const M* cells;
+  int64_t row_stride, column_stride;
 
-template <typename S>
-__device__ __forceinline__ S rectified_cell(const EraseMaps& maps, int32_t y, int32_t x) {
-  const S cell = cell_as_given<S>(maps, y, x);
-  return cell < 0 ? S(0) : cell;  // NaN stays
+  explicit __device__ Cells(const EraseMaps& maps)
+      : cells(static_cast<const M*>(maps.maps) + maps.map() * maps.map_stride), row_stride(maps.row_stride),
+        column_stride(maps.column_stride) {}
+  __device__ S given(int32_t y, int32_t x) const { return widen(cells[y * row_stride + x * column_stride]); }
+  __device__ S rectified(int32_t y, int32_t x) const {
+    const S cell = given(y, x);
+    return cell < 0 ? S(0) : cell;  // NaN stays
+  }
+};
+
+// Calls f(Cells) of the maps' type.
+template <typename S, typename F>
+__device__ __forceinline__ void with_cells(const EraseMaps& maps, F&& f) {
+  if constexpr (std::is_same_v<S, double>) {
+    f(Cells<double, S>(maps));
+  } else {
+    switch (maps.storage) {
+      case kHalfMap: return f(Cells<__half, S>(maps));
+      case kBFloat16Map: return f(Cells<__nv_bfloat16, S>(maps));
+      default: return f(Cells<float, S>(maps));
+    }
+  }
 }
 
 // Rows, or columns, of pixels and of cells.
@@ -75,6 +91,11 @@ struct Place {
   __device__ Place(int32_t pixel, const Axis<S>& axis) {
     const Tap<S> tap = bilinear_tap<S>(pixel, axis.step, axis.cells);
     cell = tap.cell, next = min(cell + 1, axis.cells - 1), t = cell < next ? tap.t : S(0);
+  }
+  // A row of cells where the pixel is in it.
+  template <typename M>
+  __device__ S in_row(const Cells<M, S>& cells, int32_t row) const {
+    return (1 - t) * cells.rectified(row, cell) + t * cells.rectified(row, next);
   }
   __device__ S weight(int32_t of) const { return (of == cell ? 1 - t : S(0)) + (of == next ? t : S(0)); }
 };
@@ -108,9 +129,29 @@ struct MapExtremes {
   int64_t low_at, high_at;
   bool rounding;
 
-  __device__ void find(const EraseMaps& maps, EraseScratch<S>& scratch, bool places) {
+  template <bool kPlaces>
+  __device__ void find(const EraseMaps& maps, EraseScratch<S>& scratch) {
     low = INFINITY, high = -INFINITY, low_at = high_at = 0;
-    const auto thread = static_cast<int>(threadIdx.x);
+    with_cells<S>(maps, [&](const auto& cells) { look_at<kPlaces>(cells, maps, scratch); });
+    const S own_low = low, own_high = high;
+    low = block_reduce(low, Smaller(), scratch.values);
+    __syncthreads();
+    high = block_reduce(high, Larger(), scratch.values);
+    __syncthreads();
+    rounding = high - low <= S(1e-5) * high;
+    if constexpr (kPlaces) {
+      constexpr int64_t kNowhere = int64_t{1} << 62;
+      low_at = block_reduce(own_low == low ? low_at : kNowhere, Smaller(), scratch.places);
+      __syncthreads();
+      high_at = block_reduce(own_high == high ? high_at : kNowhere, Smaller(), scratch.places);
+      __syncthreads();
+    }
+  }
+
+  // A thread's own extremes: warps share rows, lanes columns.
+  template <bool kPlaces, typename M>
+  __device__ void look_at(const Cells<M, S>& cells, const EraseMaps& maps, EraseScratch<S>& scratch) {
+    const auto thread = static_cast<int32_t>(threadIdx.x);
     const auto y = Axis<S>::y(maps), x = Axis<S>::x(maps);
 #pragma unroll 1
     for (int32_t first = 0; first < 2 * maps.height; first += kRowsTogether) {
@@ -128,39 +169,25 @@ struct MapExtremes {
         if (column < 0) continue;
         const Place<S> place(column, x);
 #pragma unroll 1
-        for (int r = thread / kWarp; r < count; r += kEraseWarps) {
+        for (int32_t r = thread / kWarp; r < count; r += kEraseWarps) {
           if (scratch.row[r] < 0) continue;
-          const S above = between(maps, scratch.cell[r], place), below = between(maps, scratch.next[r], place);
-          const S t = scratch.t[r], value = (1 - t) * above + t * below;
-          const int64_t at = int64_t{scratch.row[r]} << 32 | column;
-          if (value < low || value != value || (value == low && at < low_at)) low = value, low_at = at;
-          if (value > high || value != value || (value == high && at < high_at)) high = value, high_at = at;
+          const S t = scratch.t[r];
+          const S value = (1 - t) * place.in_row(cells, scratch.cell[r]) + t * place.in_row(cells, scratch.next[r]);
+          if constexpr (kPlaces) {
+            const int64_t at = int64_t{scratch.row[r]} << 32 | column;
+            if (value < low || value != value || (value == low && at < low_at)) low = value, low_at = at;
+            if (value > high || value != value || (value == high && at < high_at)) high = value, high_at = at;
+          } else {
+            low = Smaller()(low, value), high = Larger()(high, value);
+          }
         }
       }
       __syncthreads();
     }
-    const S own_low = low, own_high = high;
-    low = block_reduce(low, Smaller(), scratch.values);
-    __syncthreads();
-    high = block_reduce(high, Larger(), scratch.values);
-    __syncthreads();
-    rounding = high - low <= S(1e-5) * high;
-    if (!places) return;
-    constexpr int64_t kNowhere = int64_t{1} << 62;
-    low_at = block_reduce(own_low == low ? low_at : kNowhere, Smaller(), scratch.places);
-    __syncthreads();
-    high_at = block_reduce(own_high == high ? high_at : kNowhere, Smaller(), scratch.places);
-    __syncthreads();
-  }
-
-  // A row of cells at a column.
-  static __device__ S between(const EraseMaps& maps, int32_t row, const Place<S>& column) {
-    return (1 - column.t) * rectified_cell<S>(maps, row, column.cell) +
-           column.t * rectified_cell<S>(maps, row, column.next);
   }
 
   // Of a cell, or of what lies between cells.
-  __device__ S attention(S value) const { return rounding ? S(0) : (value - low) / (high - low); }
+  __device__ S attention(S value) const { return rounding ? S(0) : quotient(value - low, high - low); }
 };
 
 // Attention down a column of a strip: above + t (below - above).
@@ -170,13 +197,20 @@ struct Column {
 
   __device__ Column(const EraseMaps& maps, const MapExtremes<S>& extremes, const Place<S>& place) {
     const int32_t cell = maps.strip(), next = min(cell + 1, maps.height - 1);
-    above = extremes.attention(extremes.between(maps, cell, place));
-    below = extremes.attention(extremes.between(maps, next, place));
+    with_cells<S>(maps, [&](const auto& cells) {
+      above = extremes.attention(place.in_row(cells, cell)), below = extremes.attention(place.in_row(cells, next));
+    });
   }
 };
 
-__device__ __forceinline__ float kept_of(float z) { return __fdividef(1.0f, 1.0f + __expf(z)); }
-__device__ __forceinline__ double kept_of(double z) { return 1.0 / (1.0 + exp(z)); }
+__device__ __forceinline__ float exp_of(float x) { return __expf(x); }
+__device__ __forceinline__ double exp_of(double x) { return exp(x); }
+
+// Of a pixel, by what the attention is above the level.
+template <typename S>
+__device__ __forceinline__ S kept_of(S z) {
+  return quotient(S(1), S(1) + exp_of(z));
+}
 
 // Whether all other blocks of the map have ended; what they have written is then to be read past the first-level cache.
 __device__ __forceinline__ bool is_last_block(const EraseMaps& maps, int32_t* done) {
@@ -190,13 +224,13 @@ __device__ __forceinline__ bool is_last_block(const EraseMaps& maps, int32_t* do
 
 // done: of each map, zeros; partial: of each block.
 template <typename T, typename S>
-__global__ void __launch_bounds__(kEraseThreads)
+__global__ void __launch_bounds__(kEraseThreads, kEraseBlocks<S>)
     erase_kernel(EraseMaps maps, const T* __restrict__ images, Pixels from, T* __restrict__ erased, Pixels to,
                  S* partial, int32_t* done, S* areas) {
   __shared__ EraseScratch<S> scratch;
   const bool has_image = maps.has_image();
   MapExtremes<S> extremes;
-  extremes.find(maps, scratch, false);
+  extremes.template find<false>(maps, scratch);
   const T* image = images + (has_image ? maps.which[maps.map()] * from.image : 0);
   T* result = erased + maps.map() * to.image;
   const auto axis_y = Axis<S>::y(maps), axis_x = Axis<S>::x(maps);
@@ -255,22 +289,19 @@ __device__ __forceinline__ void each_cell(const EraseMaps& maps, F&& f) {
   }
 }
 
-template <typename S>
-__device__ __forceinline__ void write_gradient(const EraseMaps& maps, void* result, int32_t y, int32_t x, S value) {
+// 0 where the cell is not above 0.
+template <typename M, typename S>
+__device__ __forceinline__ void write_gradient(const EraseMaps& maps, const Cells<M, S>& cells, void* result, int32_t y,
+                                               int32_t x, S value) {
   const int64_t at = (maps.map() * maps.height + y) * maps.width + x;
-  switch (maps.storage) {
-    case kDoubleMap: static_cast<double*>(result)[at] = value; break;
-    case kHalfMap: static_cast<__half*>(result)[at] = narrow<__half>(static_cast<float>(value)); break;
-    case kBFloat16Map: static_cast<__nv_bfloat16*>(result)[at] = narrow<__nv_bfloat16>(static_cast<float>(value)); break;
-    default: static_cast<float*>(result)[at] = static_cast<float>(value); break;
-  }
+  static_cast<M*>(result)[at] = narrow<M>(cells.given(y, x) <= 0 ? S(0) : value);
 }
 
 // grads and grad_areas may be null. partial (P, height, 4, width): of each strip what the pixels between two columns
 // add to the four cells around them: above left, above right, below left, below right. result (P, height, width) of the
 // maps' type.
 template <typename T, typename S>
-__global__ void __launch_bounds__(kEraseThreads)
+__global__ void __launch_bounds__(kEraseThreads, kEraseBlocks<S>)
     erase_backward_kernel(EraseMaps maps, const T* __restrict__ images, Pixels from, const T* __restrict__ grads,
                           Pixels of_grads, const S* grad_areas, S* partial, int32_t* done, void* result) {
   __shared__ EraseScratch<S> scratch;
@@ -278,9 +309,12 @@ __global__ void __launch_bounds__(kEraseThreads)
   const auto thread = static_cast<int32_t>(threadIdx.x);
   const int64_t map = maps.map();
   MapExtremes<S> extremes;
-  extremes.find(maps, scratch, true);
+  extremes.template find<true>(maps, scratch);
   if (!maps.has_image() || extremes.rounding) {
-    if (maps.strip() == 0) each_cell(maps, [&](int32_t y, int32_t x) { write_gradient(maps, result, y, x, S(0)); });
+    if (maps.strip() > 0) return;
+    with_cells<S>(maps, [&](const auto& cells) {
+      each_cell(maps, [&](int32_t y, int32_t x) { write_gradient(maps, cells, result, y, x, S(0)); });
+    });
     return;
   }
   S* own = partial + static_cast<int64_t>(blockIdx.x) * 4 * maps.width;
@@ -340,27 +374,26 @@ __global__ void __launch_bounds__(kEraseThreads)
     __syncthreads();
   }
   if (!is_last_block(maps, done)) return;
-  S total = 0, of_attention = 0;
-  each_cell(maps, [&](int32_t y, int32_t x) {
-    const S sum = gathered(maps, partial, y, x);
-    total += sum;
-    if (sum != 0) {  // cells that no pixel reads may be infinite
-      of_attention += sum * extremes.attention(rectified_cell<S>(maps, y, x));
-    }
-  });
-  total = block_reduce(total, Plus(), scratch.values);
-  __syncthreads();
-  of_attention = block_reduce(of_attention, Plus(), scratch.values);
-  const Place<S> low_y(static_cast<int32_t>(extremes.low_at >> 32), axis_y);
-  const Place<S> low_x(static_cast<int32_t>(extremes.low_at & 0xffffffff), axis_x);
-  const Place<S> high_y(static_cast<int32_t>(extremes.high_at >> 32), axis_y);
-  const Place<S> high_x(static_cast<int32_t>(extremes.high_at & 0xffffffff), axis_x);
-  each_cell(maps, [&](int32_t y, int32_t x) {
-    S value = gathered(maps, partial, y, x);
-    value += (of_attention - total) * (low_y.weight(y) * low_x.weight(x));
-    value -= of_attention * (high_y.weight(y) * high_x.weight(x));
-    value /= extremes.high - extremes.low;
-    write_gradient(maps, result, y, x, cell_as_given<S>(maps, y, x) <= 0 ? S(0) : value);
+  with_cells<S>(maps, [&](const auto& cells) {
+    S total = 0, of_attention = 0;
+    each_cell(maps, [&](int32_t y, int32_t x) {
+      const S sum = gathered(maps, partial, y, x);
+      total += sum;
+      if (sum != 0) of_attention += sum * extremes.attention(cells.rectified(y, x));  // unread cells may be infinite
+    });
+    total = block_reduce(total, Plus(), scratch.values);
+    __syncthreads();
+    of_attention = block_reduce(of_attention, Plus(), scratch.values);
+    const Place<S> low_y(static_cast<int32_t>(extremes.low_at >> 32), axis_y);
+    const Place<S> low_x(static_cast<int32_t>(extremes.low_at & 0xffffffff), axis_x);
+    const Place<S> high_y(static_cast<int32_t>(extremes.high_at >> 32), axis_y);
+    const Place<S> high_x(static_cast<int32_t>(extremes.high_at & 0xffffffff), axis_x);
+    each_cell(maps, [&](int32_t y, int32_t x) {
+      S value = gathered(maps, partial, y, x);
+      value += (of_attention - total) * (low_y.weight(y) * low_x.weight(x));
+      value -= of_attention * (high_y.weight(y) * high_x.weight(x));
+      write_gradient(maps, cells, result, y, x, quotient(value, extremes.high - extremes.low));
+    });
   });
 }
 
