@@ -1,10 +1,10 @@
-"""The segmentation network's loss against plain torch, which enlarges the logits first."""
+"""What trainings compute beside their networks, against plain torch, which enlarges logits and maps first."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from ribfast import ops
+from ribfast import ops, reference
 
 
 @pytest.mark.parametrize("under_fitting", [None, "pow"], ids=["mean", "pow"])
@@ -30,3 +30,16 @@ def bench_segmentation_loss(compare, threads, labels, under_fitting):
         losses.clamp(min=1e-6).sqrt().mean().backward()
 
     compare(ours, plain, rounds=9)
+
+
+def bench_erase(compare, threads):
+    """Forward and backward of two maps each of twelve images, against the specification."""
+    images = torch.randn(12, 3, 448, 448).contiguous(memory_format=torch.channels_last)
+    maps, which = torch.randn(24, 28, 28) * 3, torch.arange(24) // 2
+    grads = torch.randn(24, 3, 448, 448).contiguous(memory_format=torch.channels_last), torch.randn(24)
+
+    def run(erase):
+        leaf = maps.clone().requires_grad_()
+        torch.autograd.backward(erase(images, leaf, which), grads)
+
+    compare(lambda: run(ops.erase), lambda: run(reference.erase), rounds=9)
