@@ -1,12 +1,12 @@
-"""Trainings against plain torch: the segmentation network's loss, where it enlarges the logits first, and steps of
-adversarial erasing, where both networks run forward and backward in either one's turn."""
+"""What trainings compute, against plain torch: the segmentation network's loss and erasing, where it enlarges logits and
+maps first, and steps of adversarial erasing, where both networks run forward and backward in either one's turn."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from benchmarks.eader import Steps
-from ribfast import ops
+from ribfast import ops, reference
 from ribfast.train import EaderConfig
 
 
@@ -33,6 +33,19 @@ def bench_segmentation_loss(compare, threads, labels, under_fitting):
         losses.clamp(min=1e-6).sqrt().mean().backward()
 
     compare(ours, plain, rounds=9)
+
+
+def bench_erase(compare, threads):
+    """Forward and backward of two maps each of twelve images, against the specification."""
+    images = torch.randn(12, 3, 448, 448).contiguous(memory_format=torch.channels_last)
+    maps, which = torch.randn(24, 28, 28) * 3, torch.arange(24) // 2
+    grads = torch.randn(24, 3, 448, 448).contiguous(memory_format=torch.channels_last), torch.randn(24)
+
+    def run(erase):
+        leaf = maps.clone().requires_grad_()
+        torch.autograd.backward(erase(images, leaf, which), grads)
+
+    compare(lambda: run(ops.erase), lambda: run(reference.erase), rounds=9)
 
 
 @pytest.mark.parametrize("baseline", ["straightforward", "frozen"])

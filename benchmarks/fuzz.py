@@ -375,6 +375,38 @@ def pixel_loss_sums(d):
     return [logits, labels, losses, active, fit, d.pick(0.5, d.number(0.5))], {}
 
 
+def erasing(d):
+    """Images of any layout; in one call of ten a map of an image that there is not."""
+    count, images = d.pick(0, 1, 1, 2, 5), d.count(4)
+    pixels = d.floats(images, d.pick(1, 2, 3, 3, 4, 6), d.side(), d.side())
+    if d.chance(0.4):
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+    which = torch.from_numpy(d.random.integers(0, images + d.chance(0.1), count))
+    options = dict(sharpness=d.pick(100.0, d.number(10)), level=d.pick(0.5, d.number(0.5)))
+    return [pixels, d.floats(count, d.side(), d.side()), d.strided(which)], options
+
+
+def erasing_maps(d):
+    (images, maps, which), options = erasing(d)
+    return [maps, images, which], options
+
+
+def erased_from_maps(maps, images, which, **options):
+    erased, areas = ops.erase(images, maps, which, **options)
+    return erased.sum() + areas.sum()
+
+
+def erasing_raw(d):
+    given, options = erasing(d)
+    return [*given, *options.values()], {}
+
+
+def erasing_backward(d):
+    (images, maps, which), options = erasing(d)
+    grad = d.pick(None, d.floats(len(maps), *images.shape[1:], dtype=d.pick(None, images.dtype)))
+    return [grad, d.pick(None, d.floats(len(maps))), images, maps, which, *options.values()], {}
+
+
 def walked(d):
     """One image or several; log2_steps where it is not too slow."""
     options = dict(beta=d.pick(10.0, d.number(2)), log2_steps=d.pick(0, 1, 5, 8), radius=d.pick(2, 5, 5, 9))
@@ -465,6 +497,8 @@ def rows():
         "pair_losses, backward": (with_gradient(ops.pair_losses), pairs_of_labels),
         "segmentation_loss": (ops.segmentation_loss, pixel_losses),
         "segmentation_loss, backward": (with_gradient(ops.segmentation_loss), pixel_losses),
+        "erase": (ops.erase, erasing),
+        "erase, backward": (with_gradient(erased_from_maps), erasing_maps),
         "random_walk": (ops.random_walk, walked),
         "pair_offsets": (ops.pair_offsets, lambda d: ([d.pick(2, 3, 5, 10, 16)], {})),
         "ribfast::path_affinity": (raw.path_affinity, paths),
@@ -480,6 +514,8 @@ def rows():
             raw.pixel_loss_sums_backward,
             lambda d: ([d.floats(4, dtype=torch.float64), *pixel_loss_sums(d)[0]], {}),
         ),
+        "ribfast::erase": (raw.erase, erasing_raw),
+        "ribfast::erase_backward": (raw.erase_backward, erasing_backward),
         "ribfast::random_walk": (raw.random_walk, walked_raw),
         "ribfast::gndrp": (raw.gndrp, lambda d: ([*pooled(d)[0], d.number(0.5), d.chance(0.5), d.chance(0.5)], {})),
         "ribfast::gndrp_backward": (raw.gndrp_backward, pooled_raw_backward),

@@ -354,6 +354,28 @@ def segmentation_loss_row(labels, images=10, small=41, large=321):
     return row | {"ratio": round(row["plain"]["eager_us"] / row["all"]["eager_us"], 1)}
 
 
+def erase_row(layout, images=12, small=28, large=448):
+    """Forward and backward of two maps an image, against plain torch."""
+    photos = torch.randn(images, 3, large, large, device="cuda").contiguous(memory_format=layout)
+    maps = torch.randn(2 * images, small, small, device="cuda").mul_(3).requires_grad_()
+    which, still = torch.arange(2 * images, device="cuda") // 2, maps.detach()
+    grad, grad_areas = torch.randn_like(photos.repeat_interleave(2, 0)), torch.randn(2 * images, device="cuda")
+    options = {"sharpness": 100.0, "level": 0.5}
+
+    def both(run):
+        return torch.autograd.grad(run(photos, maps, which, **options), maps, (grad, grad_areas))
+
+    calls = {
+        "forward": lambda: torch.ops.ribfast.erase(photos, still, which, 100.0, 0.5),
+        "backward": lambda: torch.ops.ribfast.erase_backward(grad, grad_areas, photos, still, which, 100.0, 0.5),
+        "all": lambda: both(ops.erase),
+    }
+    row = {name: {"us": round(graph_seconds([call], 5) * 1e6, 1)} for name, call in calls.items()}
+    row["all"]["eager_us"] = round(eager_seconds([calls["all"]], 5) * 1e6, 1)
+    row["plain"] = {"eager_us": round(eager_seconds([lambda: both(reference.erase)], 5) * 1e6, 1)}
+    return row | {"ratio": round(row["plain"]["eager_us"] / row["all"]["eager_us"], 1)}
+
+
 def timed(size, calls, bandwidth, target=None):
     """One row of the result: seconds and bandwidth of each implementation, or how it failed."""
     row = {"bytes": size, "target_share_of_copy": target}
@@ -433,6 +455,12 @@ def main():
         torch.cuda.empty_cache()
         label = f"segmentation_loss 10 x ({labels}, 41, 41) -> 321 x 321"
         facts["ops"][label] = row = segmentation_loss_row(labels)
+        path.write_text(json.dumps(facts, indent=1) + "\n")
+        print(f"{label} {row}", flush=True)
+    for layout in (torch.channels_last, torch.contiguous_format) if "cuda" in implementations("erase") else ():
+        torch.cuda.empty_cache()
+        label = f"erase 24 x (3, 448, 448), 28 x 28, {str(layout).removeprefix('torch.')}"
+        facts["ops"][label] = row = erase_row(layout)
         path.write_text(json.dumps(facts, indent=1) + "\n")
         print(f"{label} {row}", flush=True)
 

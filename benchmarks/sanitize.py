@@ -75,6 +75,21 @@ def segmented(dtype):
             ops.segmentation_loss(logits, given, under_fitting=under_fitting, beta=100.0, balanced=True).backward()
 
 
+def erased(dtype):
+    for channels, small, large in (
+        (3, (1, 1), (1, 1)),
+        (3, (4, 5), (30, 37)),
+        (1, (9, 40), (4, 5)),
+        (5, (35, 3), (70, 99)),
+    ):
+        images = torch.randn(2, channels, *large, device="cuda", dtype=dtype)
+        maps = torch.randn(3, *small, device="cuda", dtype=dtype).requires_grad_()
+        which = torch.tensor([1, 0, 7], device="cuda")  # the last is none
+        for layout in (torch.contiguous_format, torch.channels_last):
+            results = ops.erase(images.contiguous(memory_format=layout), maps, which)
+            sum(result.float().square().sum() for result in results).backward()
+
+
 def main():
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.float16):
@@ -83,6 +98,7 @@ def main():
             ops.gndrp(maps, torch.rand(shape[:2], device="cuda") < 0.7).sum().backward()
             ops.normalize_cams(maps.detach())
         segmented(dtype)
+        erased(dtype)
         sizes = [(37, 50), (1, 9), (130, 21)]
         batch = [
             [torch.randn(2, 3, *(max(1, round(s * f / 16)) for s in size), device="cuda").to(dtype).requires_grad_()

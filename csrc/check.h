@@ -472,9 +472,10 @@ inline void check_erase(const char* op, const at::Tensor& images, const at::Tens
                         double sharpness, double level) {
   check_float(op, "images", images);
   check_float(op, "maps", maps);
-  RIBFAST_CHECK_VALUE(images.dim() == 4 && images.size(2) > 0 && images.size(3) > 0 && images.size(2) < (1 << 24) &&
+  RIBFAST_CHECK_VALUE(images.dim() == 4 && images.size(1) > 0 && images.size(1) < (int64_t{1} << 31) &&
+                          images.size(2) > 0 && images.size(3) > 0 && images.size(2) < (1 << 24) &&
                           images.size(3) < (1 << 24),
-                      op, "images (N, C, H, W) with 1 <= H, W < 2^24", images.sizes());
+                      op, "images (N, C, H, W) with 1 <= C < 2^31 and 1 <= H, W < 2^24", images.sizes());
   RIBFAST_CHECK_VALUE(maps.dim() == 3 && maps.size(1) > 0 && maps.size(2) > 0 && maps.size(1) < (1 << 24) &&
                           maps.size(2) < (1 << 24),
                       op, "maps (P, h, w) with 1 <= h, w < 2^24", maps.sizes());

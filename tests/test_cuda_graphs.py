@@ -324,6 +324,29 @@ def test_segmentation_loss_with_its_gradient(under_fitting):
 
 
 @cpp_alone
+@pytest.mark.parametrize("channels_last", [False, True], ids=["planes", "channels_last"])
+def test_erase_with_its_gradient(channels_last):
+    images = torch.randn(3, 3, 97, 131, device="cuda")
+    if channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    maps, which = torch.randn(5, 7, 9, device="cuda").requires_grad_(), torch.tensor([0, 2, 2, 0, 2], device="cuda")
+
+    def run():
+        erased, areas = ops.erase(images, maps, which, sharpness=10.0)
+        return *torch.autograd.grad(erased.square().sum() + areas.sum(), maps), erased, areas
+
+    grads, erased, areas = replayed(run, [images, maps.detach()])
+    leaf = maps.detach().double().requires_grad_()
+    expected = reference.erase(images.double(), leaf, which, sharpness=10.0)
+    (expected[0].square().sum() + expected[1].sum()).backward()
+    torch.testing.assert_close(erased.double(), expected[0].detach(), rtol=2e-5, atol=1e-4)
+    torch.testing.assert_close(areas.double(), expected[1].detach(), rtol=2e-5, atol=1e-2)
+    torch.testing.assert_close(grads.double(), leaf.grad, rtol=1e-4, atol=1e-5 * leaf.grad.abs().max().item())
+    for first, repeated in zip((grads, erased, areas), run(), strict=True):
+        assert torch.equal(first, repeated)
+
+
+@cpp_alone
 @pytest.mark.parametrize("method", ["par", "pamr"])
 @pytest.mark.parametrize("classes, iterations", [(1, 1), (3, 2), (21, 5)])
 def test_refine(method, classes, iterations):

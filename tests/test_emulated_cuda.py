@@ -386,6 +386,92 @@ def test_segmentation_loss(kernels, dtype, labels, small, large, fit):
     torch.testing.assert_close(result.double(), leaf.grad, rtol=close["rtol"], atol=close["atol"] * largest)
 
 
+def erased(kernels, images, maps, which, grads, grad_areas, sharpness, level):
+    """(erased, areas, gradient); grads and grad_areas may be None."""
+    accumulator = reference.accumulator_dtype(maps.dtype)
+    shape = integers(ctypes.c_int32, [*images.shape, *maps.shape])
+    types = integers(ctypes.c_int, [STORAGE[images.dtype], STORAGE[maps.dtype]])
+    last = [not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
+            for t in (images, images if grads is None else grads)]  # fmt: skip
+    group = integers(ctypes.c_int, [images.shape[1] if last[0] else 1, images.shape[1] if all(last) else 1])
+    layout = torch.channels_last if last[0] else torch.contiguous_format
+
+    def run(order):
+        result = torch.full((len(maps), *images.shape[1:]), torch.nan, dtype=images.dtype)
+        result = result.contiguous(memory_format=layout)
+        areas = torch.full((len(maps),), torch.nan, dtype=accumulator)
+        grad = torch.full(maps.shape, torch.nan, dtype=maps.dtype)
+        strides = [*images.stride(), *result.stride(), *(result if grads is None else grads).stride(), *maps.stride()]
+        kernels.erase(
+            types, order, at(images), at(maps), at(which), shape, integers(ctypes.c_int64, strides), group,
+            ctypes.c_double(sharpness), ctypes.c_double(level), at(result), at(areas),
+            None if grads is None else at(grads), None if grad_areas is None else at(grad_areas), at(grad),
+        )  # fmt: skip
+        return result, areas, grad
+
+    return same_in_every_order(run)
+
+
+@pytest.mark.parametrize("layouts", ["planes", "channels_last", "mixed"])
+@pytest.mark.parametrize(
+    "dtype, maps_dtype",
+    [(torch.float32, torch.float32), (torch.float64, torch.float64), (torch.float16, torch.bfloat16),
+     (torch.float32, torch.float64), (torch.float64, torch.float16)],
+    ids=lambda dtype: NAMES[dtype],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "channels, small, large",
+    [(3, (1, 1), (1, 1)), (1, (3, 4), (23, 31)), (3, (2, 3), (9, 290)), (4, (9, 5), (4, 40)), (2, (35, 3), (70, 2)),
+     (3, (5, 4), (5, 4))],
+    ids=str,
+)  # fmt: skip
+def test_erase(kernels, dtype, maps_dtype, channels, small, large, layouts):
+    """Enlarged and reduced, rows of more elements than threads, more rows of cells than are looked at together."""
+    images = torch.randn(3, channels, *large).bfloat16().to(dtype)
+    maps = torch.randn(4, *small).mul_(3).to(maps_dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    maps[2] = -maps[2].abs()
+    which = torch.tensor([2, 0, 2, 2])
+    grads = torch.randn(4, channels, *large).bfloat16().to(dtype)
+    if layouts != "planes":
+        images = images.contiguous(memory_format=torch.channels_last)
+    if layouts == "channels_last":
+        grads = grads.contiguous(memory_format=torch.channels_last)
+    grad_areas = torch.randn(4).to(reference.accumulator_dtype(maps_dtype))
+    found = erased(kernels, images, maps, which, grads, grad_areas, 10.0, 0.4)
+    leaf = maps.double().requires_grad_()
+    expected = reference.erase(images.double(), leaf, which, sharpness=10.0, level=0.4)
+    torch.autograd.backward(expected, [grads.double(), grad_areas.double()])
+    arithmetic = reference.accumulator_dtype(maps_dtype)
+    stored = arithmetic if dtype == torch.float64 else dtype
+    torch.testing.assert_close(found[0].double(), expected[0].detach(), **rounding(stored))
+    close = tolerance(maps_dtype)
+    torch.testing.assert_close(found[1].double(), expected[1].detach(), **close)
+    largest = max(1.0, leaf.grad.abs().max().item())
+    close = rounding(maps_dtype)
+    torch.testing.assert_close(found[2].double(), leaf.grad, rtol=close["rtol"], atol=close["atol"] * largest)
+    assert found[1][2] == 0 and found[2][2].count_nonzero() == 0
+
+
+def test_erase_of_no_image_or_gradient(kernels):
+    """Maps of images that there are not, with NaN, or where one of the results alone has a gradient."""
+    images, maps, grad_areas = torch.randn(2, 3, 9, 11), torch.randn(3, 4, 5), torch.randn(3)
+    maps[2, 1, 1] = math.nan
+    grads = torch.randn(3, 3, 9, 11)
+    for wrong in (-1, 2, 2**62):
+        result, areas, grad = erased(kernels, images, maps, torch.tensor([wrong, 1, 0]), grads, grad_areas, 9.0, 0.5)
+        assert result[0].count_nonzero() == 0 and areas[0] == 0 and grad[0].count_nonzero() == 0
+        assert result[1].count_nonzero() > 0 and not result[1].isnan().any() and grad[1].count_nonzero() > 0
+        assert result[2].isnan().all() and areas[2].isnan() and grad[2][~(maps[2] <= 0)].isnan().all()
+    for with_grads, with_areas in ((grads, None), (None, grad_areas), (None, None)):
+        *_, grad = erased(kernels, images, maps[:2], torch.tensor([1, 1]), with_grads, with_areas, 9.0, 0.5)
+        leaf = maps[:2].double().requires_grad_()
+        expected = reference.erase(images.double(), leaf, torch.tensor([1, 1]), sharpness=9.0)
+        parts = [(given[:2].double() * result).sum() for given, result in zip((with_grads, with_areas), expected,
+                 strict=True) if given is not None]  # fmt: skip
+        (sum(parts) + 0 * expected[1].sum()).backward()
+        torch.testing.assert_close(grad.double(), leaf.grad, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "radius, steps, classes, sizes",
     [(5, 256, 1, [(3, 4)]), (5, 16, 4, [(9, 40), (1, 1)]), (5, 3, 2, [(17, 33)]), (9, 64, 3, [(5, 6), (2, 9)])],

@@ -253,6 +253,7 @@ def test_refuses_bad_input(device):
     refused(TypeError, "images to be a tensor .* got int", 3, maps, which)
     refused(TypeError, "images in float64, float32, float16 or bfloat16, got torch.uint8", images.byte(), maps, which)
     refused(ValueError, r"images \(N, C, H, W\), got shape \(3, 13, 17\)", images[0], maps, which)
+    refused(ValueError, "images with at least one channel", images[:, :0], maps, which)
     refused(ValueError, "images with at least one row and column", images[:, :, :0], maps, which)
     refused(TypeError, "maps to be a tensor .* got list", images, [maps], which)
     refused(ValueError, r"maps \(P, h, w\), got shape \(3, 4\)", images, maps[0], which)
@@ -295,8 +296,10 @@ def test_refuses_what_memory_would_not_survive(device):
     images, maps, which = inputs((3, 4), (13, 17), device)
     grad, grad_areas, rest = images[which], maps[:, 0, 0], (100.0, 0.5)
     erase, backward = torch.ops.ribfast.erase, torch.ops.ribfast.erase_backward
-    for args in ((images[0], maps, which, *rest), (images, maps[0], which, *rest), (images, maps, which[:2], *rest),
-                 (images, maps, which.int(), *rest), (images, maps, which, 1e300, 0.5)):  # fmt: skip
+    for args in (
+        (images[0], maps, which, *rest), (images[:, :0], maps, which, *rest), (images, maps[0], which, *rest),
+        (images, maps, which[:2], *rest), (images, maps, which.int(), *rest), (images, maps, which, 1e300, 0.5),
+    ):  # fmt: skip
         with pytest.raises((ValueError, TypeError), match="erase: expected"):
             erase(*args)
     for args in ((grad[:2], None), (grad[:, :2], None), (grad[..., 1:], None), (grad.int(), None),

@@ -132,7 +132,7 @@ def test_nobody_imports_the_commands():
 def test_kernels_are_free_of_torch():
     kernels = [
         *(CSRC / name for name in ("math.h", "refine.h", "walk_series.h")),
-        *(CSRC / "cpu" / name for name in ("kernels.h", "lattice.h", "losses.h", "pairs.h", "simd.h", "taps.h")),
+        *(CSRC / "cpu" / f"{name}.h" for name in ("erase", "kernels", "lattice", "losses", "pairs", "simd", "taps")),
     ]
     kernels += [*(CSRC / "cpu").glob("*.inl"), *(CSRC / "cpu").glob("tier_*.cpp"), *(CSRC / "cuda").glob("*.cuh")]
     assert len(kernels) >= 11

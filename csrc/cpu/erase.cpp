@@ -23,12 +23,13 @@ namespace {
 template <typename S>
 struct Axis {
   int64_t count, cells, padded;
-  std::vector<int64_t> first;      // of each interval between cells, its pixels; then the end
-  std::vector<int64_t> candidates; // the first and the last pixel of each interval: a plane has its extremes there
+  std::vector<int64_t> first;       // pixel of each cell, between it and the next; then the end
+  std::vector<int64_t> candidates;  // each cell's first and last pixel: attention, linear there, has its extremes so
   Taps taps;
 
   Axis(int64_t count_, int64_t cells_)
-      : count(count_), cells(cells_), padded((count + kColumnBlock - 1) / kColumnBlock * kColumnBlock), first(cells + 1) {
+      : count(count_), cells(cells_), padded((count + kColumnBlock - 1) / kColumnBlock * kColumnBlock),
+        first(cells + 1) {
     taps.fill<S>(count, padded, cells, count);
     for (int64_t i = 0; i < padded; ++i) {
       if (taps.cell[i] == cells - 1) t()[i] = 0;
@@ -68,8 +69,8 @@ class Erasing {
         x_(images.size(3), maps.size(2)), extremes_(maps.size(0)) {
     for (int64_t map = 0; map < maps.size(0); ++map) {
       const int64_t image = which_.const_data_ptr<int64_t>()[map];
-      RIBFAST_CHECK_VALUE(image >= 0 && image < images.size(0), "erase", c10::str("which from 0 to ", images.size(0) - 1),
-                          image, "; number the images from 0");
+      RIBFAST_CHECK_VALUE(image >= 0 && image < images.size(0), "erase",
+                          c10::str("which from 0 to ", images.size(0) - 1), image, "; number the images from 0");
     }
     attention_.get(strips() * row_size());
     at::parallel_for(0, maps.size(0), cpu::grain(4 * y_.candidates.size() * x_.candidates.size()),

@@ -22,35 +22,62 @@ RIBFAST_INLINE int pixel_layout(const PixelRows& pixels, int64_t channels) {
   return packed ? static_cast<int>(channels) : kAnyway;
 }
 
+template <int kBytes>
+struct LaneIndex {
+  using type = int32_t;
+};
+template <>
+struct LaneIndex<8> {
+  using type = int64_t;
+};
+
+// Which lanes C vectors of pixels with C channels, one after another, have of a vector of pixels, and the other way.
+template <int C, typename Index, int L>
+struct ChannelLanes {
+  Index pixel[C][L], pick[C][C][L];  // pick[c][v]: lane of what is picked, or L + lane of vector v
+
+  constexpr ChannelLanes() : pixel(), pick() {
+    for (int i = 0; i < C * L; ++i) pixel[i / L][i % L] = i / C;
+    for (int c = 0; c < C; ++c) {
+      for (int v = 0; v < C; ++v) {
+        for (int i = 0; i < L; ++i) pick[c][v][i] = (C * i + c) / L == v ? L + (C * i + c) % L : i;
+      }
+    }
+  }
+};
+template <int C, typename Index, int L>
+constexpr ChannelLanes<C, Index, L> kChannelLanes{};
+
+#if defined(__clang__)
+template <typename V, typename Index>
+RIBFAST_INLINE V shuffled(V a, V b, const Index* lanes) {
+  constexpr int L = sizeof(V) / sizeof(Index);
+  V result;
+  for (int i = 0; i < L; ++i) result[i] = lanes[i] < L ? a[lanes[i]] : b[lanes[i] - L];
+  return result;
+}
+#else
+template <typename V, typename Index>
+RIBFAST_INLINE V shuffled(V a, V b, const Index* lanes) {
+  return __builtin_shuffle(a, b, load_raw<decltype(a > b)>(lanes));
+}
+#endif
+
 // Vector v of C that hold each lane C times in a row.
 template <int C, typename V>
 RIBFAST_INLINE V repeated(V x, int v) {
-  constexpr int L = sizeof(V) / sizeof(x[0]);
-#if defined(__clang__)
-  V result;
-  for (int i = 0; i < L; ++i) result[i] = x[(v * L + i) / C];
-  return result;
-#else
-  decltype(x > x) index;
-  for (int i = 0; i < L; ++i) index[i] = (v * L + i) / C;
-  return __builtin_shuffle(x, index);
-#endif
+  using Index = typename LaneIndex<sizeof(x[0])>::type;
+  return shuffled(x, x, kChannelLanes<C, Index, sizeof(V) / sizeof(Index)>.pixel[v]);
 }
 
 // Channel c of C vectors of pixels whose C channels lie one after another.
 template <int C, typename V>
 RIBFAST_INLINE V channel_of(const V* pixels, int c) {
-  constexpr int L = sizeof(V) / sizeof(pixels[0][0]);
+  using Index = typename LaneIndex<sizeof(pixels[0][0])>::type;
   V result = pixels[0];
-#if defined(__clang__)
-  for (int i = 0; i < L; ++i) result[i] = pixels[(C * i + c) / L][(C * i + c) % L];
-#else
   for (int v = 0; v < C; ++v) {
-    decltype(result > result) index;
-    for (int i = 0; i < L; ++i) index[i] = (C * i + c) / L == v ? L + (C * i + c) % L : i;
-    result = __builtin_shuffle(result, pixels[v], index);
+    result = shuffled(result, pixels[v], kChannelLanes<C, Index, sizeof(V) / sizeof(Index)>.pick[c][v]);
   }
-#endif
   return result;
 }
 
@@ -115,7 +142,8 @@ double erase_rows(const EraseStrip& strip, const PixelRows& image, const PixelRo
       }
       for (int i = 0; i < L && i < count; ++i) {
         for (int64_t c = 0; c < strip.channels; ++c) {
-          const S value = kept[i] * static_cast<S>(St::get(from + c * image.channel_stride + (x + i) * image.column_stride));
+          const T* pixel = from + c * image.channel_stride + (x + i) * image.column_stride;
+          const S value = kept[i] * static_cast<S>(St::get(pixel));
           to[c * erased.channel_stride + (x + i) * erased.column_stride] = St::from(static_cast<typename St::S>(value));
         }
       }

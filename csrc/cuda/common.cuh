@@ -72,12 +72,16 @@ __device__ __forceinline__ int entry_of_block(const Entry* entries, int count, u
   return low;
 }
 
+// a / b to 2 ulp, 0 for float b above 2^126; the exact one calls a function, which costs registers.
+__device__ __forceinline__ float quotient(float a, float b) { return __fdividef(a, b); }
+__device__ __forceinline__ double quotient(double a, double b) { return a / b; }
+
 // The first of `count` pixels whose tap is not before `cell`.
 template <typename S>
 __device__ __forceinline__ int32_t first_pixel(int32_t cell, S step, int32_t count, int32_t in) {
   if (cell == 0) return 0;
   if (cell >= in) return count;
-  const S guess = (static_cast<S>(cell) + S(0.5)) / step - S(0.5);
+  const S guess = quotient(static_cast<S>(cell) + S(0.5), step) - S(0.5);
   int32_t pixel = guess < static_cast<S>(count) ? static_cast<int32_t>(guess) : count;
   while (pixel < count && bilinear_tap<S>(pixel, step, in).cell < cell) ++pixel;
   while (pixel > 0 && bilinear_tap<S>(pixel - 1, step, in).cell >= cell) --pixel;

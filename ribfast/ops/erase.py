@@ -44,6 +44,8 @@ def erase(
 def _check(images, maps, which) -> None:
     contract.tensor(_OP, "images", images, 4, "(N, C, H, W)")
     contract.tensor(_OP, "maps", maps, 3, "(P, h, w)")
+    if images.shape[1] == 0:
+        raise ValueError(f"{_OP}: expected images with at least one channel, got shape {tuple(images.shape)}")
     for name, value in (("images", images), ("maps", maps)):
         contract.positions(_OP, name, value)
         if max(value.shape[-2:]) > contract.LONGEST_SIDE:

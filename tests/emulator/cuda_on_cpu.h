@@ -181,10 +181,19 @@ inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __expf(float x) { return std::exp(x); }
 
+inline float __fdividef(float a, float b) { return a / b; }
+
 template <typename T>
 T __ldg(const T* from) {
   return *from;
 }
+
+template <typename T>
+T __ldcg(const T* from) {
+  return *from;
+}
+
+inline void __threadfence() {}
 
 inline float atomicAdd(float* at, float value) {
   const float old = *at;

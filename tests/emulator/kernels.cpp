@@ -4,6 +4,7 @@
 
 #include "../../csrc/cuda/accumulate_cams.cuh"
 #include "../../csrc/cuda/adapt.cuh"
+#include "../../csrc/cuda/erase.cuh"
 #include "../../csrc/cuda/gndrp.cuh"
 #include "../../csrc/cuda/normalize_cams.cuh"
 #include "../../csrc/cuda/pair_losses.cuh"
@@ -255,6 +256,44 @@ void segmentation_loss(int storage, unsigned order, const void* logits_, const u
       emulator::launch(dim3((cells * shape[1] + kGatherThreads - 1) / kGatherThreads), kGatherThreads, order, [&] {
         gather_corners_kernel<T>(corners.data(), maps, cells * shape[1], static_cast<T*>(result));
       });
+    }
+  });
+}
+
+// types: of images and maps; shape: images, channels, rows, columns, maps, height, width; strides: of images, erased, and
+// its gradient, four each, and of maps, three; group: as csrc/cuda/erase.cu has it, forward and backward.
+void erase(const int* types, unsigned order, const void* images_, const void* maps_, const int64_t* which,
+           const int32_t* shape, const int64_t* strides, const int* group, double sharpness, double level,
+           void* erased_, void* areas_, const void* grads_, const void* grad_areas_, void* result) {
+  const auto pixels = [&](int i) {
+    return Pixels{strides[4 * i], strides[4 * i + 1], strides[4 * i + 2], strides[4 * i + 3]};
+  };
+  with_element(types[0], [&](auto element) {
+    using T = decltype(element);
+    const auto run = [&](auto accumulator) {
+      using S = decltype(accumulator);
+      EraseMaps maps{maps_, strides[12], strides[13], strides[14], which, shape[0], types[1], shape[5], shape[6],
+                     shape[1], shape[2], shape[3], group[0], double(S(shape[5]) / S(shape[2])),
+                     double(S(shape[6]) / S(shape[3])), sharpness, level};
+      const auto *images = static_cast<const T*>(images_), *grads = static_cast<const T*>(grads_);
+      const auto blocks = static_cast<unsigned>(shape[4] * shape[5]);
+      std::vector<S> sums(blocks, NAN), corners(blocks * 4 * shape[6], NAN);
+      std::vector<int32_t> done(shape[4]);
+      emulator::launch(blocks, kEraseThreads, order, [&] {
+        erase_kernel<T, S>(maps, images, pixels(0), static_cast<T*>(erased_), pixels(1), sums.data(), done.data(),
+                           static_cast<S*>(areas_));
+      });
+      maps.group = group[1];
+      done.assign(done.size(), 0);
+      emulator::launch(blocks, kEraseThreads, order, [&] {
+        erase_backward_kernel<T, S>(maps, images, pixels(0), grads, pixels(2), static_cast<const S*>(grad_areas_),
+                                    corners.data(), done.data(), result);
+      });
+    };
+    if (types[1] == 0) {
+      run(double{});
+    } else {
+      run(float{});
     }
   });
 }
