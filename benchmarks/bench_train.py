@@ -1,5 +1,5 @@
-"""What trainings compute, against plain torch: the segmentation network's loss and erasing, where it enlarges logits and
-maps first, and steps of adversarial erasing, where both networks run forward and backward in either one's turn."""
+"""What trainings compute, against plain torch: the segmentation network's loss and erasing, where logits and maps are
+enlarged first, and steps of adversarial erasing, where both networks run forward and backward in either one's turn."""
 
 import pytest
 import torch
@@ -48,12 +48,13 @@ def bench_erase(compare, threads):
     compare(lambda: run(ops.erase), lambda: run(reference.erase), rounds=9)
 
 
-@pytest.mark.parametrize("baseline", ["straightforward", "frozen"])
-@pytest.mark.parametrize("attention", ["cam", "gradcam"])
+@pytest.mark.parametrize(
+    "attention, baseline", [("gradcam", "straightforward"), ("cam", "straightforward"), ("cam", "frozen")]
+)
 def bench_eader(compare, threads, attention, baseline):
     """A step of either turn, of four crops of 160 with eight classes in all; ResNet-50 against ResNet-18."""
     config = EaderConfig("resnet50", attention=attention, crop=160, device="cpu")
     steps = Steps(config, 4, torch.device("cpu"), baseline)
     torch.testing.assert_close(steps.ours(), steps.plain(), rtol=1e-4, atol=0)
     target = 2.0 if baseline == "straightforward" else None
-    compare(steps.ours, steps.plain, target, rounds=4, of_minima=True)
+    compare(steps.ours, steps.plain, target, rounds=3, of_minima=True)
