@@ -240,6 +240,10 @@ def adapt(
     targets, maps = _targets(labels), []
     for step in range(config.steps + 1):
         maps.append(slopes(pixels, weights, targets)[:, 0].abs())
+        if not maps[-1].isfinite().all():
+            raise ValueError(
+                f"adapt: expected finite gradients, got others after update {step} of {loss}; lower adapt_lr"
+            )
         if step < config.steps:
             gradients = updates(weights, pixels, targets)
             weights = {name: value - config.adapt_lr * gradients[name] for name, value in weights.items()}
@@ -280,7 +284,7 @@ def run(
     config: ToyConfig, out: str | Path, *, progress: Callable[[int, int, str], None] | None = None
 ) -> dict[int, Measured]:
     """Measures every seed and writes out/toy.csv and out/toy.png."""
-    from . import toy_figure
+    from . import toy_figure  # which draws what is measured here
 
     out, found = Path(out), {}
     for name in (TABLE, FIGURE):

@@ -14,7 +14,7 @@ NAMES = {"rib": "L_RIB", "bce": "BCE"}
 _INK, _FAINT, _PAPER = (40, 40, 40), (225, 225, 225), (255, 255, 255)
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
 _SHIFT = 4  # bits of a fraction of a pixel in what OpenCV draws
-_MARGIN, _CELL, _SPACE = 60, 168, 14  # the page's edge, an example's side, what lies between two
+_MARGIN, _CELL, _SPACE = 60, 160, 14  # the page's edge, an example's side, what lies between two
 _COLUMNS = LAYERS + 1 + len(LOSSES)
 _WIDTH = 2 * _MARGIN + _COLUMNS * _CELL + (_COLUMNS - 1) * _SPACE + 2 * _SPACE
 
@@ -64,14 +64,14 @@ def _scale(canvas: np.ndarray, y: int) -> None:
     _line(canvas, [(at, y - 5), (at, y + height + 5)], _INK, 2)
     for value, x in ((0, left), (THRESHOLD, at), (1, left + width)):
         _write(canvas, f"{value:g}", (x, y + height + 26), 0.55, anchor="middle")
-    text = f"gradient / its maximum over the image; above {THRESHOLD:g} a pixel counts as high"
+    text = f"abs(gradient) / its maximum over the image; above {THRESHOLD:g} a pixel counts as high"
     _write(canvas, text, (left + width + 30, y + height - 2), 0.6)
 
 
 def _charts(seeds: Sequence[Measured]) -> np.ndarray:
     canvas, top, height = _page(760), 120, 500
     _write(canvas, "Share of each region's pixels with a high gradient (HGR)", (_MARGIN, 50), 1.0, weight=2)
-    left, width = _MARGIN + 70, (_WIDTH - 2 * _MARGIN) // 2 - 250
+    left, width = _MARGIN + 70, (_WIDTH - 2 * _MARGIN) // 2 - 270
     names = [*map(str, range(1, LAYERS)), "logit"]
     first = _Axes(
         canvas, (left, top, width, height), (1, LAYERS), "layer", list(zip(range(1, LAYERS + 1), names, strict=True))
@@ -125,10 +125,11 @@ class _Axes:
     def lines(self, x: np.ndarray, values: np.ndarray, colour, dashed: bool = False) -> float:
         """values: (seeds, points). Returns the height at which the mean ends."""
         paths = [[(self._x(a), self._y(b)) for a, b in zip(x, row, strict=True)] for row in (*values, values.mean(0))]
+        draw = _dashes if dashed else _line
         thin = tuple(round(255 - 0.35 * (255 - part)) for part in colour)
         for path in paths[:-1] if len(values) > 1 else ():
-            _line(self.canvas, path, thin, 2)
-        (_dashes if dashed else _line)(self.canvas, paths[-1], colour, 5)
+            draw(self.canvas, path, thin, 2)
+        draw(self.canvas, paths[-1], colour, 5)
         return paths[-1][-1][1]
 
     def labels(self, ends: list[tuple[float, str, tuple]]) -> None:

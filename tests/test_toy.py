@@ -84,6 +84,10 @@ def test_images_are_adapted_together_as_each_would_be_alone(network, loss):
     assert all(moved) == (loss == "bce")  # the margin stops some of them
     with pytest.raises(ValueError, match="adapt: expected a loss of rib, bce, got 'ce'"):
         toy.adapt(network, drawn.pixels, drawn.labels, "ce", config)
+    with pytest.raises(
+        ValueError, match=rf"adapt: expected finite gradients, got others after update \d of {loss}; lower"
+    ):
+        toy.adapt(network, drawn.pixels, drawn.labels, loss, replace(config, adapt_lr=1e30))
 
 
 def test_share_of_high_gradients():
