@@ -2,8 +2,8 @@
 
     python benchmarks/toy_variants.py [--seeds 0 1 2]
 
-A row a variant and seed: HGR of the motif at layer 4, layer 5 and the logit, then of motif and background at the logit
-after the updates, over all images and over those of each class.
+Prints docs/toy.md's table of them. A row a variant and seed: HGR of the motif at layer 4, layer 5 and the logit, of the
+background at the logit, of both there after the updates, over all images and over those of each class.
 """
 
 import argparse
@@ -26,6 +26,7 @@ VARIANTS = [
     {"margin": 600.0},
     {"margin": 600.0, "steps": 20},
 ]
+UNSEEN = range(10, 16)  # seeds that no constant was chosen by
 _, MOTIF, BACKGROUND = range(len(toy.REGIONS))
 
 
@@ -43,19 +44,56 @@ def row(config: toy.ToyConfig, seed: int) -> dict:
     return {"accuracy": f"{found.accuracy:.3f}"} | {name: f"{value.item():.3f}" for name, value in values.items()}
 
 
+def table() -> str:
+    """Markdown: means over seeds; of what the motif lost from layer 4 to the logit, the least and the most regained."""
+    with open(RESULTS, newline="") as file:
+        rows = list(csv.DictReader(file))
+    lines = [
+        "| | layer 4 | logit | after BCE | after L_RIB | regained | first class | second class |",
+        "|---" * 8 + "|",
+    ]
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        seeds = [row for row in rows if row["variant"] == variant]
+
+        def mean(name: str, seeds: list[dict] = seeds) -> str:
+            return f"{sum(float(row[name]) for row in seeds) / len(seeds):.2f}"
+
+        def pair(end: str, mean=mean) -> str:
+            return f"{mean('motif_' + end)} ({mean('background_' + end)})"
+
+        regained = [_regained({name: float(row[name]) for name in row if name.startswith("motif_")}) for row in seeds]
+        cells = [variant, mean("motif_layer_4"), *map(pair, ("logit", "bce", "rib"))]
+        cells += [f"{100 * min(regained):.0f} to {100 * max(regained):.0f} %"]
+        cells += map(pair, ("rib_class_0", "rib_class_1"))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _regained(row: dict[str, float]) -> float:
+    return (row["motif_rib"] - row["motif_logit"]) / (row["motif_layer_4"] - row["motif_logit"])
+
+
+def _name(variant: dict) -> str:
+    fields = (f"{field.replace('_', ' ')} {','.join(map(str, value)) if isinstance(value, tuple) else value}"
+              for field, value in variant.items())  # fmt: skip
+    return ", ".join(fields) or "as it is"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options, rows = parser.parse_args(), []
-    for variant in VARIANTS:
-        name = " ".join(f"{field}={value}" for field, value in variant.items()) or "as it is"
-        for seed in options.seeds:
+    runs = [(_name(variant), variant, options.seeds) for variant in VARIANTS]
+    runs.insert(1, (f"as it is, seeds {UNSEEN[0]} to {UNSEEN[-1]}", {}, UNSEEN))
+    for name, variant, seeds in runs:
+        for seed in seeds:
             rows.append({"variant": name, "seed": seed} | row(toy.ToyConfig(**variant), seed))
             print(*rows[-1].values(), flush=True)
     with open(RESULTS, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+    print(table())
 
 
 if __name__ == "__main__":
