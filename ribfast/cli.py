@@ -638,6 +638,23 @@ def _print_classes(result: dict) -> None:
               f"{percent(low).strip()} to {percent(high).strip()}")  # fmt: skip
 
 
+def _toy_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for toy.png and toy.csv")
+    parser.add_argument("--overwrite", action="store_true", help="replace what `toy` made otherwise in --out")
+
+
+def _toy(options: argparse.Namespace, settings) -> None:
+    from . import toy
+
+    there = [options.out / name for name in (toy.TABLE, toy.FIGURE) if (options.out / name).exists()]
+    if there and not (options.out / "config.json").is_file():
+        raise ValueError(f"expected an empty --out, or one that `toy` began, got {options.out} with {there[0].name} "
+                         f"and no config.json that says whose; choose another --out")  # fmt: skip
+    begin(options, settings, ())
+    toy.run(settings, options.out, progress=_progress())
+    log.info("wrote %s and %s", options.out / toy.FIGURE, options.out / toy.TABLE)
+
+
 COMMANDS = {
     "train-classifier": Command(
         "train a classifier on image-level labels",
@@ -668,6 +685,10 @@ COMMANDS = {
     "export": Command(
         "masks as VOC's folder or as COCO's annotations, for other tools",
         "ribfast.export:ExportConfig", _export_arguments, _export,
+    ),
+    "toy": Command(
+        "the information bottleneck on drawn digits: where layers respond, what L_RIB gives back",
+        "ribfast.toy:ToyConfig", _toy_arguments, _toy,
     ),
 }  # fmt: skip
 

@@ -1,23 +1,55 @@
 """What is written agrees with what was measured and with what is there."""
 
+import csv
 import importlib.util
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+REGIONS = ("digit", "motif", "background")
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_readme_shows_the_committed_results():
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
-    tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
+    tables = script("tables")
     text = tables.README.read_text()
     assert tables.with_table(text) == text, "run `python benchmarks/tables.py`"
 
 
+def test_the_toy_experiment_is_told_as_it_was_measured():
+    rows = list(csv.DictReader((ROOT / "benchmarks" / "results" / "toy.csv").read_text().splitlines()))
+
+    def mean(what, index, loss, region):
+        key = {"what": what, "index": str(index), "loss": loss, "region": region}
+        values = [float(row["hgr"]) for row in rows if key.items() <= row.items()]
+        assert len(values) == 3
+        return sum(values) / 3
+
+    last = {(loss, region): mean("step", 10, loss, region) for loss in ("rib", "bce") for region in REGIONS}
+    expected = [mean("layer", layer, "", "motif") for layer in (5, 6)] + [last["rib", "motif"], last["bce", "motif"]]
+    expected += [mean("layer", 6, "", "background"), last["rib", "background"]]
+    section = (ROOT / "README.md").read_text().partition("### The bottleneck itself")[2].partition("\n#")[0]
+    assert re.findall(r"(\d+) %", section) == [f"{100 * value:.0f}" for value in expected]
+    text, variants = (ROOT / "docs" / "toy.md").read_text(), script("toy_variants")
+    assert variants.table() in text, "put in what `table()` of benchmarks/toy_variants.py says"
+    shown = {"after L_RIB": [last["rib", region] for region in REGIONS]}
+    shown |= {"after BCE": [last["bce", region] for region in REGIONS]}
+    for layer in range(1, 7):
+        name = "the logit" if layer == 6 else f"layer {layer}"
+        shown[name] = [mean("layer", layer, "", region) for region in REGIONS]
+    for name, values in shown.items():
+        assert f"| {name} | {' | '.join(f'{value:.2f}' for value in values)} |" in text
+
+
 def test_named_files_and_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
-    for name in ("README.md", "CONTRIBUTING.md", "docs/performance.md"):
+    for name in ("README.md", "CONTRIBUTING.md", "docs/performance.md", "docs/toy.md"):
         text = (ROOT / name).read_text()
         for link in re.findall(r"\]\(([\w/.]+)\)", text):
             assert ((ROOT / name).parent / link).exists(), link

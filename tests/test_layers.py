@@ -121,6 +121,10 @@ def test_single_modules():
     assert foreign(PACKAGE / "segment.py", allowed) == []
     below = [f"ribfast.{name}" for name in ("__version__", "data", "files", "store")]
     assert foreign(PACKAGE / "export.py", ["numpy", "cv2", *below, *standard]) == []
+    assert (
+        foreign(PACKAGE / "toy.py", ["torch", "numpy", "cv2", "ribfast.files", "ribfast.toy_figure", *standard]) == []
+    )
+    assert foreign(PACKAGE / "toy_figure.py", ["numpy", "cv2", "ribfast.toy", *standard]) == []
     assert foreign(PACKAGE / "cli.py", ["ribfast", *standard]) == []  # torch only where a command needs it
 
 
