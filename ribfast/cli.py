@@ -11,6 +11,7 @@ import importlib
 import json
 import logging
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -25,6 +26,8 @@ log = logging.getLogger("ribfast")
 # fields of how a run is put to work, which change no result
 INDIFFERENT = ("shard", "workers", "device", "batch", "cache_mib", "concurrency", "graphs")
 EXPECTED = (ValueError, OSError, ArithmeticError, MemoryError)  # said in a line; others are bugs and show where
+# exit codes beside 0 and argparse's 2: nothing more can be made; some images could not be; interrupted
+FAILED, INCOMPLETE, INTERRUPTED = 1, 3, 130
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,40 +88,43 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
     parser.add_argument("options", nargs=argparse.REMAINDER, metavar="...", help="its options")
     chosen = parser.parse_args(argv)
-    command = COMMANDS[chosen.command]
-    module, _, name = _config_of(command, chosen.options).partition(":")
-    kind = getattr(importlib.import_module(module), name)
-
-    parser = argparse.ArgumentParser(
-        prog=f"ribfast {chosen.command}",
-        usage=f"ribfast {chosen.command} OPTIONS",
-        description=_sentence(command.help),
-        allow_abbrev=False,
-    )
-    command.arguments(parser)
-    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
-    _add_config(parser, kind, () if isinstance(command.config, str) else tuple(command.config))
-    options = parser.parse_args(chosen.options)
-    options.command = chosen.command
-    handler = _log_to_stderr()
+    options, handler = argparse.Namespace(debug="--debug" in chosen.options), _log_to_stderr()
     try:
-        try:
-            settings = _make_config(kind, options)
-        except ValueError as error:
-            if options.debug:
-                raise
-            parser.error(str(error))
-        return command.run(options, settings) or 0
+        options, settings = _parse(chosen.command, chosen.options)
+        return COMMANDS[chosen.command].run(options, settings) or 0
     except KeyboardInterrupt:
-        log.error("interrupted")
-        return 130
+        log.error("interrupted; %s goes on where it was", "the same command with --resume"
+                  if getattr(options, "resume", None) is False else "the same command")  # fmt: skip
+        return INTERRUPTED
     except Exception as error:
         if options.debug or not (isinstance(error, EXPECTED) or type(error).__name__ == "OutOfMemoryError"):
             raise
         log.error("ribfast %s: %s", chosen.command, str(error) or type(error).__name__)
-        return 1
+        return FAILED
     finally:
         log.removeHandler(handler)
+
+
+def _parse(name: str, words: list[str]) -> tuple[argparse.Namespace, Any]:
+    """A command's options and its configuration."""
+    command = COMMANDS[name]
+    module, _, kind_name = _config_of(command, words).partition(":")
+    kind = getattr(importlib.import_module(module), kind_name)
+    parser = argparse.ArgumentParser(
+        prog=f"ribfast {name}", usage=f"ribfast {name} OPTIONS", description=_sentence(command.help),
+        allow_abbrev=False,
+    )  # fmt: skip
+    command.arguments(parser)
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+    _add_config(parser, kind, () if isinstance(command.config, str) else tuple(command.config))
+    options = parser.parse_args(words)
+    options.command = name
+    try:
+        return options, _make_config(kind, options)
+    except ValueError as error:
+        if options.debug:
+            raise
+        parser.error(str(error))
 
 
 def _config_of(command: Command, words: list[str]) -> str:
@@ -147,6 +153,10 @@ def _log_to_stderr() -> logging.Handler:
 
 def _first() -> bool:
     return os.environ.get("RANK", "0") == "0"
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def _progress(title: str = "") -> Progress | None:
@@ -287,7 +297,7 @@ def _short(value) -> str:
 def _clear(options: argparse.Namespace, settings) -> None:
     from .store import Store
 
-    if getattr(settings, "shard", None) is not None or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if getattr(settings, "shard", None) is not None or _processes() > 1:
         raise ValueError(f"expected one process for --overwrite, got several, which would remove one another's files; "
                          f"remove {options.out} and run without it")  # fmt: skip
     Store(options.out).clear()
@@ -401,7 +411,7 @@ def _make_maps(options: argparse.Namespace, settings, stage: Callable, source, m
 def _report(options: argparse.Namespace, result) -> int:
     log.info("%d made, %d there before, %d without classes, %d failed; %s", result.made, result.kept,
              result.without_classes, len(result.failed), options.out)  # fmt: skip
-    return 1 if result.failed else 0
+    return INCOMPLETE if result.failed else 0
 
 
 def _masks_arguments(parser: argparse.ArgumentParser) -> None:
@@ -578,6 +588,85 @@ def _predict(options: argparse.Namespace, settings) -> int:
     return _report(options, made)
 
 
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    _data_arguments(parser)
+    parser.add_argument("--validation", metavar="NAME", help="the split to predict (default: --split's images)")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="the backbone to start from, .pth or .safetensors")
+    parser.add_argument("--classifier", type=Path, metavar="FILE", help="a trained one, in place of the first stage")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for a folder of each stage")
+    parser.add_argument("--set", action="append", default=[], metavar="STAGE.FIELD=VALUE", dest="fields",
+                        help="a field of a stage's own configuration, such as rib.steps=5; repeatable")  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="print the stages' command lines, and run none")
+
+
+def _run(options: argparse.Namespace, settings) -> int:
+    """The stages' commands; their images that fail are left out and said in the exit code."""
+    from .data import open_source
+    from .run import Given, has_masks, sound, stages, without_failed
+
+    if _processes() > 1:
+        raise ValueError(f"expected one process for run, got {_processes()}; run its stages, which --dry-run shows, "
+                         f"with torchrun")  # fmt: skip
+    source = open_source(options.data, options.split)
+    if options.validation is not None:
+        open_source(options.data, options.validation)
+    given = Given(options.data, options.split, options.validation, options.out, options.weights, options.classifier,
+                  _stage_fields(options.fields))  # fmt: skip
+
+    def lines() -> list:
+        found = stages(given, settings, has_masks(source))
+        return [(stage, *_parse(stage.command, stage.words)) for stage in found]
+
+    if options.dry_run:
+        for stage, *_ in lines():
+            print("ribfast", stage.command, shlex.join(stage.words))
+        return 0
+    lines()  # whose errors come before anything is written
+    named = {name: value for name in ("weights", "classifier") if (value := getattr(options, name)) is not None}
+    begin(options, settings, INDIFFERENT, images=source.digest(), fields=given.fields, **named)
+    listed = sound(source, options.out, settings.workers, lists=not options.data.startswith("coco:"),
+                   progress=_progress("looking at the images"))  # fmt: skip
+    if listed is not None:
+        given = given._replace(split=str(listed))
+    incomplete, found, compared = listed is not None, lines(), []
+    for number in range(len(found)):
+        stage, own, its_settings = found[number]
+        log.info("[%d/%d] %s: ribfast %s %s", number + 1, len(found), stage.name, stage.command,
+                 shlex.join(stage.words))  # fmt: skip
+        if COMMANDS[stage.command].run(own, its_settings):
+            incomplete = True
+            given = without_failed(given, options.out, stage.name, open_source(own.data, own.split), own)
+            found = lines()
+        if stage.command == "eval":
+            compared.append(own.maps or own.masks)
+    _print_stages(compared)
+    return INCOMPLETE if incomplete else 0
+
+
+def _print_stages(folders: list[Path]) -> None:
+    """mIoU of what eval looked at."""
+    if not folders:
+        return
+    print("\nmIoU against ground truth; of maps at the threshold that is best on these images:")
+    for folder in folders:
+        found = json.loads((folder / "evaluation.json").read_text("utf-8"))
+        print(f"  {folder.name:<12} {100 * found['reported']['miou']:6.2f}   {found['images']} images")
+
+
+def _stage_fields(words: list[str]) -> dict[str, dict[str, str]]:
+    """Of --set."""
+    from .run import STAGES
+
+    found = {}
+    for word in words:
+        place, equals, value = word.partition("=")
+        stage, dot, field = place.partition(".")
+        if not (equals and dot and field) or stage not in STAGES:
+            raise ValueError(f"expected --set STAGE.FIELD=VALUE with a stage of {', '.join(STAGES)}, got {word!r}")
+        found.setdefault(stage, {})[field] = value
+    return found
+
+
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     _data_arguments(parser)
     what = parser.add_mutually_exclusive_group(required=True)
@@ -656,6 +745,10 @@ def _toy(options: argparse.Namespace, settings) -> None:
 
 
 COMMANDS = {
+    "run": Command(
+        "everything below, from photographs with labels to a trained segmenter's masks",
+        "ribfast.run:RunConfig", _run_arguments, _run,
+    ),
     "train-classifier": Command(
         "train a classifier on image-level labels",
         {"bce": "ribfast.train:ClassifierConfig", "eader": "ribfast.train:EaderConfig"},

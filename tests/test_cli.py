@@ -250,7 +250,7 @@ def test_from_pictures_to_an_evaluation(tmp_path, capsys):
     assert json.loads((maps / "config.json").read_text())["command"] == "cam"
     (tmp_path / "data" / "images" / "p0.png").write_bytes(b"nothing")
     Store(maps).path("p0").unlink()
-    assert cli.main(cam) == 1
+    assert cli.main(cam) == 3
     assert "p0.png" in (said := capsys.readouterr().err) and "1 failed" in said
     assert "p0.png" in json.loads((maps / "failures.jsonl").read_text())["error"]
     assert cli.main(evaluate) == 1 and "got none of p0; make them first" in capsys.readouterr().err

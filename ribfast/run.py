@@ -1,0 +1,188 @@
+"""From labelled photographs to masks, a segmenter and its predictions: the other commands, one after another.
+
+Each stage is a command line, which can be run by itself: what it made before it is not made again.
+"""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from . import data, files
+from .store import Store
+
+log = logging.getLogger("ribfast")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The defaults are for some hundreds of photographs and a laptop; --set changes a stage's own fields."""
+
+    network: Literal["resnet18", "resnet50", "resnet101", "mobilenet_v2"] = "mobilenet_v2"  # of classifier, segmenter
+    size: Literal["small", "published"] = (
+        "small"  # crops and passes: for photographs of about 320 pixels, or the papers'
+    )
+    rib: Literal["none", "released", "paper", "coco", "fast"] = "fast"  # how the classifier is adapted to each image
+    masks: Literal["crf", "irn", "ppmg", "par", "pamr", "threshold"] = "crf"  # how masks are made of its maps
+    segmenter: bool = True  # train one on the masks, and predict
+    cycle: bool = False  # PMM's: train it again on what it predicts
+    normalization: Literal["imagenet", "symmetric"] = "imagenet"  # of pixels; symmetric: x / 127.5 - 1
+    tensorflow_padding: bool = False  # for MobileNetV2 weights that were trained in TensorFlow
+    seed: int = 0
+    workers: int = 2  # threads that decode
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+
+    def __post_init__(self):
+        if self.seed < 0 or self.workers < 1:
+            raise ValueError(f"RunConfig: expected seed of at least 0 and workers of at least 1, got {self.seed} and "
+                             f"{self.workers}")  # fmt: skip
+        if self.tensorflow_padding and self.network != "mobilenet_v2":
+            raise ValueError(f"RunConfig: expected tensorflow_padding with mobilenet_v2, got {self.network}")
+        if self.cycle and not self.segmenter:
+            raise ValueError("RunConfig: expected a cycle with a segmenter, got segmenter false")
+
+    @classmethod
+    def light(cls) -> "RunConfig":
+        return cls()
+
+    @classmethod
+    def voc(cls) -> "RunConfig":
+        """RIB's masks by IRN, and DeepLab-v2 on them, as published."""
+        return cls(network="resnet50", size="published", rib="released", masks="irn")
+
+    @classmethod
+    def coco(cls) -> "RunConfig":
+        return cls(network="resnet50", size="published", rib="coco", masks="irn")
+
+
+class Stage(NamedTuple):
+    name: str  # as --set says it, and of its folder
+    command: str
+    words: list[str]
+
+
+STAGES = ("classifier", "cam", "rib", "labels", "irn", "masks", "segmenter", "predicted")
+CHECKPOINTS = {"classifier": "classifier.safetensors", "irn": "irn.safetensors", "segmenter": "segmenter.safetensors"}
+
+
+SHOWN = 10  # images that are left out, of which the log says why
+
+
+class Given(NamedTuple):
+    """What a run is made of."""
+
+    data: str  # KIND:PATH
+    split: str | None
+    validation: str | None  # what the segmenter's predictions are looked at on, too
+    out: Path
+    weights: Path | None
+    classifier: Path | None  # a trained one, in place of the first stage
+    fields: dict[str, dict[str, str]]  # of stages, as options say them
+
+
+def stages(given: Given, config: RunConfig, masked: bool) -> list[Stage]:
+    """masked: whether the data has masks, which maps and masks are compared with."""
+    here, c = given.out, config
+    images = ["--data", given.data, *(["--split", given.split] if given.split else [])]
+    works = ["--workers", str(c.workers), "--device", c.device]
+    network = ["--network", c.network, "--normalization", c.normalization]
+    network += ["--tensorflow-padding"] * c.tensorflow_padding
+    start = [] if given.weights is None else ["--weights", str(given.weights)]
+    classifier, found = given.classifier or here / "classifier" / CHECKPOINTS["classifier"], []
+
+    def add(name: str, command: str, *words) -> Path:
+        own = [word for field, value in given.fields.get(name, {}).items() for word in _option(field, value)]
+        found.append(Stage(name, command, [*map(str, words), "--out", str(here / name), *own]))
+        return here / name
+
+    def compare(kind: str, folder: Path, *split: str) -> None:
+        if masked:
+            words = [*(split or images), f"--{kind}", str(folder), "--workers", str(c.workers)]
+            found.append(Stage(f"{folder.name} against ground truth", "eval", words))
+
+    if given.classifier is None:
+        small = ["--lr", "0.03" if c.network == "mobilenet_v2" else "0.01", "--epochs", "8", "--long-side", "224,384",
+                 "--crop", "288", "--preset", "paper"] if c.size == "small" else []  # fmt: skip
+        add("classifier", "train-classifier", *images, *network, *small, *start, "--seed", c.seed, *works, "--resume")
+    maps = add("cam", "cam", *images, "--checkpoint", classifier, *works)
+    compare("maps", maps)
+    if c.rib != "none":
+        small = (
+            ["--others-crop", "192", "--others-long-side", "154,269", "--n-others", "8"] if c.size == "small" else []
+        )
+        if c.network == "mobilenet_v2":  # whose maps hardly move at the rate of ResNet-50
+            small += ["--lr", "3e-5"]
+        words = [*images, "--checkpoint", classifier, "--preset", c.rib, *small, "--seed", c.seed]
+        maps = add("rib", "rib", *words, *works)
+        compare("maps", maps)
+    irn = []
+    if c.masks == "irn":
+        preset = "rib_labels" if c.rib != "none" else "labels"
+        labels = add("labels", "masks", *images, "--maps", maps, "--preset", preset, *works)
+        small = ["--preset", "small"] if c.size == "small" else []
+        words = [*images, "--labels", labels, *network, *small, "--weights", classifier, "--seed", c.seed]
+        add("irn", "train-irn", *words, *works, "--resume")
+        irn = ["--irn", str(here / "irn" / CHECKPOINTS["irn"])]
+    preset = {"irn": "irn" if c.rib == "none" else "coco" if c.rib == "coco" else "rib"}.get(c.masks, c.masks)
+    masks = add("masks", "masks", *images, "--maps", maps, "--preset", preset, *irn, *works)
+    compare("masks", masks)
+    if c.segmenter:
+        preset = "light" if c.size == "small" else "coco" if c.rib == "coco" else "voc"
+        looks = ["--validation", given.validation] if given.validation and masked else []
+        add("segmenter", "train-seg", *images, "--masks", masks, "--preset", preset, *network, *start, *looks,
+            *(["--cycle"] * c.cycle), "--seed", c.seed, *works, "--resume")  # fmt: skip
+        checkpoint = here / "segmenter" / CHECKPOINTS["segmenter"]
+        shown = ["--data", given.data, "--split", given.validation] if given.validation else images
+        predicted = add("predicted", "predict", *shown, "--checkpoint", checkpoint, *works)
+        compare("masks", predicted, *shown)
+    return found
+
+
+def sound(source: data.Source, out: Path, workers: int, *, lists: bool, progress=None) -> Path | None:
+    """A list of the images that can be read, where others cannot, whose reasons go into failures.jsonl; else None.
+
+    lists: whether the data takes such a list; without, images that cannot be read are an error.
+    """
+    listed, failures = out / "images.txt", out / "failures.jsonl"
+    if listed.is_file():  # by a run before
+        return listed if failures.is_file() else None
+    found = data.scan(source, required=False, workers=workers, progress=progress)
+    if not lists:
+        found.check("run")
+    problems = found.problems
+    bad = {problem.name for problem in problems}
+    good = [item.name for item in source if item.name not in bad]
+    if not good:
+        raise ValueError(f"run: expected images that can be read, got {len(source)} that cannot; the first: "
+                         f"{problems[0].reason}")  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    if problems:
+        files.write(failures, "".join(json.dumps(problem._asdict()) + "\n" for problem in problems).encode())
+        for problem in problems[:SHOWN]:
+            log.warning("left out: %s: %s", *problem)
+        log.warning("left out: %d of %d images; all in %s", len(bad), len(source), failures)
+    files.write(listed, "".join(f"{name}\n" for name in good).encode())
+    return listed if problems else None
+
+
+def without_failed(given: Given, out: Path, stage: str, source: data.Source, options) -> Given:
+    """What the stages after one go on with, some of whose images failed. options: the stage's."""
+    failed = Store(options.out).failures()
+    if given.data.startswith("coco:"):
+        raise ValueError(f"run: expected all images to pass {stage}, got {len(failed)} that failed; {options.out} says "
+                         f"why; take them off the annotations")  # fmt: skip
+    left = out / f"images-after-{stage}.txt"
+    files.write(left, "".join(f"{item.name}\n" for item in source if item.name not in failed).encode())
+    return given._replace(**{"split" if options.split == given.split else "validation": str(left)})
+
+
+def has_masks(source: data.Source) -> bool:
+    return bool(len(source)) and all(item.mask is not None or item.name in source.drawings for item in source)
+
+
+def _option(field: str, value: str) -> list[str]:
+    name = "--" + field.replace("_", "-")
+    if value.lower() in ("true", "false"):
+        return [name if value.lower() == "true" else "--no-" + name[2:]]
+    return [name, value]
