@@ -28,15 +28,16 @@ INDIFFERENT = ("shard", "workers", "device", "batch", "cache_mib", "concurrency"
 EXPECTED = (ValueError, OSError, ArithmeticError, MemoryError)  # said in a line; others are bugs and show where
 # exit codes beside 0 and argparse's 2: nothing more can be made; some images could not be; interrupted
 FAILED, INCOMPLETE, INTERRUPTED = 1, 3, 130
+RESUMING = {"resume", "keep", "dry_run"}  # options of commands that go on with what is there
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """config: "module:Class", imported for this command alone, or one for each of its methods, the first the default.
-    run returns the exit code; None is success."""
+    """config: "module:Class", imported for this command alone, or one for each of its methods, the first the default,
+    or None. run returns the exit code; None is success."""
 
     help: str
-    config: str | dict[str, str]
+    config: str | dict[str, str] | None
     arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace, Any], int | None]
 
@@ -93,9 +94,12 @@ def main(argv: list[str] | None = None) -> int:
         options, settings = _parse(chosen.command, chosen.options)
         return COMMANDS[chosen.command].run(options, settings) or 0
     except KeyboardInterrupt:
-        log.error("interrupted; %s goes on where it was", "the same command with --resume"
-                  if getattr(options, "resume", None) is False else "the same command")  # fmt: skip
+        again = "the same command" + " with --resume" * (getattr(options, "resume", True) is False)
+        log.error("interrupted%s", f"; {again} goes on where it was" if RESUMING & vars(options).keys() else "")
         return INTERRUPTED
+    except BrokenPipeError:  # whoever read standard output has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
     except Exception as error:
         if options.debug or not (isinstance(error, EXPECTED) or type(error).__name__ == "OutOfMemoryError"):
             raise
@@ -107,24 +111,30 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parse(name: str, words: list[str]) -> tuple[argparse.Namespace, Any]:
     """A command's options and its configuration."""
-    command = COMMANDS[name]
-    module, _, kind_name = _config_of(command, words).partition(":")
-    kind = getattr(importlib.import_module(module), kind_name)
+    parser, kind = _parser_of(name, words)
+    options = parser.parse_args(words)
+    options.command = name
+    try:
+        return options, None if kind is None else _make_config(kind, options)
+    except ValueError as error:
+        if options.debug:
+            raise
+        parser.error(str(error))
+
+
+def _parser_of(name: str, words: list[str]) -> tuple[argparse.ArgumentParser, type | None]:
+    command, kind = COMMANDS[name], None
     parser = argparse.ArgumentParser(
         prog=f"ribfast {name}", usage=f"ribfast {name} OPTIONS", description=_sentence(command.help),
         allow_abbrev=False,
     )  # fmt: skip
     command.arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
-    _add_config(parser, kind, () if isinstance(command.config, str) else tuple(command.config))
-    options = parser.parse_args(words)
-    options.command = name
-    try:
-        return options, _make_config(kind, options)
-    except ValueError as error:
-        if options.debug:
-            raise
-        parser.error(str(error))
+    if command.config is not None:
+        module, _, kind_name = _config_of(command, words).partition(":")
+        kind = getattr(importlib.import_module(module), kind_name)
+        _add_config(parser, kind, () if isinstance(command.config, str) else tuple(command.config))
+    return parser, kind
 
 
 def _config_of(command: Command, words: list[str]) -> str:
@@ -727,6 +737,39 @@ def _print_classes(result: dict) -> None:
               f"{percent(low).strip()} to {percent(high).strip()}")  # fmt: skip
 
 
+def _info_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="for programs")
+
+
+def _info(options: argparse.Namespace, settings) -> None:
+    from . import info
+
+    print(json.dumps(info.collect(), indent=2) if options.json else "\n".join(info.lines()))
+
+
+def _completion_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"))
+
+
+def _completion(options: argparse.Namespace, settings) -> None:
+    """Of commands and options; of what has few values, these; else of files."""
+    from .completion import Option, script
+
+    def offered(name: str) -> list[Option]:
+        command, found = COMMANDS[name], {}
+        for method in command.config if isinstance(command.config, dict) else ("",):
+            parser, _ = _parser_of(name, ["--method", method] if method else [])
+            for action in parser._actions:
+                values = action.choices or (action.metavar or "").strip("{}").split(",") * (
+                    "{" in (action.metavar or "")
+                )
+                for word in action.option_strings:
+                    found[word] = Option(word, tuple(map(str, values)), action.nargs != 0, action.help or "")
+        return list(found.values())
+
+    print(script(options.shell, {name: (command.help, offered(name)) for name, command in COMMANDS.items()}), end="")
+
+
 def _toy_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for toy.png and toy.csv")
     parser.add_argument("--overwrite", action="store_true", help="replace what `toy` made otherwise in --out")
@@ -778,6 +821,12 @@ COMMANDS = {
     "export": Command(
         "masks as VOC's folder or as COCO's annotations, for other tools",
         "ribfast.export:ExportConfig", _export_arguments, _export,
+    ),
+    "info": Command(
+        "what was built, which backend serves each operator, and why", None, _info_arguments, _info
+    ),
+    "completion": Command(
+        "a shell's completion of commands and options", None, _completion_arguments, _completion
     ),
     "toy": Command(
         "the information bottleneck on drawn digits: where layers respond, what L_RIB gives back",
