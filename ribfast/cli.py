@@ -737,6 +737,40 @@ def _print_classes(result: dict) -> None:
               f"{percent(low).strip()} to {percent(high).strip()}")  # fmt: skip
 
 
+def _scan_arguments(parser: argparse.ArgumentParser) -> None:
+    _data_arguments(parser)
+    parser.add_argument("--masks", action="store_true", help="an image without a mask is a problem")
+    parser.add_argument("--workers", type=_parser(int), default=2, metavar="N", help="threads that decode (default: 2)")
+    parser.add_argument("--json", action="store_true", help="for programs")
+
+
+def _scan(options: argparse.Namespace, settings) -> int:
+    from .data import open_source, scan
+
+    if options.workers < 1:
+        raise ValueError(f"expected --workers of at least 1, got {options.workers}")
+    source = open_source(options.data, options.split)
+    found = scan(source, required=options.masks, workers=options.workers, progress=_progress())
+    images, pixels = source.labels().sum(0).tolist(), found.pixels.tolist()
+    if options.json:
+        classes = {name: {"images": count, "pixels": own} for name, count, own in
+                   zip(found.classes, images, pixels[1:-1], strict=True)}  # fmt: skip
+        facts = {"images": found.images, "masks": found.masks, "background": pixels[0], "ignored": pixels[-1]}
+        problems = [problem._asdict() for problem in found.problems]
+        print(json.dumps(facts | {"classes": classes, "problems": problems}, indent=2))
+    else:
+        print(f"{found.images} images, {found.masks} with masks without problems")
+        rows = [("background", None, pixels[0]), *zip(found.classes, images, pixels[1:-1], strict=True)]
+        rows += [("ignored", None, pixels[-1])]
+        width, total = max(len(name) for name, *_ in rows), max(1, sum(pixels))
+        for name, count, own in rows:
+            of_images = "" if count is None else f"{count} images"
+            print(f"  {name:<{width}}  {of_images:>14}  {100 * own / total:6.2f} % of the pixels")
+        for problem in found.problems:
+            print(f"{problem.name}: {problem.reason}")
+    return INCOMPLETE if found.problems else 0
+
+
 def _info_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="for programs")
 
@@ -822,6 +856,7 @@ COMMANDS = {
         "masks as VOC's folder or as COCO's annotations, for other tools",
         "ribfast.export:ExportConfig", _export_arguments, _export,
     ),
+    "scan": Command("every problem of a data set at once, and what it holds", None, _scan_arguments, _scan),
     "info": Command(
         "what was built, which backend serves each operator, and why", None, _info_arguments, _info
     ),

@@ -1,10 +1,11 @@
 import dataclasses
+import json
 
 import numpy as np
 import pictures
 import pytest
 
-from ribfast import data
+from ribfast import cli, data
 from ribfast.store import open_masks
 
 
@@ -114,3 +115,19 @@ def test_an_empty_list_and_many_problems(folder):
         found.check("train")
     lines = str(stop.value).splitlines()
     assert len(lines) == 12 and lines[-1] == "  and 2 more"
+
+
+def test_the_command(folder, capsys):
+    words = ["scan", "--data", f"folder:{folder}"]
+    assert cli.main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "6 images, 6 with masks without problems" and [line.split()[0] for line in lines[1:]] == [
+        "background", "square", "disc", "ignored"]  # fmt: skip
+    assert sum(float(line.split("%")[0].split()[-1]) for line in lines[1:]) == pytest.approx(100, abs=0.05)
+    spoil(folder)
+    assert cli.main([*words, "--json"]) == cli.INCOMPLETE
+    facts = json.loads(capsys.readouterr().out)
+    assert {each["name"] for each in facts["problems"]} == {"p0", "p1", "p2", "p3", "p4"} and facts["images"] == 6
+    assert facts["classes"]["disc"]["images"] == 2
+    assert cli.main([*words, "--masks"]) == cli.INCOMPLETE and "p5: " in capsys.readouterr().out
+    assert cli.main([*words, "--workers", "0"]) == cli.FAILED and "of at least 1" in capsys.readouterr().err
