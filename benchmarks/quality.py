@@ -220,7 +220,8 @@ def write_report() -> None:
 def report_of_eader(facts: dict) -> str:
     """mIoU of CAMs by how their classifier was trained."""
     rows = facts["rows"]
-    text = [ABOUT_EADER.format(adversary=", ".join({row["adversary"] for row in rows}), turn=facts["turn"])]
+    adversaries = sorted({row["adversary"] for row in rows})
+    text = [ABOUT_EADER.format(adversary=", ".join(adversaries), turn=facts["turn"])]
     for network in sorted({row["network"] for row in rows}):
         own = [row for row in rows if row["network"] == network]
         text += [f"\n### {network}\n", "| trained by | mIoU | gain | best on val | on train | thresholds |",
@@ -229,7 +230,8 @@ def report_of_eader(facts: dict) -> str:
         for variant in dict.fromkeys(row["variant"] for row in own):
             found = [row for row in own if row["variant"] == variant]
             cells = [_mean([100 * row["miou"] for row in found])]
-            cells += [_mean([100 * (row["miou"] - plain[row["seed"]]) for row in found if row["seed"] in plain])]
+            gains = [100 * (row["miou"] - plain[row["seed"]]) for row in found if row["seed"] in plain]
+            cells += [_mean(gains) if gains else ""]
             cells += [_mean([100 * row[name] for row in found]) for name in ("best_on_val", "miou_on_train")]
             cells += [", ".join(f"{row['threshold']:g}" for row in found)]
             text.append(f"| {variant} | {' | '.join(cells)} |")

@@ -45,8 +45,9 @@ TRAIN = {
     "segmentation_loss[{}-81-mean]": "the same, 81 labels",
     "segmentation_loss[{}-21-pow]": "21 labels, pretended under-fitting",
     "erase[{}]": "`erase`, forward and backward, 24 maps (28, 28) on 12 images of 448x448",
-    "eader[{}-gradcam-straightforward]": "EADER, a step of either turn, Grad-CAM, against both networks run whole",
-    "eader[{}-cam-straightforward]": "the same, CAM",
+    "eader[{}-gradcam-straightforward]": "EADER, a step of either turn, Grad-CAM, against both networks run whole, and "
+    "once more backward for each class",
+    "eader[{}-cam-straightforward]": "the same, CAM, against both networks run whole",
     "eader[{}-cam-frozen]": "the same, against networks whose frozen layers have no gradients either",
 }
 EVALUATE = {"npz": "npz, strided maps", "irn": "IRN's files"}

@@ -90,6 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("options", nargs=argparse.REMAINDER, metavar="...", help="its options")
     chosen = parser.parse_args(argv)
     options, handler = argparse.Namespace(debug="--debug" in chosen.options), _log_to_stderr()
+    _read_fields.cache_clear()
     try:
         options, settings = _parse(chosen.command, chosen.options)
         return COMMANDS[chosen.command].run(options, settings) or 0
@@ -131,25 +132,30 @@ def _parser_of(name: str, words: list[str]) -> tuple[argparse.ArgumentParser, ty
     command.arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     if command.config is not None:
-        module, _, kind_name = _config_of(command, words).partition(":")
+        methods = command.config if isinstance(command.config, dict) else {}
+        place = methods[_method_of(methods, words)] if methods else command.config
+        module, _, kind_name = place.partition(":")
         kind = getattr(importlib.import_module(module), kind_name)
-        _add_config(parser, kind, () if isinstance(command.config, str) else tuple(command.config))
+        _add_config(parser, kind, tuple(methods))
     return parser, kind
 
 
-def _config_of(command: Command, words: list[str]) -> str:
-    """The configuration's class; of several, that of the method which the options, or their --config, say."""
-    if isinstance(command.config, str):
-        return command.config
+def _method_of(methods: dict[str, str], words: list[str]) -> str:
+    """What the options say, else their --config, else the first. Of several options, each is for some methods."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--method")
     first.add_argument("--config", type=Path)
     try:
         known, _ = first.parse_known_args(words)
-        method = known.method or (config.read(known.config).get("method") if known.config is not None else None)
+        method = known.method or (known.config and _read_fields(known.config).get("method"))
     except (argparse.ArgumentError, ValueError, OSError):  # which the command's own parser will say
         method = None
-    return command.config.get(method) or next(iter(command.config.values()))
+    return method if isinstance(method, str) and method in methods else next(iter(methods))
+
+
+@functools.lru_cache(1)  # a pipe can be read once
+def _read_fields(path: Path) -> dict:
+    return config.read(path)
 
 
 def _log_to_stderr() -> logging.Handler:
@@ -185,9 +191,9 @@ def _add_config(parser: argparse.ArgumentParser, kind: type, methods: tuple[str,
     group.add_argument("--config", type=Path, metavar="FILE", help="JSON of fields, such as a run's config.json")
     said, base = config.comments(kind), _default(kind)
     for name, hint in config.hints(kind).items():
-        if name == "method" and methods:  # of one class there is one
-            hint = typing.Literal[methods]
         option, default = "--" + name.replace("_", "-"), getattr(base, name)
+        if name == "method" and methods:  # of which a class has one
+            hint, default = typing.Literal[methods], methods[0]
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else "none" if default is None else default
         text = f"{said.get(name, '')} (default: {shown})".strip().replace("%", "%%")
         common = {"dest": "field_" + name, "default": argparse.SUPPRESS, "help": text}
@@ -216,8 +222,8 @@ def _parser(hint):
 
 
 def _make_config(kind: type, options: argparse.Namespace):
-    values = config.read(options.config) if options.config is not None else {}
-    values |= {name.removeprefix("field_"): v for name, v in vars(options).items() if name.startswith("field_")}
+    values = _read_fields(options.config) if options.config is not None else {}
+    values = values | {name.removeprefix("field_"): v for name, v in vars(options).items() if name.startswith("field_")}
     preset = getattr(options, "preset", None) or next(iter(config.presets(kind)), None)
     return config.make(kind, values, preset)
 

@@ -88,6 +88,17 @@ def differences(config, other: Mapping, without: tuple[str, ...] = ()) -> list[s
     ]
 
 
+def check_choices(config) -> None:
+    """Raises where a field holds none of its type's choices, as a constructor alone lets it."""
+    for name, hint in hints(type(config)).items():
+        choices = [arm for arm in _arms(hint) if typing.get_origin(arm) is typing.Literal]
+        if choices:
+            try:
+                fit(hint, getattr(config, name))
+            except ValueError as error:
+                raise ConfigError(f"{type(config).__name__}: {name}: {error}") from None
+
+
 def hints(kind: type) -> dict:
     """The types of a configuration's fields by name."""
     known = typing.get_type_hints(kind)

@@ -487,7 +487,7 @@ def segmentation_loss(
 
 
 def erase(images, maps, which, *, sharpness=100.0, level=0.5):
-    """Images (N, 3, H, W) with what maps (P, h, w) attend to taken out, which[p] being the image of map p; and, of each
+    """Images (N, C, H, W) with what maps (P, h, w) attend to taken out, which[p] being the image of map p; and, of each
     map, its attention summed over the pixels.
 
     The attention A is the map, rectified, enlarged (bilinear, align_corners=False) and stretched from its minimum to

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -17,8 +18,9 @@ from ribfast import data, models, pipeline, reference
 from ribfast.cli import main
 from ribfast.processes import Processes
 from ribfast.store import Store
-from ribfast.train import ClassifierConfig, EaderConfig, train_classifier, train_eader
+from ribfast.train import ClassifierConfig, EaderConfig, loop, train_classifier, train_eader
 from ribfast.train.adversarial import EaderTask
+from ribfast.train.classifier import ClassifierTask
 
 SMALL = EaderConfig("resnet18", 2, 4, lr=0.003, long_side=(48, 72), crop=64, localiser_steps=2, adversary_steps=1,
                     workers=2, device="cpu")  # fmt: skip
@@ -130,11 +132,12 @@ def test_nothing_runs_that_the_loss_does_not_need(source, weights):
 
 
 @pytest.mark.parametrize("networks", [("resnet18", "resnet18"), ("resnet18", "mobilenet_v2")], ids="-".join)
-def test_steps_are_those_of_plain_sgd(source, weights, tmp_path, networks):
+def test_steps_are_those_of_plain_sgd(source, weights, tmp_path, networks, device):
     """Written out for four steps: two of the localiser, one of the adversary, one of the localiser, each moved by its
     own momentum alone."""
     config = dataclasses.replace(SMALL, network=networks[0], adversary=networks[1], long_side=(64, 64), flip=False)
-    config = dataclasses.replace(config, sharpness=20.0, adversary_lr_scale=0.5)  # a hundred makes much of rounding
+    # a sharpness of a hundred makes much of rounding
+    config = dataclasses.replace(config, sharpness=20.0, adversary_lr_scale=0.5, device=device)
     path = train_eader(source, config, tmp_path, weights=weights)
     torch.manual_seed(0)
     localiser = models.cam_classifier(networks[0], 2)
@@ -236,7 +239,7 @@ def test_two_processes_share_each_batch(source, weights, tmp_path):
 
 
 def test_the_result_is_an_ordinary_checkpoint(source, weights, tmp_path):
-    config = dataclasses.replace(SMALL, normalization="symmetric", precision="bfloat16", batch=100)
+    config = dataclasses.replace(SMALL, normalization="symmetric", precision="bfloat16", batch=100, localiser_steps=1)
     path = train_eader(source, config, tmp_path / "trained", weights=weights, validation=source)
     plain = train_classifier(source, ClassifierConfig("resnet18", 1, 4, long_side=(48, 72), crop=64, device="cpu"),
                              tmp_path / "plain", weights=weights)  # fmt: skip
@@ -251,17 +254,24 @@ def test_the_result_is_an_ordinary_checkpoint(source, weights, tmp_path):
 
 
 def test_images_without_classes_and_batches_of_them(source, weights, tmp_path):
-    """What has no class has no pair; a step without pairs moves the adversary by its decay alone."""
+    """What has no class has no pair; in a step without pairs the adversary has gradients of zero."""
     few = tuple(dataclasses.replace(item, classes=()) if i % 3 else item for i, item in enumerate(source))
     config = dataclasses.replace(SMALL, batch=1, epochs=1)
     train_eader(dataclasses.replace(source, items=few), config, tmp_path, weights=weights)
     found = [line for line in lines(tmp_path) if "loss" in line]
     assert len(found) == 9 and all(np.isfinite(line["loss"]) for line in found)
-    assert any(line["loss"] == 0 for line in found if "left" not in line)
+    assert any(line["loss"] == 0 == line["pairs"] for line in found if "left" not in line)
 
 
-def test_learns_and_learns_to_hide(source, weights, tmp_path):
-    """On discs and squares: both losses fall."""
+def test_what_is_idle_keeps_no_gradients():
+    """On a GPU gradients stay, as zeros: the momentum of what is idle would go on moving it."""
+    devices = torch.device("cpu"), torch.device("cuda")
+    assert [loop.keeps_gradients(ClassifierTask, device) for device in devices] == [False, True]
+    assert [loop.keeps_gradients(EaderTask, device) for device in devices] == [False, False]
+
+
+def test_both_networks_learn(source, weights, tmp_path):
+    """On discs and squares."""
     config = dataclasses.replace(SMALL, epochs=14, batch=9, lr=0.1, long_side=(64, 64), localiser_steps=4)
     config = dataclasses.replace(config, adversary_steps=1, classifier_lr_scale=10.0)
     train_eader(source, config, tmp_path, weights=weights, adversary_weights=weights)
@@ -281,12 +291,33 @@ def test_refuses_what_cannot_train(source, weights, tmp_path):
     models.save_checkpoint(other, models.cam_classifier("mobilenet_v2", 2).state_dict())
     with pytest.raises(ValueError, match="a resnet18, got a checkpoint without"):
         train_eader(source, SMALL, tmp_path, weights=weights, adversary_weights=other)
+    with pytest.raises(
+        ValueError, match=r"more steps than the localiser's first turn of 200, got 4, .*lower localiser"
+    ):
+        train_eader(source, dataclasses.replace(SMALL, localiser_steps=200), tmp_path, weights=weights)
+    with pytest.raises(ValueError, match="train_classifier: expected a configuration of method bce, got eader"):
+        train_classifier(source, SMALL, tmp_path)
+    with pytest.raises(ValueError, match="train_eader: expected a configuration of method eader, got bce"):
+        train_eader(source, ClassifierConfig(), tmp_path)
+    pixels = tmp_path / "symmetric.safetensors"
+    models.save_checkpoint(
+        pixels, models.load_checkpoint(weights), {"network": "resnet18", "normalization": "symmetric"}
+    )
+    with pytest.raises(ValueError, match=r"adversary_normalization imagenet, .* set adversary_normalization to that"):
+        train_eader(source, SMALL, tmp_path, weights=weights, adversary_weights=pixels)
+    models.save_checkpoint(pixels, models.load_checkpoint(weights), {"network": "resnet50"})
+    with pytest.raises(ValueError, match=r"expected weights for adversary resnet18, .* set adversary to that"):
+        train_eader(source, SMALL, tmp_path, weights=weights, adversary_weights=pixels)
+    for field, value in {"attention": "grad-cam", "regulariser": "Mean", "adversary_normalization": "caffe"}.items():
+        with pytest.raises(ValueError, match=f"EaderConfig: {field}: expected one of"):
+            dataclasses.replace(SMALL, **{field: value})
     bad = {"localiser_steps": 0, "adversary_steps": 0, "erasing": -1.0, "sharpness": float("nan"), "momentum": -1.0}
     for field, value in bad.items():
         with pytest.raises(ValueError, match=f"EaderConfig: expected {field} of at least"):
             dataclasses.replace(SMALL, **{field: value})
-    with pytest.raises(ValueError, match="expected a finite level"):
-        dataclasses.replace(SMALL, level=float("inf"))
+    for field in ("level", "sharpness"):
+        with pytest.raises(ValueError, match="level and sharpness of at most a million"):
+            dataclasses.replace(SMALL, **{field: 1e300})
     with pytest.raises(ValueError, match="adversary_tensorflow_padding with an adversary of mobilenet_v2"):
         dataclasses.replace(SMALL, adversary_tensorflow_padding=True)
     assert not (tmp_path / "classifier.safetensors").exists()
@@ -300,12 +331,25 @@ def test_presets():
 def test_the_command_s_methods(source, weights, tmp_path, capsys):
     begin = ["train-classifier", "--data", f"folder:{source[0].image.parents[1]}", "--device", "cpu", "--crop", "64"]
     small = ["--network", "resnet18", "--epochs", "1", "--batch", "4", "--long-side", "48,72"]
+    turns = ["--localiser-steps", "1"]
     out = ["--out", str(tmp_path / "a")]
-    assert main([*begin, *small, *out, "--method", "eader", "--preset", "paper", "--attention", "gradcam"]) == 0
+    assert main([*begin, *small, *out, *turns, "--method", "eader", "--preset", "paper", "--attention", "gradcam"]) == 0
     written = tmp_path / "a" / "config.json"
     assert '"regulariser": "sum"' in written.read_text() and '"method": "eader"' in written.read_text()
     again = ["--config", str(written), "--out", str(tmp_path / "b")]
     assert main([*begin, *again]) == 0  # the file says which method
+    pipe = tmp_path / "pipe"  # which can be read once
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=['{"method": "eader", "level": 2e6}'])
+    writer.start()
+    with pytest.raises(SystemExit):
+        main([*begin, "--config", str(pipe), "--out", str(tmp_path / "c")])
+    writer.join()
+    assert "of at most a million, got 2000000.0" in capsys.readouterr().err
+    (tmp_path / "odd.json").write_text('{"method": ["eader"]}')
+    with pytest.raises(SystemExit):
+        main([*begin, "--config", str(tmp_path / "odd.json"), "--out", str(tmp_path / "c")])
+    assert "method: expected one of bce, got ['eader']" in capsys.readouterr().err
     same = [models.load_checkpoint(tmp_path / name / "classifier.safetensors") for name in "ab"]
     assert all(torch.equal(same[0][name], same[1][name]) for name in same[0])
     with pytest.raises(SystemExit):
@@ -320,7 +364,9 @@ def test_the_command_s_methods(source, weights, tmp_path, capsys):
         with pytest.raises(SystemExit):
             main(["train-classifier", "--method", method, "--help"])
         shown = capsys.readouterr().out
-        assert ("--adversary-steps" in shown) == option and "--method {bce,eader}" in shown
+        assert (
+            ("--adversary-steps" in shown) == option and "--method {bce,eader}" in shown and "(default: bce)" in shown
+        )
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2"])
@@ -350,5 +396,5 @@ def test_folded_networks_compute_the_same(name, padding):
     for name, found, expected in zip(own, *grads, strict=True):
         largest = expected.abs().max().item()
         torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3 * largest, msg=lambda m, n=name: f"{n}: {m}")
-    with pytest.raises(TypeError, match="right after its convolution"):
+    with pytest.raises(TypeError, match="expected a CamClassifier, got Sequential"):
         models.folded(torch.nn.Sequential(torch.nn.BatchNorm2d(3)))

@@ -95,7 +95,7 @@ class CamClassifier(nn.Module, ABC):
         return self.maps(self._trunk(images))
 
     def trained_parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """(the backbone's, the classifier's): the latter train at ten times the rate."""
+        """(the backbone's, the classifier's), which train at rates of their own."""
         backbone = [p for p in self.parameters() if p.requires_grad and p is not self.classifier.weight]
         return backbone, [self.classifier.weight]
 

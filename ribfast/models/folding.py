@@ -8,10 +8,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from .classifier import CamClassifier
+
 
 @torch.no_grad()
-def folded(model: nn.Module) -> nn.Module:
+def folded(model: CamClassifier) -> CamClassifier:
     """A copy that computes the same, without gradients of its parameters."""
+    if not isinstance(model, CamClassifier):  # whose normalisations are known to come right after their convolutions
+        raise TypeError(f"folded: expected a CamClassifier, got {type(model).__name__}")
     twin, pairs = copy.deepcopy(model).eval().requires_grad_(False), list(_pairs(model))
     for name, convolution, norm_name, norm in pairs:
         place, _, last = norm_name.rpartition(".")
@@ -20,12 +24,10 @@ def folded(model: nn.Module) -> nn.Module:
         own = twin.get_submodule(name)
         own.weight.copy_(weight)
         own.bias = nn.Parameter(bias, requires_grad=False)
-    if any(isinstance(module, nn.BatchNorm2d) for module in twin.modules()):
-        raise TypeError("folded: expected each batch normalisation right after its convolution, got another network")
     return twin
 
 
-def trained_folded(model: nn.Module) -> dict[str, Tensor]:
+def trained_folded(model: CamClassifier) -> dict[str, Tensor]:
     """The parameters of `folded(model)` that depend on what trains, with gradients of the model's own parameters: for
     torch.func.functional_call of the copy."""
     found = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -18,7 +18,7 @@ def erase(
     (P,); neither the attention nor the mask is stored.
 
     images: (N, C, H, W), maps: (P, h, w) logits, any float dtypes; which: (P,) int64, each map's image. One outside of
-    0..N - 1 is an error on the CPU; on CUDA devices, where nothing waits to see it, its erased image and sum are zeros,
+    0..N - 1 is an error on the CPU; to the CUDA kernels, which nothing waits for, its erased image and sum are zeros,
     and so is its gradient.
     The attention A is the map, rectified, enlarged bilinearly (align_corners=False) and stretched from its minimum to
     its maximum; 0 where that is rounding (at most 1e-5 of the maximum). Erased: x (1 - sigmoid(sharpness (A - level))).

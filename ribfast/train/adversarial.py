@@ -1,7 +1,9 @@
 """End-to-end adversarial erasing (Stammes et al. 2021) as a way to train the classifier.
 
-In turns of some steps, a localiser G learns to classify while what its maps attend to, once it is erased, hides the
-class from an adversary F, and F learns to classify what is left.
+In turns of some steps, a localiser G learns to classify while erasing what its maps attend to hides the class from an
+adversary F, and F learns to classify what is left. metrics.jsonl has of either turn the loss and the pairs of an image
+and one of its classes; of the localiser's, the loss of its classification, the adversary's mean probability of what was
+erased (left) and the mean attention (attended).
 """
 
 import math
@@ -21,12 +23,13 @@ from .classifier import ClassifierConfig, ClassifierTask
 
 @dataclass(frozen=True)
 class EaderConfig(ClassifierConfig):
-    """The defaults are what EADER's released code trains with."""
+    """The constants are EADER's, as its code was released; photographs are rescaled, and layers frozen, as for any
+    classifier here."""
 
     epochs: int = 10  # passes over the images, of both networks together
     lr: float = 0.01  # learning rate of the localiser's backbone at the start
     classifier_lr_scale: float = 1.0  # classifiers' learning rates are so many times their backbones'
-    momentum: float = 0.9
+    momentum: float = 0.9  # of either network's own steps
     power: float = 0.0  # learning rate = lr * (1 - step / steps) ** power
     crop: int = 448  # side of the crops
     method: Literal["eader"] = "eader"
@@ -41,7 +44,7 @@ class EaderConfig(ClassifierConfig):
     regularisation: float = 1e-5  # weight of the attention's size
     regulariser: Literal["mean", "sum"] = "mean"  # the attention's size: its mean over the pixels, or its sum
     sharpness: float = 100.0  # erased is sigmoid(sharpness * (attention - level))
-    level: float = 0.5
+    level: float = 0.5  # of attention, which is from 0 to 1: half is erased there
     adversary_normalization: Literal["imagenet", "symmetric"] = "imagenet"  # of the adversary's pixels
     adversary_tensorflow_padding: bool = False  # for an adversary of MobileNetV2 weights trained in TensorFlow
 
@@ -53,8 +56,9 @@ class EaderConfig(ClassifierConfig):
         for name in ("adversary_lr_scale", "erasing", "regularisation", "sharpness"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"EaderConfig: expected {name} of at least 0, got {getattr(self, name)}")
-        if not math.isfinite(self.level):
-            raise ValueError(f"EaderConfig: expected a finite level, got {self.level}")
+        if not abs(self.level) <= 1e6 or not self.sharpness <= 1e6:
+            raise ValueError(f"EaderConfig: expected level and sharpness of at most a million, got {self.level} and "
+                             f"{self.sharpness}")  # fmt: skip
         if self.adversary_tensorflow_padding and self.adversary != "mobilenet_v2":
             raise ValueError(f"EaderConfig: expected adversary_tensorflow_padding with an adversary of mobilenet_v2, "
                              f"got {self.adversary}")  # fmt: skip
@@ -65,6 +69,7 @@ class EaderConfig(ClassifierConfig):
 
     @classmethod
     def paper(cls) -> "EaderConfig":
+        """Attention's size is its sum, as this project reads the paper."""
         return cls(regulariser="sum")
 
 
@@ -140,7 +145,7 @@ class EaderTask(ClassifierTask):
     its images and none of its weights, in the adversary's turn the localiser has none.
     """
 
-    name, idle = "train_eader", True
+    name, idle, method = "train_eader", True, "eader"
 
     def __init__(self, source, config, weights, adversary_weights, validation):
         super().__init__(source, config, weights, validation)
@@ -157,8 +162,16 @@ class EaderTask(ClassifierTask):
         c = self.config
         adversary = self.network(c.adversary, c.adversary_normalization, c.adversary_tensorflow_padding, c.seed + 1)
         if not filled:
-            self.start(adversary, self.adversary_weights, "adversary's ")
+            self.start(adversary, self.adversary_weights, "adversary")
         self.model = _Both(self.classifier, adversary, c.attention)
+
+    def schedule(self, per_epoch: int) -> loop.Schedule:
+        found, turn = super().schedule(per_epoch), self.config.localiser_steps
+        if found.steps <= turn:
+            raise ValueError(f"{self.name}: expected more steps than the localiser's first turn of {turn}, got "
+                             f"{found.steps}, in which the adversary would learn nothing; lower localiser_steps and "
+                             f"adversary_steps, or raise epochs")  # fmt: skip
+        return found
 
     def groups(self) -> list[dict]:
         groups = []
@@ -174,6 +187,8 @@ class EaderTask(ClassifierTask):
         if trains != self.trains:
             self.trains = trains
             self.model.fold()
+            if self.renormalization is not None:
+                self.renormalization = [factor.to(here.device) for factor in self.renormalization]
         self.image, self.present = batch[1].nonzero(as_tuple=True)  # of each pair of an image and a class of it
         self.pairs = batch[1].count_nonzero().float()
         if here.world > 1:  # means are over the pairs of the whole batch
@@ -195,19 +210,19 @@ class EaderTask(ClassifierTask):
         logits = maps.float().mean((2, 3))
         if self.trains == "adversary":
             losses = F.multilabel_soft_margin_loss(logits, targets[self.image], reduction="none")
-            return {"loss": losses.sum() * share}
+            return {"loss": losses.sum() * share, "pairs": self.pairs}
         classification = F.multilabel_soft_margin_loss(logits, targets)
         left = found[torch.arange(len(found), device=found.device), self.present].sigmoid().sum() * share
         attended = areas.sum() * share
         mean = attended / images[0, 0].numel()
         size = mean if self.config.regulariser == "mean" else attended
         loss = classification + self.config.erasing * left + self.config.regularisation * size
-        return {"loss": loss, "classification": classification, "left": left, "attended": mean}
+        return {"loss": loss, "pairs": self.pairs, "classification": classification, "left": left, "attended": mean}
 
     def _erase(self, images: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
         """Of every pair, what the adversary is shown, and the attention summed."""
         if self.renormalization is not None:
-            scale, shift = (factor.to(images.device).view(1, 3, 1, 1) for factor in self.renormalization)
+            scale, shift = self.renormalization
             images = images * scale + shift
         if torch.is_autocast_enabled(images.device.type):
             images = images.to(torch.get_autocast_dtype(images.device.type))
@@ -233,4 +248,4 @@ def _between(first: str, second: str) -> tuple[Tensor, Tensor] | None:
     (mean, std), (other_mean, other_std) = (
         (torch.tensor(n.mean), torch.tensor(n.std)) for n in (data.NORMALIZATIONS[first], data.NORMALIZATIONS[second])
     )
-    return std / other_std, (mean - other_mean) / other_std
+    return (std / other_std).view(3, 1, 1), ((mean - other_mean) / other_std).view(3, 1, 1)

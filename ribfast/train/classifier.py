@@ -35,7 +35,7 @@ class ClassifierConfig:
     long_side: tuple[int, int] = (320, 640)  # photographs are rescaled to a longer side between these
     crop: int = 512  # side of the crops
     flip: bool = True  # mirror every second photograph
-    normalization: Literal["imagenet", "symmetric"] = "imagenet"  # of pixels; symmetric: x / 127.5 - 1
+    normalization: Literal["imagenet", "symmetric"] = "imagenet"  # of its pixels; symmetric: x / 127.5 - 1
     tensorflow_padding: bool = False  # for MobileNetV2 weights that were trained in TensorFlow
     # bfloat16: under autocast, the frozen layers too, as they take a third of a step and their rounding is the same in
     # every epoch; weights, pooling, loss and updates stay float32
@@ -43,7 +43,9 @@ class ClassifierConfig:
     seed: int = 0  # of the classifier's weights, the order of the images and their crops
     workers: int = 4  # threads that decode; results do not depend on them
     device: str = "auto"  # auto, cpu, cuda or cuda:N
-    method: Literal["bce"] = "bce"  # bce: from the labels alone; eader: with adversarial erasing
+    # bce: from the labels alone; eader: with adversarial erasing. Each has options of its own, which --help lists after
+    # it
+    method: Literal["bce"] = "bce"
 
     def __post_init__(self):
         loop.check(self)
@@ -93,9 +95,12 @@ class ClassifierTask:
     """The task of `loop`."""
 
     parts, files, indifferent, idle = 1, (), (), False
-    name, checkpoint = "train_classifier", CHECKPOINT
+    name, checkpoint, method = "train_classifier", CHECKPOINT, "bce"
 
     def __init__(self, source, config, weights, validation):
+        if config.method != self.method:
+            raise ValueError(f"{self.name}: expected a configuration of method {self.method}, got {config.method}; "
+                             f"train it by its own function")  # fmt: skip
         self.source, self.config, self.images, self.labels = source, config, len(source), self._labels(source)
         if validation is not None and validation.classes != source.classes:
             raise ValueError(f"{self.name}: expected a validation split of the same classes, got others")
@@ -131,13 +136,13 @@ class ClassifierTask:
         made.classes, made.normalization = classes, normalization
         return made
 
-    def start(self, classifier: models.CamClassifier, weights: str | Path | None, of: str = "") -> None:
-        """Fills its backbone. of: "" or, of another network than the classifier, whose weights they are."""
+    def start(self, network: models.CamClassifier, weights: str | Path | None, role: str = "") -> None:
+        """Fills its backbone. role: of another network than the classifier, what its fields begin with."""
         if weights is None:
-            log.warning("no %sweights to start from: the layers up to stride 8 stay random", of)
+            log.warning("no %sweights to start from: the layers up to stride 8 stay random", role and f"{role}_")
             return
-        inputs.check_weights(self.name, weights, classifier.metadata())
-        models.load_into(classifier, models.load_checkpoint(weights), classifier=False)
+        inputs.check_weights(self.name, weights, network.metadata(), role)
+        models.load_into(network, models.load_checkpoint(weights), classifier=False)
 
     def schedule(self, per_epoch: int) -> loop.Schedule:
         return loop.Schedule(self.config.epochs * per_epoch, per_epoch)

@@ -49,13 +49,15 @@ def changed(mine: dict[str, str], known: Mapping[str, str]) -> list[str]:
     return [name for name, digest in mine.items() if known.get(name, digest) != digest]
 
 
-def check_weights(op: str, weights: str | Path, mine: Mapping[str, str]) -> None:
-    """Refuses weights that were trained here as another network's, or on pixels of another form."""
+def check_weights(op: str, weights: str | Path, mine: Mapping[str, str], role: str = "") -> None:
+    """Refuses weights that were trained here as another network's, or on pixels of another form. role: what the fields
+    of that network begin with, or are."""
     known = models.read_metadata(weights)
     for name in ("network", "normalization", "tensorflow_padding"):
         if known.get(name, mine[name]) != mine[name]:
-            raise ValueError(f"{op}: expected weights for {name} {mine[name]}, got {weights}, trained with "
-                             f"{known[name]}; set {name} to that")  # fmt: skip
+            field = name if not role else role if name == "network" else f"{role}_{name}"
+            raise ValueError(f"{op}: expected weights for {field} {mine[name]}, got {weights}, trained with "
+                             f"{known[name]}; set {field} to that")  # fmt: skip
 
 
 def _of_files(paths: Iterable[Path]) -> str:

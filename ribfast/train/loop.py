@@ -121,8 +121,9 @@ def _silent(*facts) -> None:
 
 
 def check(config: Config) -> None:
-    """Of the fields that all configurations have."""
+    """Of the fields that all configurations have, and of all fields of few values."""
     kind = type(config).__name__
+    configuration.check_choices(config)
     for name in ("epochs", "steps", "batch"):
         if getattr(config, name, 1) < 1:
             raise ValueError(f"{kind}: expected {name} of at least 1, got {getattr(config, name)}")
@@ -154,6 +155,12 @@ def to_device(batch: tuple[Tensor, ...], here: Processes) -> list[Tensor]:
     return [t.to(here.device, memory_format=f, non_blocking=True) for t, f in zip(batch, formats, strict=True)]
 
 
+def keeps_gradients(task: Task, device: torch.device) -> bool:
+    """Whether gradients stay where they are from step to step, as 0: on a GPU, where graphs write them there. What is
+    idle must have none: its momentum would move it."""
+    return device.type == "cuda" and not task.idle
+
+
 class _Training:
     def __init__(self, task: Task, out: Path, here: Processes, resume: bool):
         self.task, self.config, self.out, self.here, self.resume = task, task.config, out, here, resume
@@ -181,8 +188,7 @@ class _Training:
         self.task.model.to(self.here.device, memory_format=torch.channels_last).train()
         c = self.config
         self.optimizer = torch.optim.SGD(self.task.groups(), c.lr, momentum=c.momentum, weight_decay=c.weight_decay)
-        # on a GPU graphs write gradients where they were; what is idle must have none, or it would move by momentum
-        self.keeps_gradients = self.here.device.type == "cuda" and not self.task.idle
+        self.keeps_gradients = keeps_gradients(self.task, self.here.device)
         if self.keeps_gradients:
             for parameter in self._trained():
                 parameter.grad = torch.zeros_like(parameter)
