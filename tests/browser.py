@@ -99,7 +99,9 @@ class Browser:
 
     def resize(self, width, height=900):
         """The viewport, which may be narrower than a window can be."""
-        self.devtools("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.devtools(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
+        )
 
     def scheme(self, name):
         """light or dark"""

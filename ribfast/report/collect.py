@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from ..metrics import Counts, PerImage, ThresholdSweep
 from ..pipeline import EvaluateConfig, evaluate_maps, evaluate_masks
 from ..store import CONFIG, METRICS, Store, open_maps, open_masks
 
+MAP_VALUES = 40 << 10  # of an image's maps in the page, however many there are: 13 of 64 x 48
+
 Progress = Callable[[int, int, str], None]
 Report = dict  # of what JSON has
 
@@ -26,7 +29,7 @@ class ReportConfig(EvaluateConfig):
 
     images: int = 200  # at most; of more a sample, with the best and the worst
     photo_side: int = 240  # pixels of the longer side of photographs and label maps in the page
-    map_side: int = 64  # of class maps in the page, which shows them enlarged
+    map_side: int = 64  # of class maps in the page, which shows them enlarged; less for many classes and steps
     quality: int = 80  # of the photographs' JPEG, of 100
 
     def __post_init__(self):
@@ -164,7 +167,7 @@ def _run_of(store: Store) -> dict:
 def _seconds(store: Store, key: str) -> tuple[float, float] | None:
     """(seconds, images a second) of all runs that made what is there; where times fall by half another run began."""
     times = [facts[key] for facts in files.lines(store.folder / METRICS) if isinstance(facts.get(key), (int, float))]
-    ends = [now for now, later in zip(times, [*times[1:], 0], strict=True) if later < now / 2]
+    ends = [now for now, later in zip(times, [*times[1:], 0], strict=False) if later < now / 2]
     return (sum(ends), len(times) / sum(ends)) if sum(ends) > 0 else None
 
 
@@ -211,12 +214,14 @@ class ImageReader:
         return facts
 
     def _stage(self, stage: Stage, sweep: ThresholdSweep, item, photo, mask, small) -> dict:
+        if stage.has_maps and not item.classes:  # background, as evaluate_maps counts it
+            return {"keys": []}
         if not stage.is_there(item):
             return {}
         if stage.has_maps:
             return self._maps(stage, sweep, item, photo.shape[:2], mask)
         labels = stage.store.load_mask(item.name)
-        facts = {"labels": _encode(".png", _shrink_labels(labels, small))}
+        facts = {"labels": _encode(".png", _shrink_labels(labels, small)), "found": np.unique(labels).tolist()}
         if mask is not None:
             labels = np.where(labels == 255, 0, labels)[mask != 255]  # as evaluate_masks counts
             true = mask[mask != 255]
@@ -225,7 +230,8 @@ class ImageReader:
         return facts
 
     def _maps(self, stage: Stage, sweep: ThresholdSweep, item, size, mask) -> dict:
-        """The maps after each step but the last, and the final ones, below one another."""
+        """The maps after each step but the last, and the final ones, below one another, each but the first step's as
+        differences to the step before: they hardly change, and shrink best so."""
         own, kept = stage.store.load(item.name), stage.store.load_steps(item.name)
         keys, strided = own.keys.tolist(), ()
         if not keys:
@@ -233,10 +239,12 @@ class ImageReader:
         if kept is not None and kept[0].tolist() == keys:
             strided = torch.from_numpy(kept[1][:-1]).float() / 255
         stacks = [*(enlarge_cams(cam, size).numpy() for cam in strided), own.high_res]
-        side = data.scaled_size(size, min(1.0, self.config.map_side / max(size)))
-        planes = [_shrink(plane, side) for stack in stacks for plane in stack]
-        strip = np.rint(255 * np.clip(np.concatenate(planes), 0, 1)).astype(np.uint8)
-        facts = {"keys": keys, "map_size": side, "maps": _encode(".png", strip)}
+        share = math.sqrt(MAP_VALUES / (len(stacks) * len(keys) * size[0] * size[1]))
+        side = data.scaled_size(size, min(1.0, self.config.map_side / max(size), share))
+        layers = np.stack([np.concatenate([_shrink(plane, side) for plane in stack]) for stack in stacks])
+        layers = np.rint(255 * np.clip(layers, 0, 1)).astype(np.uint8)
+        layers[1:] -= layers[:-1].copy()  # modulo 256
+        facts = {"keys": keys, "map_size": side, "maps": _encode(".png", layers.reshape(-1, side[1]))}
         if mask is not None:
             counts = [sweep.count(cam, keys, mask, stride=4) for cam in strided]
             exact = stage.store.read(item.name)  # counted from what `eval` reads

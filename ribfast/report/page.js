@@ -20,12 +20,12 @@ function svg(tag, properties = {}, ...children) {
   return found;
 }
 const percent = (value) => value === null || Number.isNaN(value) ? "–" : (100 * value).toFixed(2);
-const number = (value) => String(Number(value.toPrecision(4)));
+const number = (value, digits = 4) => String(Number(value.toPrecision(digits)));
 const count = (n, one, many = `${one}s`) => `${n.toLocaleString("en")} ${n === 1 ? one : many}`;
 function duration(seconds) {
-  if (seconds < 100) return `${number(seconds)} s`;
-  const minutes = Math.round(seconds / 60);
-  return minutes < 100 ? `${minutes} min` : `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
+  if (seconds < 100) return `${number(seconds, 3)} s`;
+  const whole = Math.round(seconds), minutes = Math.floor(whole / 60);
+  return minutes < 100 ? `${minutes} min ${whole % 60} s` : `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
 }
 
 // distinct to the colour-blind too for as many classes as an image has; names stand beside them
@@ -147,10 +147,12 @@ const threshold = (stage) => facts.stages[stage].thresholds[state.thresholds[sta
 
 // ---- the tables and the curves
 
-function row(tag, cells) {
-  return el("tr", {}, ...cells.map((cell, index) => {
-    const found = index ? el(tag) : el("th", { scope: tag === "th" ? "col" : "row" });
-    if (tag === "th") found.scope = "col";
+/** A table's row; labels: what a narrow screen, which stacks the cells, shows before each. */
+function row(tag, cells, labels = []) {
+  return el("tr", { role: "row" }, ...cells.map((cell, index) => {
+    const scope = tag === "th" ? "col" : "row", heads = tag === "th" || !index;
+    const found = el(heads ? "th" : "td", heads ? { scope, role: `${scope === "col" ? "column" : "row"}header` } : { role: "cell" });
+    if (labels[index]) found.setAttribute("data-label", labels[index]);
     found.append(...[cell].flat());
     return found;
   }));
@@ -175,12 +177,12 @@ function drawStages() {
       cells.push(percent(mean(found.precision)), percent(mean(found.recall)));
     }
     cells.push([stage.images.toLocaleString("en"), ...(stage.failed ? [el("small", {}, `${stage.failed} failed`)] : [])]);
-    cells.push(stage.seconds === null ? "–" : duration(stage.seconds), stage.rate === null ? "–" : number(stage.rate));
-    return row("td", cells);
+    cells.push(stage.seconds === null ? "–" : duration(stage.seconds), stage.rate === null ? "–" : number(stage.rate, 3));
+    return row("td", cells, head);
   });
   at("stages").append(el("thead", {}, row("th", head)), el("tbody", {}, ...rows));
   const notes = [];
-  if (judged) notes.push(`In percent, of ${count(judged, "image")} with a mask, as ribfast eval counts${said && `; below mIoU its ${said} over images`}.`);
+  if (judged) notes.push(`In percent, of ${count(judged, "image")} with a mask, as ribfast eval counts${said && `; below mIoU its ${said} over images`}; precision and recall are means over labels.`);
   else notes.push("The data have no masks: there is no mIoU.");
   if (stages.some((stage) => stage.evaluation?.reported.chosen === "here"))
     notes.push("A threshold that is the best on the images it is reported on says too much.");
@@ -310,6 +312,12 @@ async function decodeGrey(text) {
   for (let place = 0; place < grey.length; place++) grey[place] = found[4 * place];
   return grey;
 }
+/** Each step's maps, of their differences to those of the step before, modulo 256. */
+function summed(maps, layers) {
+  const size = maps.length / layers;
+  for (let place = size; place < maps.length; place++) maps[place] += maps[place - size];
+  return maps;
+}
 /** The plane's values at the picture's pixels, between centres. */
 function enlarge(plane, [mapHeight, mapWidth], [height, width]) {
   const out = new Float32Array(height * width), columns = [];
@@ -336,7 +344,11 @@ class Card {
     this.facts = facts.images[index];
     this.near = false;
     const { name, classes, size } = this.facts, chips = el("ul", { class: "legend", "aria-label": "Classes" });
-    drawLegend(chips, classes.length ? classes.map((key) => [swatch(rgb(colour(key + 1))), facts.classes[key]]) : [["", "no classes"]]);
+    const found = new Set(this.facts.stages.flatMap((own) => own.found ?? []));
+    const others = facts.classes.map((_, key) => key).filter((key) => found.has(key + 1) && !classes.includes(key));
+    const chip = (key, said = "") => [swatch(rgb(colour(key + 1))), facts.classes[key] + said];
+    const entries = [...classes.map((key) => chip(key)), ...others.map((key) => chip(key, ", in a mask only"))];
+    drawLegend(chips, entries.length ? entries : [["", "no classes"]]);
     this.figures = new Map();
     const pictures = el("div", { class: "pictures" });
     for (const [key, said] of this.kinds()) {
@@ -372,7 +384,7 @@ class Card {
     const jobs = [decode("jpeg", photo, size).then((found) => { pixels.photo = found; })];
     if (truth) jobs.push(decodeGrey(truth).then((found) => { pixels.truth = found; }));
     stages.forEach((own, index) => {
-      if (own.maps) jobs.push(decodeGrey(own.maps).then((found) => { pixels.maps[index] = found; }));
+      if (own.maps) jobs.push(decodeGrey(own.maps).then((found) => { pixels.maps[index] = summed(found, own.counts.length); }));
       if (own.labels) jobs.push(decodeGrey(own.labels).then((found) => { pixels.labels[index] = found; }));
     });
     await Promise.all(jobs);
@@ -474,7 +486,12 @@ class Card {
       for (const kind of ["step", "map", "mask"]) set(kind, `${name}: no map`);
       return;
     }
-    const steps = own.keys.length ? own.counts.length : 1;
+    if (!own.keys.length) {
+      for (const kind of ["step", "map"]) set(kind, `${name}: no classes, no map`);
+      set("mask", `${name}: background`, scoreOf(this.index, state.stage));
+      return;
+    }
+    const steps = own.counts.length;
     const shown = facts.classes[state.label] !== undefined && own.keys.includes(state.label) ? ` of ${facts.classes[state.label]}` : "";
     set("step", steps > 1 ? `${name} after step ${Math.min(step, steps)} of ${steps}` : `${name}, no steps kept`);
     set("map", `${name}, final map${shown}`);
