@@ -109,19 +109,22 @@ def collect(
 
 
 def _evaluate(source, stage: Stage, config: ReportConfig, progress) -> tuple[dict, dict[str, float]]:
-    """What `eval` says, and each image's own mIoU there, by name."""
+    """What `eval` says, and each image's own mIoU there, by name, where not all are shown."""
     grid = config.values() if stage.threshold is None else np.union1d(config.values(), [stage.threshold])
     names, images = [], PerImage(len(source.classes), grid if stage.has_maps else (0.0,))
 
-    def each(item: data.Item, counts: Counts | np.ndarray) -> None:
+    def note(item: data.Item, counts: Counts | np.ndarray) -> None:
         names.append(item.name)
         images.add_counts(counts) if stage.has_maps else images.add_matrix(counts)
 
+    each = note if len(source) > config.images else None  # or all are shown, and the page ranks them
     if stage.has_maps:
         found = evaluate_maps(source, stage.store, config, threshold=stage.threshold, progress=progress, each=each)
         row = found["thresholds"].index(found["reported"]["threshold"])
     else:
         found, row = evaluate_masks(source, stage.store, config, progress=progress, each=each), 0
+    if not names:
+        return found, {}
     right, predicted, true = images.numbers(row).astype(np.int64).transpose(1, 0, 2)
     union = predicted + true - right
     ious = np.where(union > 0, right / np.maximum(union, 1), 0).sum(1) / np.maximum((union > 0).sum(1), 1)
@@ -146,6 +149,8 @@ def _facts(source, stage: Stage, evaluation: dict | None, config: ReportConfig) 
         labels = ("background", *source.classes)
         measures = {name: [evaluation[name][label] for label in labels] for name in ("ious", "precision", "recall")}
         kept = {name: evaluation.get(name) for name in ("images", "reported", "interval", "mious", "best", "unsure")}
+        if math.isnan(evaluation["reported"]["miou"]):  # every pixel is to be ignored
+            kept["reported"] = evaluation["reported"] | {"miou": None}
         facts["evaluation"] = kept | measures
     return facts
 

@@ -28,19 +28,26 @@ function duration(seconds) {
   return minutes < 100 ? `${minutes} min ${whole % 60} s` : `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
 }
 
-// distinct to the colour-blind too for as many classes as an image has; names stand beside them
-const COLOURS = [
-  "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7", "#882255", "#44aa99", "#ddcc77",
-  "#332288", "#88ccee", "#aa4499", "#999933", "#cc6677", "#117733", "#6699cc", "#ee8866", "#bbcc33", "#a6761d",
-].map((text) => [1, 3, 5].map((place) => parseInt(text.slice(place, place + 2), 16)));
-function colour(label) {
-  if (label <= COLOURS.length) return COLOURS[label - 1];
+// Okabe and Ito's, distinct to the colour-blind too, and a wine red; names stand beside them
+const COLOURS = ["#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7", "#882255"]
+  .map((text) => [1, 3, 5].map((place) => parseInt(text.slice(place, place + 2), 16)));
+function furtherColour(label) {
   const hue = (label * 137.508) % 360, light = [0.45, 0.62, 0.76][label % 3];
   const part = (shift) => {
     const place = (shift + hue / 30) % 12;
     return Math.round(255 * (light - 0.65 * Math.min(light, 1 - light) * Math.max(-1, Math.min(place - 3, 9 - place, 1))));
   };
   return [part(0), part(8), part(4)];
+}
+/** Of an image's labels: each its own, the same in all images unless another one has it here. */
+function colours(labels) {
+  const free = new Set(COLOURS.keys()), found = new Map([[255, [255, 255, 255]]]);
+  for (const label of labels) {
+    const wanted = (label - 1) % COLOURS.length, chosen = free.has(wanted) ? wanted : [...free][0];
+    found.set(label, chosen === undefined ? furtherColour(label) : COLOURS[chosen]);
+    free.delete(chosen);
+  }
+  return found;
 }
 const rgb = (colour) => `rgb(${colour.join(" ")})`;
 const HEAT = [[0, 0, 4], [51, 10, 95], [120, 28, 109], [187, 55, 84], [237, 105, 37], [252, 181, 25], [252, 255, 164]];
@@ -286,7 +293,9 @@ function drawBars() {
   const rows = there.map((label) => row("td", [labels[label], ...facts.stages.map((stage, index) => cell(stage.evaluation.ious[label], index))]));
   const mean = row("td", ["mean", ...facts.stages.map((stage, index) => cell(stage.evaluation.reported.miou, index))]);
   mean.className = "mean";
-  at("bar-table").append(el("thead", {}, row("th", ["Class", ...facts.stages.map((stage) => stage.name)])), el("tbody", {}, ...rows, mean));
+  const head = row("th", ["Class", ...facts.stages.map((stage) => stage.name)]);
+  for (const cell of [...head.cells].slice(1)) cell.style.width = `${80 / facts.stages.length}%`;
+  at("bar-table").append(el("thead", {}, head), el("tbody", {}, ...rows, mean));
 }
 function drawConfiguration() {
   at("configuration").append(...facts.stages.map((stage) => el("details", {},
@@ -344,9 +353,10 @@ class Card {
     this.facts = facts.images[index];
     this.near = false;
     const { name, classes, size } = this.facts, chips = el("ul", { class: "legend", "aria-label": "Classes" });
-    const found = new Set(this.facts.stages.flatMap((own) => own.found ?? []));
+    const found = new Set([...this.facts.stages.flatMap((own) => own.found ?? []), ...(this.facts.true ?? []).map(([label]) => label)]);
     const others = facts.classes.map((_, key) => key).filter((key) => found.has(key + 1) && !classes.includes(key));
-    const chip = (key, said = "") => [swatch(rgb(colour(key + 1))), facts.classes[key] + said];
+    this.colours = colours([...classes, ...others].map((key) => key + 1));
+    const chip = (key, said = "") => [swatch(rgb(this.colours.get(key + 1))), facts.classes[key] + said];
     const entries = [...classes.map((key) => chip(key)), ...others.map((key) => chip(key, ", in a mask only"))];
     drawLegend(chips, entries.length ? entries : [["", "no classes"]]);
     this.figures = new Map();
@@ -457,14 +467,13 @@ class Card {
     });
   }
   drawLabels(kind, found) {
-    const width = this.facts.size[1], known = new Map();
+    const width = this.facts.size[1];
     this.draw(kind, (out) => {
       for (let place = 0; place < found.length; place++) {
-        const label = found[place], grey = this.grey(place);
-        if (label && !known.has(label)) known.set(label, label === 255 ? [255, 255, 255] : colour(label));
+        const label = found[place], grey = this.grey(place), own = this.colours.get(label);
         const stripe = label === 255 && (place % width + Math.floor(place / width)) % 6 < 3;
         for (let channel = 0; channel < 3; channel++) {
-          out[4 * place + channel] = label && (label !== 255 || stripe) ? 0.3 * grey + 0.7 * known.get(label)[channel] : 0.45 * grey;
+          out[4 * place + channel] = own && (label !== 255 || stripe) ? 0.3 * grey + 0.7 * own[channel] : 0.45 * grey;
         }
         out[4 * place + 3] = 255;
       }
@@ -577,10 +586,10 @@ function begin() {
   drawCurveTable();
   drawBars();
   drawConfiguration();
-  at("sample").textContent = images.length < total
-    ? `${images.length} of ${total.toLocaleString("en")} images: the worst and the best of ${stages.at(-1).name}, the others spread evenly. The tables above are of all images; the numbers below of those shown here.`
-    : "";
-  at("sample").hidden = images.length === total;
+  const sampled = images.length < total
+    ? `${images.length} of ${total.toLocaleString("en")} images: the worst and the best of ${stages.at(-1).name}, the others spread evenly. `
+    + "The tables above are of all images; the numbers below of those shown here. " : "";
+  at("sample").textContent = `${sampled}Hatched is what the ground truth leaves out and masks leave open; a number is an image's own mIoU.`;
   at("stage").append(...mapStages.map((index) => el("option", { value: String(index) }, stages[index].name)));
   at("class").append(el("option", { value: "-1" }, `all (${images.length})`));
   facts.classes.forEach((name, key) => {
