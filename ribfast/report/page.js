@@ -35,7 +35,8 @@ function furtherColour(label) {
   const hue = (label * 137.508) % 360, light = [0.45, 0.62, 0.76][label % 3];
   const part = (shift) => {
     const place = (shift + hue / 30) % 12;
-    return Math.round(255 * (light - 0.65 * Math.min(light, 1 - light) * Math.max(-1, Math.min(place - 3, 9 - place, 1))));
+    const reach = 0.65 * Math.min(light, 1 - light);  // of this saturation
+    return Math.round(255 * (light - reach * Math.max(-1, Math.min(place - 3, 9 - place, 1))));
   };
   return [part(0), part(8), part(4)];
 }
@@ -83,8 +84,8 @@ function unpack(text, keys, thresholds) {
 const layerOf = (own, step) => Math.min(step, own.counts.length) - 1;
 const unpacked = new Map();
 function rowsOf(image, stage, layer) {
-  const own = facts.images[image].stages[stage], key = `${image} ${stage} ${layer}`;
-  if (!unpacked.has(key)) unpacked.set(key, unpack(own.counts[layer], own.keys.length, facts.stages[stage].thresholds.length));
+  const { counts, keys } = facts.images[image].stages[stage], key = `${image} ${stage} ${layer}`;
+  if (!unpacked.has(key)) unpacked.set(key, unpack(counts[layer], keys.length, facts.stages[stage].thresholds.length));
   return unpacked.get(key);
 }
 class Sums {
@@ -143,8 +144,9 @@ function startOf(stage) {
     Math.abs(value - wanted) < Math.abs(thresholds[best] - wanted) ? index : best, 0);
 }
 const mapStages = facts.stages.flatMap((stage, index) => stage.kind === "maps" ? [index] : []);
+const withMostSteps = (best, index) => facts.stages[index].steps > facts.stages[best].steps ? index : best;
 const state = {
-  stage: mapStages.length ? mapStages.reduce((best, index) => facts.stages[index].steps > facts.stages[best].steps ? index : best) : -1,
+  stage: mapStages.length ? mapStages.reduce(withMostSteps) : -1,
   thresholds: facts.stages.map(startOf),
   steps: facts.stages.map((stage) => stage.steps),
   label: -1,
@@ -157,8 +159,9 @@ const threshold = (stage) => facts.stages[stage].thresholds[state.thresholds[sta
 /** A table's row; labels: what a narrow screen, which stacks the cells, shows before each. */
 function row(tag, cells, labels = []) {
   return el("tr", { role: "row" }, ...cells.map((cell, index) => {
-    const scope = tag === "th" ? "col" : "row", heads = tag === "th" || !index;
-    const found = el(heads ? "th" : "td", heads ? { scope, role: `${scope === "col" ? "column" : "row"}header` } : { role: "cell" });
+    let found = el("td", { role: "cell" });
+    if (tag === "th") found = el("th", { scope: "col", role: "columnheader" });
+    else if (!index) found = el("th", { scope: "row", role: "rowheader" });
     if (labels[index]) found.setAttribute("data-label", labels[index]);
     found.append(...[cell].flat());
     return found;
@@ -167,30 +170,38 @@ function row(tag, cells, labels = []) {
 function drawStages() {
   const { stages, judged, confidence } = facts;
   const said = confidence === null ? "" : `${number(100 * confidence)} % interval`;
-  const head = ["Stage", ...(judged ? ["mIoU", "threshold", "precision", "recall"] : []), "images", "time", "images / s"];
+  const measures = judged ? ["mIoU", "threshold", "precision", "recall"] : [];
+  const head = ["Stage", ...measures, "images", "time", "images / s"];
   const mean = (values) => {
     const there = values.filter((value) => value !== null);
     return there.length ? there.reduce((sum, value) => sum + value, 0) / there.length : null;
   };
   const rows = stages.map((stage) => {
-    const cells = [[stage.name, el("small", {}, [stage.kind, stage.command && `ribfast ${stage.command}`].filter(Boolean).join(", "))]];
-    const found = stage.evaluation;
+    const by = stage.command ? `${stage.kind}, ribfast ${stage.command}` : stage.kind;
+    const cells = [[stage.name, el("small", {}, by)]], found = stage.evaluation;
     if (judged) {
       const interval = found.interval && found.interval.low !== null
         ? [el("small", {}, `${percent(found.interval.low)} to ${percent(found.interval.high)}`)] : [];
       cells.push([el("b", {}, percent(found.reported.miou)), ...interval]);
       const { threshold, chosen } = found.reported;
-      cells.push(threshold === undefined ? "–" : [number(threshold), el("small", {}, chosen === "here" ? "the best here" : "chosen elsewhere")]);
+      const where = el("small", {}, chosen === "here" ? "the best here" : "chosen elsewhere");
+      cells.push(threshold === undefined ? "–" : [number(threshold), where]);
       cells.push(percent(mean(found.precision)), percent(mean(found.recall)));
     }
-    cells.push([stage.images.toLocaleString("en"), ...(stage.failed ? [el("small", {}, `${stage.failed} failed`)] : [])]);
-    cells.push(stage.seconds === null ? "–" : duration(stage.seconds), stage.rate === null ? "–" : number(stage.rate, 3));
+    const failed = stage.failed ? [el("small", {}, `${stage.failed} failed`)] : [];
+    cells.push([stage.images.toLocaleString("en"), ...failed]);
+    cells.push(...(stage.seconds === null ? ["–", "–"] : [duration(stage.seconds), number(stage.rate, 3)]));
     return row("td", cells, head);
   });
   at("stages").append(el("thead", {}, row("th", head)), el("tbody", {}, ...rows));
   const notes = [];
-  if (judged) notes.push(`In percent, of ${count(judged, "image")} with a mask, as ribfast eval counts${said && `; below mIoU its ${said} over images`}; precision and recall are means over labels.`);
-  else notes.push("The data have no masks: there is no mIoU.");
+  if (judged) {
+    notes.push(`In percent, of ${count(judged, "image")} with a mask, as ribfast eval counts.`);
+    notes.push("Precision and recall are means over labels.");
+    if (said) notes.push(`Below mIoU its ${said} over images.`);
+  } else {
+    notes.push("The data have no masks: there is no mIoU.");
+  }
   if (stages.some((stage) => stage.evaluation?.reported.chosen === "here"))
     notes.push("A threshold that is the best on the images it is reported on says too much.");
   if (judged && stages.some((stage) => stage.evaluation.unsure))
@@ -205,6 +216,7 @@ const swatch = (colour) => {
   found.style.background = colour;
   return found;
 };
+let placeOf = null;  // where a threshold lies in the chart
 function drawCurves() {
   const { stages } = facts, chart = at("chart");
   if (!facts.judged || !mapStages.length) {
@@ -212,62 +224,59 @@ function drawCurves() {
     return;
   }
   const width = Math.max(280, chart.clientWidth), height = Math.max(200, Math.min(340, width * 0.45));
-  const left = 40, right = 12, top = 10, bottom = 40;
-  const all = mapStages.flatMap((index) => stages[index].thresholds);
-  const [low, high] = [Math.min(...all), Math.max(...all)];
-  const values = stages.flatMap((stage) => stage.evaluation.mious ?? [stage.evaluation.reported.miou]).filter((value) => value !== null);
-  const step = [0.01, 0.02, 0.05, 0.1, 0.2].find((size) => (Math.max(...values) - Math.min(...values)) / size <= 6) ?? 0.25;
-  const bottomValue = Math.floor(Math.min(...values) / step) * step;
-  const topValue = Math.max(bottomValue + step, Math.ceil(Math.max(...values) / step) * step);
-  const x = (value) => left + (width - left - right) * (high > low ? (value - low) / (high - low) : 0.5);
-  const y = (value) => top + (height - top - bottom) * (1 - (value - bottomValue) / (topValue - bottomValue));
+  const left = 40, right = width - 12, top = 10, bottom = height - 40;
+  const thresholds = mapStages.flatMap((index) => stages[index].thresholds);
+  const low = Math.min(...thresholds), high = Math.max(...thresholds);
+  const mious = stages.flatMap(({ evaluation: { mious: own, reported } }) => own ?? [reported.miou ?? []].flat());
+  const least = Math.min(...mious), most = Math.max(...mious);
+  const step = [0.01, 0.02, 0.05, 0.1, 0.2].find((size) => (most - least) / size <= 6) ?? 0.25;
+  const from = Math.floor(least / step) * step, to = Math.max(from + step, Math.ceil(most / step) * step);
+  const x = placeOf = (value) => left + (right - left) * (high > low ? (value - low) / (high - low) : 0.5);
+  const y = (value) => bottom - (bottom - top) * (value - from) / (to - from);
   const parts = [];
-  for (let value = bottomValue; value < topValue + step / 2; value += step) {
-    parts.push(svg("line", { class: "grid", x1: left, x2: width - right, y1: y(value), y2: y(value) }));
+  for (let value = from; value < to + step / 2; value += step) {
+    parts.push(svg("line", { class: "grid", x1: left, x2: right, y1: y(value), y2: y(value) }));
     parts.push(svg("text", { x: left - 6, y: y(value) + 4, "text-anchor": "end" }, String(Math.round(100 * value))));
   }
   const ticks = width < 480 ? 4 : 6;
   for (let tick = 0; tick <= ticks; tick++) {
     const value = low + (high - low) * tick / ticks;
-    parts.push(svg("text", { x: x(value), y: height - bottom + 18, "text-anchor": "middle" }, number(value)));
+    parts.push(svg("text", { x: x(value), y: bottom + 18, "text-anchor": "middle" }, number(value, 3)));
   }
-  parts.push(svg("text", { x: (left + width - right) / 2, y: height - 4, "text-anchor": "middle" }, "threshold of the background (mIoU in %)"));
-  parts.push(svg("line", { class: "now", id: "now", y1: top, y2: height - bottom }));
+  const said = "threshold of the background (mIoU in %)";
+  parts.push(svg("text", { x: (left + right) / 2, y: height - 4, "text-anchor": "middle" }, said));
+  parts.push(svg("line", { class: "now", id: "now", y1: top, y2: bottom }));
   stages.forEach((stage, index) => {
-    const { mious, reported } = stage.evaluation;
+    const { mious: own, reported } = stage.evaluation;
     if (reported.miou === null) return;
-    const line = mious ? stage.thresholds.map((value, place) => `${place ? "L" : "M"}${x(value).toFixed(1)} ${y(mious[place]).toFixed(1)}`).join("")
-      : `M${left} ${y(reported.miou)}H${width - right}`;
+    const points = own?.map((miou, place) => `${x(stage.thresholds[place]).toFixed(1)} ${y(miou).toFixed(1)}`);
+    const line = points ? `M${points.join("L")}` : `M${left} ${y(reported.miou)}H${right}`;
     const path = svg("path", { d: line, "stroke-dasharray": DASHES[index % 6] });
     path.style.stroke = stageColour(index);
     parts.push(path);
-    if (!mious) return;
+    if (!own) return;
     const mark = svg("circle", { cx: x(reported.threshold), cy: y(reported.miou), r: 4.5 });
     mark.style.fill = stageColour(index);
     parts.push(mark);
   });
-  const said = stages.map((stage) => {
-    const { miou, threshold } = stage.evaluation.reported;
-    return `${stage.name} ${percent(miou)}${threshold === undefined ? " (masks)" : ` at ${number(threshold)}`}`;
+  const reached = stages.map(({ name, evaluation: { reported } }) => {
+    const where = reported.threshold === undefined ? "(masks)" : `at ${number(reported.threshold)}`;
+    return `${name} ${percent(reported.miou)} ${where}`;
   });
-  const drawing = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `mIoU by threshold: ${said.join("; ")}` }, ...parts);
-  chart.replaceChildren(drawing);
-  drawLegend(at("chart-legend"), said.map((text, index) => {
+  const alternative = `mIoU by threshold: ${reached.join("; ")}`;
+  const frame = { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": alternative };
+  chart.replaceChildren(svg("svg", frame, ...parts));
+  drawLegend(at("chart-legend"), reached.map((text, index) => {
     const path = svg("path", { d: "M0 6H30", "stroke-dasharray": DASHES[index % 6] });
     path.style.stroke = stageColour(index);
     return [svg("svg", { width: 30, height: 12, "aria-hidden": "true" }, path), text];
   }));
   drawNow();
 }
+/** The line at the threshold that the slider is at. */
 function drawNow() {
-  const line = at("now");
-  if (!line || state.stage < 0) return;
-  const path = line.ownerSVGElement, { thresholds } = facts.stages[state.stage];
-  const all = mapStages.flatMap((index) => facts.stages[index].thresholds);
-  const [low, high] = [Math.min(...all), Math.max(...all)], width = path.viewBox.baseVal.width;
-  const place = 40 + (width - 52) * (high > low ? (thresholds[state.thresholds[state.stage]] - low) / (high - low) : 0.5);
-  line.setAttribute("x1", place);
-  line.setAttribute("x2", place);
+  if (!placeOf || state.stage < 0) return;
+  for (const end of ["x1", "x2"]) at("now").setAttribute(end, placeOf(threshold(state.stage)));
 }
 function drawCurveTable() {
   if (at("curves").hidden) return;
@@ -276,7 +285,8 @@ function drawCurveTable() {
     const place = facts.stages[index].thresholds.indexOf(value);
     return place < 0 ? "–" : percent(facts.stages[index].evaluation.mious[place]);
   })]));
-  at("curve-table").append(el("thead", {}, row("th", ["threshold", ...mapStages.map((index) => facts.stages[index].name)])), el("tbody", {}, ...rows));
+  const head = row("th", ["threshold", ...mapStages.map((index) => facts.stages[index].name)]);
+  at("curve-table").append(el("thead", {}, head), el("tbody", {}, ...rows));
 }
 function drawBars() {
   if (!facts.judged) {
@@ -289,8 +299,10 @@ function drawBars() {
     inner.style.background = stageColour(index);
     return [percent(value), el("span", { class: "bar", "aria-hidden": "true" }, inner)];
   };
-  const there = labels.map((_, label) => label).filter((label) => facts.stages.some((stage) => stage.evaluation.ious[label] !== null));
-  const rows = there.map((label) => row("td", [labels[label], ...facts.stages.map((stage, index) => cell(stage.evaluation.ious[label], index))]));
+  const rows = labels.flatMap((name, label) => {
+    const ious = facts.stages.map((stage) => stage.evaluation.ious[label]);
+    return ious.every((iou) => iou === null) ? [] : [row("td", [name, ...ious.map(cell)])];
+  });
   const mean = row("td", ["mean", ...facts.stages.map((stage, index) => cell(stage.evaluation.reported.miou, index))]);
   mean.className = "mean";
   const head = row("th", ["Class", ...facts.stages.map((stage) => stage.name)]);
@@ -298,9 +310,10 @@ function drawBars() {
   at("bar-table").append(el("thead", {}, head), el("tbody", {}, ...rows, mean));
 }
 function drawConfiguration() {
-  at("configuration").append(...facts.stages.map((stage) => el("details", {},
-    el("summary", {}, `${stage.name}${stage.command ? `: ribfast ${stage.command}` : ""}`),
-    stage.run ? el("pre", { tabindex: "0" }, stage.run) : el("p", { class: "note" }, "Its folder has no config.json."))));
+  at("configuration").append(...facts.stages.map(({ name, command, run }) => {
+    const text = run ? el("pre", { tabindex: "0" }, run) : el("p", { class: "note" }, "Its folder has no config.json.");
+    return el("details", {}, el("summary", {}, command ? `${name}: ribfast ${command}` : name), text);
+  }));
 }
 
 // ---- the gallery
@@ -353,7 +366,8 @@ class Card {
     this.facts = facts.images[index];
     this.near = false;
     const { name, classes, size } = this.facts, chips = el("ul", { class: "legend", "aria-label": "Classes" });
-    const found = new Set([...this.facts.stages.flatMap((own) => own.found ?? []), ...(this.facts.true ?? []).map(([label]) => label)]);
+    const found = new Set(this.facts.stages.flatMap((own) => own.found ?? []));
+    for (const [label] of this.facts.true ?? []) found.add(label);
     const others = facts.classes.map((_, key) => key).filter((key) => found.has(key + 1) && !classes.includes(key));
     this.colours = colours([...classes, ...others].map((key) => key + 1));
     const chip = (key, said = "") => [swatch(rgb(this.colours.get(key + 1))), facts.classes[key] + said];
@@ -390,26 +404,25 @@ class Card {
       return;
     }
     if (this.pixels) return;
-    const { photo, truth, stages, size } = this.facts, pixels = { maps: [], labels: [] };
-    const jobs = [decode("jpeg", photo, size).then((found) => { pixels.photo = found; })];
-    if (truth) jobs.push(decodeGrey(truth).then((found) => { pixels.truth = found; }));
-    stages.forEach((own, index) => {
-      if (own.maps) jobs.push(decodeGrey(own.maps).then((found) => { pixels.maps[index] = summed(found, own.counts.length); }));
-      if (own.labels) jobs.push(decodeGrey(own.labels).then((found) => { pixels.labels[index] = found; }));
-    });
-    await Promise.all(jobs);
+    const { photo, truth, stages, size } = this.facts;
+    const [pixels, known, maps, masks] = await Promise.all([
+      decode("jpeg", photo, size),
+      truth && decodeGrey(truth),
+      Promise.all(stages.map(async (own) => own.maps && summed(await decodeGrey(own.maps), own.counts.length))),
+      Promise.all(stages.map((own) => own.labels && decodeGrey(own.labels))),
+    ]);
     if (!this.near || this.pixels) return;
-    this.pixels = pixels;
+    this.pixels = { photo: pixels, maps };
+    this.draw("photo", (out) => out.set(pixels));
+    if (known) this.drawLabels("truth", known);
+    masks.forEach((mask, index) => mask && this.drawLabels(`masks-${index}`, mask));
     this.paint();
   }
+  /** What the sliders change. */
   paint() {
     this.caption();
-    if (!this.pixels) return;
-    const { photo, truth, labels: masks } = this.pixels;
-    this.draw("photo", (out) => out.set(photo));
-    if (truth) this.drawLabels("truth", truth);
-    facts.stages.forEach((stage, index) => masks[index] && this.drawLabels(`masks-${index}`, masks[index]));
-    if (state.stage < 0) return;
+    if (!this.pixels || state.stage < 0) return;
+    const { photo } = this.pixels;
     const own = this.facts.stages[state.stage];
     if (!own.keys?.length) {
       const nothing = new Uint8Array(photo.length / 4);
@@ -487,7 +500,9 @@ class Card {
       figure.score.textContent = score === undefined || Number.isNaN(score) ? "" : percent(score);
       figure.canvas.setAttribute("aria-label", `${text} of ${this.facts.name}`);
     };
-    facts.stages.forEach((stage, index) => stage.kind === "masks" && set(`masks-${index}`, stage.name, scoreOf(this.index, index)));
+    facts.stages.forEach((stage, index) => {
+      if (stage.kind === "masks") set(`masks-${index}`, stage.name, scoreOf(this.index, index));
+    });
     if (facts.judged && !this.facts.truth) set("truth", "no ground truth");
     if (state.stage < 0) return;
     const { name } = facts.stages[state.stage], own = this.facts.stages[state.stage], step = state.steps[state.stage];
@@ -501,7 +516,7 @@ class Card {
       return;
     }
     const steps = own.counts.length;
-    const shown = facts.classes[state.label] !== undefined && own.keys.includes(state.label) ? ` of ${facts.classes[state.label]}` : "";
+    const shown = own.keys.includes(state.label) ? ` of ${facts.classes[state.label]}` : "";
     set("step", steps > 1 ? `${name} after step ${Math.min(step, steps)} of ${steps}` : `${name}, no steps kept`);
     set("map", `${name}, final map${shown}`);
     const early = step < steps ? ` after step ${step}` : "";
@@ -522,9 +537,12 @@ function arrange() {
   shown = cards.filter(({ facts: { classes } }) => state.label < 0 || classes.includes(state.label));
   if (order === "name") shown.sort((a, b) => a.facts.name < b.facts.name ? -1 : 1);
   if (stage !== undefined) {
-    const sign = order === "best" ? -1 : 1, scores = new Map(shown.map((card) => [card, scoreOf(card.index, Number(stage))]));
-    const value = (card) => Number.isNaN(scores.get(card)) ? Infinity : sign * scores.get(card);
-    shown.sort((a, b) => value(a) - value(b) || a.index - b.index);
+    const sign = order === "best" ? -1 : 1, scores = new Map();
+    for (const card of shown) {
+      const score = sign * scoreOf(card.index, Number(stage));
+      scores.set(card, Number.isNaN(score) ? 2 : score);  // last
+    }
+    shown.sort((a, b) => scores.get(a) - scores.get(b));
   }
   at("cards").replaceChildren(...shown.map((card) => card.element));
 }
@@ -586,10 +604,13 @@ function begin() {
   drawCurveTable();
   drawBars();
   drawConfiguration();
-  const sampled = images.length < total
-    ? `${images.length} of ${total.toLocaleString("en")} images: the worst and the best of ${stages.at(-1).name}, the others spread evenly. `
-    + "The tables above are of all images; the numbers below of those shown here. " : "";
-  at("sample").textContent = `${sampled}Hatched is what the ground truth leaves out and masks leave open; a number is an image's own mIoU.`;
+  const notes = ["Hatched is what the ground truth leaves out and masks leave open; a number is an image's own mIoU."];
+  if (images.length < total) {
+    const kinds = `the worst and the best of ${stages.at(-1).name}, the others spread evenly`;
+    notes.unshift(`${images.length} of ${total.toLocaleString("en")} images: ${facts.judged ? kinds : "spread evenly"}.`,
+      "The tables above are of all images; the numbers below of those shown here.");
+  }
+  at("sample").textContent = notes.join(" ");
   at("stage").append(...mapStages.map((index) => el("option", { value: String(index) }, stages[index].name)));
   at("class").append(el("option", { value: "-1" }, `all (${images.length})`));
   facts.classes.forEach((name, key) => {
@@ -598,8 +619,11 @@ function begin() {
   });
   at("order").append(el("option", { value: "data" }, "as in the data"), el("option", { value: "name" }, "by name"));
   if (facts.judged) {
-    for (const kind of ["worst", "best"])
-      at("order").append(...stages.map((stage, index) => el("option", { value: `${kind} ${index}` }, `${kind} of ${stage.name} first`)));
+    for (const kind of ["worst", "best"]) {
+      stages.forEach(({ name }, index) => {
+        at("order").append(el("option", { value: `${kind} ${index}` }, `${kind} of ${name} first`));
+      });
+    }
   }
   for (const id of ["threshold-label", "step-label"]) at(id).hidden = state.stage < 0;
   at("stage").parentElement.hidden = mapStages.length < 2;
