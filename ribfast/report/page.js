@@ -606,8 +606,8 @@ function begin() {
   drawConfiguration();
   const notes = ["Hatched is what the ground truth leaves out and masks leave open; a number is an image's own mIoU."];
   if (images.length < total) {
-    const kinds = `the worst and the best of ${stages.at(-1).name}, the others spread evenly`;
-    notes.unshift(`${images.length} of ${total.toLocaleString("en")} images: ${facts.judged ? kinds : "spread evenly"}.`,
+    const worst = facts.judged ? `the worst and the best of ${stages.at(-1).name}, the others ` : "";
+    notes.unshift(`${images.length} of ${total.toLocaleString("en")} images: ${worst}spread evenly.`,
       "The tables above are of all images; the numbers below of those shown here.");
   }
   at("sample").textContent = notes.join(" ");
