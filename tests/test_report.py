@@ -193,6 +193,22 @@ def test_the_gallerys_numbers_are_evals(shown, source, runs, stages):
     assert not shown.log()
 
 
+@pytest.mark.parametrize("format", ["irn", "pmm"])
+def test_maps_of_other_tools(source, stages, chromium, format, tmp_path):
+    store, path = Store(tmp_path / "maps", format, flat=True), tmp_path / "report.html"
+    for item in source:
+        if item.classes:
+            own = stages[0].store.load(item.name)
+            store.save(item.name, own.keys, own.cam, own.high_res)
+    write_report(path, collect(source, [open_stage("other", tmp_path / "maps")], ReportConfig(**ONE)))
+    expected = evaluate_maps(source, store, EvaluateConfig(**ONE))
+    show(chromium, path)
+    for place in (10, 40):
+        slide(chromium, "threshold", place)
+        assert abs(mious(chromium)[0] - 100 * expected["mious"][place]) <= 0.005 + 1e-9
+    assert not chromium.log()
+
+
 def test_sliders_redraw(shown, source, stages):
     kinds = ("photo", "truth", "step", "map", "mask", "masks-2")
     first = {kind: drawn(shown, kind) for kind in kinds}

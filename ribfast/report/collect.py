@@ -96,7 +96,7 @@ def collect(
         if progress is not None:
             progress(len(images), len(shown), item.name)
     for number, facts in enumerate(found):
-        facts["steps"] = max((len(image["stages"][number].get("counts", ())) for image in images), default=1)
+        facts["steps"] = max(1, *(len(image["stages"][number].get("counts", ())) for image in images))
     return {
         "ribfast": __version__,
         "classes": list(source.classes),
@@ -142,6 +142,7 @@ def _facts(source, stage: Stage, evaluation: dict | None, config: ReportConfig) 
         "rate": seconds and seconds[1],
         "command": run.get("command"),
         "run": json.dumps(run, indent=2) if run else None,
+        "threshold": stage.threshold,
         "thresholds": evaluation["thresholds"] if evaluation and stage.has_maps else config.values().tolist(),
         "evaluation": None,
     }

@@ -139,7 +139,7 @@ function scoreOf(image, stage) {
 
 function startOf(stage) {
   const { thresholds, evaluation } = stage;
-  const wanted = evaluation?.reported?.threshold ?? 0.25;
+  const wanted = evaluation?.reported.threshold ?? stage.threshold ?? 0.25;
   return thresholds.reduce((best, value, index) =>
     Math.abs(value - wanted) < Math.abs(thresholds[best] - wanted) ? index : best, 0);
 }
