@@ -21,9 +21,14 @@ def merge_cams(maps: Sequence[Tensor], keys, size: tuple[int, int]) -> tuple[Ten
     chosen = [scale[:, keys] for scale in maps]  # before merging: the cost is the number of classes
     height, width = size
     padded = -(-height // 16) * 16, -(-width // 16) * 16
-    strided = ops.accumulate_cams(chosen, (-(-height // 4), -(-width // 4)))
     high_res = ops.accumulate_cams(chosen, size, padded=padded)
-    return ops.normalize_cams(strided, inplace=True), ops.normalize_cams(high_res, inplace=True)
+    return strided_cams(chosen, size), ops.normalize_cams(high_res, inplace=True)
+
+
+def strided_cams(maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    """The first of merge_cams's alone, of maps that hold the classes wanted and no others."""
+    strided = ops.accumulate_cams(list(maps), (-(-size[0] // 4), -(-size[1] // 4)))
+    return ops.normalize_cams(strided, inplace=True)
 
 
 def shrink_cams(high_res: Tensor) -> Tensor:

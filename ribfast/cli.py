@@ -713,6 +713,37 @@ def _evaluate(options: argparse.Namespace, settings) -> None:
     config.write((options.out or options.maps or options.masks) / "evaluation.json", settings, **beside, **result)
 
 
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    _data_arguments(parser)
+    parser.add_argument("--stage", action="append", required=True, type=_named_path, metavar="NAME=FOLDER",
+                        help="a run's folder, or one of map files or of NAME.png; once for each, in order")  # fmt: skip
+    parser.add_argument("--threshold-from", action="append", default=[], type=_named_path, metavar="NAME=FILE",
+                        help="of a stage of maps: evaluation.json of the split to choose its threshold on")  # fmt: skip
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the page, report.html")
+
+
+def _named_path(text: str) -> tuple[str, Path]:
+    name, is_named, place = text.partition("=")
+    if not is_named or not name or not place:
+        raise argparse.ArgumentTypeError(f"expected NAME=PATH, got {text!r}")
+    return name, Path(place)
+
+
+def _make_report(options: argparse.Namespace, settings) -> None:
+    from .data import open_source
+    from .pipeline import read_threshold
+    from .report import collect, open_stage, write_report
+
+    chosen, names = dict(options.threshold_from), [name for name, _ in options.stage]
+    if not chosen.keys() <= {*names}:
+        raise ValueError(f"expected --threshold-from of stages {', '.join(names)}, got {', '.join(chosen)}")
+    thresholds = {name: read_threshold(path) for name, path in chosen.items()}
+    source = open_source(options.data, options.split)
+    stages = [open_stage(name, folder, settings.format, thresholds.get(name)) for name, folder in options.stage]
+    write_report(options.out, collect(source, stages, settings, progress=_progress()))
+    log.info("wrote %s, %.1f MB", options.out, options.out.stat().st_size / 1e6)
+
+
 def _print_thresholds(result: dict) -> None:
     best, at = result["best"]["threshold"], result["reported"]["threshold"]
     step = max(1, len(result["thresholds"]) // 12)
@@ -857,6 +888,10 @@ COMMANDS = {
     "eval": Command(
         "mIoU of class maps at every threshold, or of masks",
         "ribfast.pipeline:EvaluateConfig", _evaluate_arguments, _evaluate,
+    ),
+    "report": Command(
+        "one page of what stages gained: mIoU, curves, classes, a gallery",
+        "ribfast.report:ReportConfig", _report_arguments, _make_report,
     ),
     "export": Command(
         "masks as VOC's folder or as COCO's annotations, for other tools",

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from . import config as configuration
 from . import data, files, masks, models, ops, rib, train
-from .cams import CROP_SCALES, merge_cams, multi_crop_cams, shrink_cams
-from .metrics import Confusion, PerImage, ThresholdSweep, bootstrap_interval
+from .cams import CROP_SCALES, merge_cams, multi_crop_cams, shrink_cams, strided_cams
+from .metrics import Confusion, Counts, PerImage, ThresholdSweep, bootstrap_interval
 from .processes import choose_device, choose_shard, processes, together
 from .rib import RIBConfig
 from .segment import label_probabilities
@@ -202,6 +202,7 @@ class AdaptConfig(RIBConfig):
     """RIB's constants, and how they are put to work."""
 
     seed: int = 0  # of the others that are drawn
+    steps_kept: bool = False  # keep the maps after each step too, in 8 bits, as the report shows them
     format: Literal["npz", "irn", "pmm"] = "npz"  # of the files
     high_res: bool = False  # keep maps of the photograph's size in npz files too, not only at a quarter of it
     shard: str | None = None  # i/n: the i-th of n shares, from 0; none: torchrun's, else everything
@@ -278,18 +279,22 @@ def adapt_maps(
                 if isinstance(target, Exception):
                     fail(item.name, str(target))
                 else:
-                    yield rib.Job(target, batches, item)
+                    yield rib.Job(target, batches, item, _Steps(target) if config.steps_kept else None)
 
-    def results() -> Iterator[tuple[str, rib.Result]]:
+    def results() -> Iterator[tuple[str, rib.Result, np.ndarray | None]]:
         """On the CPU, before another thread has them."""
         for job, found in engine.adapt_all(jobs()):
+            steps = None
             if found.error is None:
                 found = dataclasses.replace(found, maps=[], cam=found.cam.cpu(), high_res=found.high_res.cpu())
-            yield job.tag.name, found
+                steps = None if job.watch is None else job.watch.first(found.steps)
+            yield job.tag.name, found, steps
 
-    def save(made: tuple[str, rib.Result]) -> tuple[str, str | None]:
-        name, found = made
+    def save(made: tuple[str, rib.Result, np.ndarray | None]) -> tuple[str, str | None]:
+        name, found, steps = made
         if found.error is None:
+            if steps is not None:  # before the maps, as the facts
+                store.save_steps(name, found.keys, steps)
             facts = {"steps": found.steps, "stopped": found.stopped, "seconds": _since(start)}
             _keep(store, name, found.keys, found.cam, found.high_res, **facts)
             _mend(store, name, failures)
@@ -312,6 +317,20 @@ def adapt_maps(
     if not result.made and not result.failed:
         report("")
     return result
+
+
+class _Steps:
+    """An image's maps after each step, as they are shown to it, in 8 bits on the device that makes them."""
+
+    def __init__(self, target: rib.Target):
+        self.keys, self.size, self.shown = sorted(target.classes), target.size, []
+
+    def __call__(self, step: int, maps: list[Tensor]) -> None:
+        cam = strided_cams([scale[None, self.keys] for scale in maps], self.size)
+        self.shown[step:] = [cam.mul_(255).round_().to(torch.uint8)]  # from 0 again where the image begins anew
+
+    def first(self, count: int) -> np.ndarray:
+        return torch.stack(self.shown[:count]).cpu().numpy()
 
 
 def _one_ahead(things: Iterator) -> Iterator:
@@ -550,7 +569,7 @@ def _label_all(source, store: Store, config, load: Callable, label: Callable, ex
     """Masks of this share's images that have none yet: `load` of each item, by threads, then `label` of some of these
     together, [(item, loaded), ...] -> masks; one after another where that raises one of `expected`."""
     (index, count), result = choose_shard(config.shard), Made()
-    items = source[index::count]
+    items, known, start = source[index::count], store.metrics(), time.perf_counter()
     todo = [item for item in items if not store.has_mask(item.name)]
     result.kept = len(items) - len(todo)
 
@@ -577,6 +596,8 @@ def _label_all(source, store: Store, config, load: Callable, label: Callable, ex
                 yield from labelled(ready)
 
     def keep(item: data.Item, mask: np.ndarray) -> None:
+        """With the facts of the image's maps, which may be in the same store."""
+        store.record(item.name, **known.get(item.name, {}) | {"mask_seconds": _since(start)})
         store.save_mask(item.name, mask)
 
     return _save_all(store, made(), keep, result, len(items), progress, ahead=config.batch)
@@ -626,11 +647,13 @@ def evaluate_maps(
     *,
     threshold: float | None = None,
     progress: Callable[[int, int, str], None] | None = None,
+    each: Callable[[data.Item, Counts], None] | None = None,
 ) -> dict:
     """mIoU of the store's maps against the source's masks at every threshold; IoU, precision and recall of each class
     at one of them, and mIoU's interval over images.
 
     threshold: that one, as chosen on other images; None: the best, which says too much of the images it is chosen on.
+    each: is shown every image's counts, in order, at these thresholds and at that one.
     Images without masks are left out; those without classes count as background.
     """
     config = config or EvaluateConfig()
@@ -651,10 +674,12 @@ def evaluate_maps(
                 return sweep.count(maps.cam, maps.keys, mask, stride=4)
             return sweep.count(maps.high_res, maps.keys, mask)
 
-    for counts in _counted(count, items, config, progress):
+    for item, counts in _counted(count, items, config, progress):
         sweep.add_counts(counts)
         if config.resamples:
             images.add_counts(counts)
+        if each is not None:
+            each(item, counts)
     mious, (best, best_miou) = sweep.mious(), sweep.best()
     at = best if threshold is None else threshold
     row = int(np.flatnonzero(grid == at)[0])
@@ -679,8 +704,12 @@ def evaluate_masks(
     config: EvaluateConfig | None = None,
     *,
     progress: Callable[[int, int, str], None] | None = None,
+    each: Callable[[data.Item, np.ndarray], None] | None = None,
 ) -> dict:
-    """The same of the store's masks. 255 in them, where they leave a label open, counts as background, as in IRN."""
+    """The same of the store's masks. 255 in them, where they leave a label open, counts as background, as in IRN.
+
+    each: is shown every image's confusion matrix, in order.
+    """
     config = config or EvaluateConfig()
     items = _with_masks(source)
     _refuse_missing(items, "masks", store.folder, lambda item: store.has_mask(item.name))
@@ -697,11 +726,13 @@ def evaluate_masks(
             counted = int((open_ & (mask != 255)).sum()) if open_.any() else 0
             return confusion.count(labels, mask), counted
 
-    for matrix, open_pixels in _counted(count, items, config, progress):
+    for item, (matrix, open_pixels) in _counted(count, items, config, progress):
         confusion.matrix += matrix
         unsure, pixels = unsure + open_pixels, pixels + int(matrix.sum())
         if config.resamples:
             images.add_matrix(matrix)
+        if each is not None:
+            each(item, matrix)
     return {
         "images": len(items),
         "reported": {"miou": confusion.miou()},
@@ -738,7 +769,7 @@ def _counted(count: Callable, items: list[data.Item], config: EvaluateConfig, pr
     ahead = max(4, 2 * config.workers)
     for done, (item, found) in enumerate(zip(items, data.prefetch(count, items, workers=config.workers, ahead=ahead),
                                              strict=True), 1):  # fmt: skip
-        yield found
+        yield item, found
         if progress is not None:
             progress(done, len(items), item.name)
 

@@ -2,6 +2,7 @@
 
 config.json       what made it
 maps/NAME.npz     class maps in [0, 1] of the classes on an image (or .npy, as IRN's and PMM's tools have them)
+steps/NAME.npz    where they are kept: the maps after each of RIB's steps, in 8 bits
 masks/NAME.png    labels in VOC's palette: 0 background, class + 1, 255 unsure
 metrics.jsonl     facts, a JSON object an image; of an image without classes that it was skipped
 failures.jsonl    a JSON object an image that failed, with its reason
@@ -65,6 +66,7 @@ class Store:
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"Store: expected a folder, got {self.folder}, a file; choose another place")
         self._maps, self.masks = (self.folder, self.folder) if flat else (self.folder / "maps", self.folder / "masks")
+        self._steps = self.folder / "steps"
         self._is_tidy = False
 
     def path(self, name: str) -> Path:
@@ -137,6 +139,31 @@ class Store:
             high_res = enlarge_cams(cam, size).numpy()
         return Maps(keys, None if cam is None else cam.float(), high_res.astype(np.float32, copy=False), size)
 
+    def save_steps(self, name: str, keys, steps) -> None:
+        """steps (k, n, ceil(H / 4), ceil(W / 4)) uint8: the maps of keys (n,) after each step, 255 for 1.
+
+        Replaces what is there.
+        """
+        keys, steps = np.asarray(keys, np.int64), np.asarray(steps)
+        if keys.ndim != 1 or steps.ndim != 4 or steps.shape[1] != len(keys) or steps.dtype != np.uint8:
+            raise ValueError(f"Store.save_steps: expected uint8 steps (k, {len(keys)}, h, w), got {steps.dtype} "
+                             f"{steps.shape} for {name}")  # fmt: skip
+        path = _place(self._steps, name, ".npz")
+        _stay_within(self._steps, path)
+        self._remove_stale()
+        files.write(path, _archive({"keys": keys, "steps": steps}))
+
+    def load_steps(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """(keys, steps) as they were saved; None where none were."""
+        path = _place(self._steps, name, ".npz")
+        if not _is_there(path):
+            return None
+        keys, steps = _arrays(path, "load_steps", "keys", "steps")
+        if keys.ndim != 1 or steps.ndim != 4 or steps.shape[1] != len(keys) or steps.dtype != np.uint8:
+            raise ValueError(f"Store.load_steps: expected uint8 steps (k, {len(keys)}, h, w), got {steps.dtype} "
+                             f"{steps.shape} in {path}; make it again")  # fmt: skip
+        return keys, steps
+
     def mask_path(self, name: str) -> Path:
         return _place(self.masks, name, ".png")
 
@@ -191,9 +218,9 @@ class Store:
         )
 
     def clear(self) -> None:
-        """Removes maps, masks, facts and failures, and last the configuration, which says whose maps are left if this
-        is cut off."""
-        for base, suffixes in ((self._maps, {*SUFFIXES.values()}), (self.masks, {".png"})):
+        """Removes maps, steps, masks, facts and failures, and last the configuration, which says whose maps are left if
+        this is cut off."""
+        for base, suffixes in ((self._maps, {*SUFFIXES.values()}), (self._steps, {".npz"}), (self.masks, {".png"})):
             for path in _walk(base):
                 if path.suffix in suffixes:
                     path.unlink()
@@ -205,7 +232,7 @@ class Store:
         if self._is_tidy:
             return
         self._is_tidy = True
-        for base in {self._maps, self.masks}:
+        for base in {self._maps, self._steps, self.masks}:
             for path in _walk(base):
                 with contextlib.suppress(FileNotFoundError):  # another process was first
                     if path.name.endswith(files.PARTIAL) and time.time() - path.stat().st_mtime > _STALE:
@@ -305,7 +332,6 @@ def _png(labels: np.ndarray) -> bytes:
 
 
 def _npz(name: str, keys: Tensor, cam: Tensor, high_res: np.ndarray | None, size: tuple[int, int]) -> memoryview:
-    """As np.savez_compressed writes it, at zlib's lowest level: higher ones take longer and save nothing on maps."""
     with np.errstate(over="ignore"):
         arrays = {"keys": keys.numpy(), "cam": cam.numpy().astype(np.float16), "size": np.array(size, np.int64)}
         if high_res is not None:
@@ -315,6 +341,11 @@ def _npz(name: str, keys: Tensor, cam: Tensor, high_res: np.ndarray | None, size
         if values is not None and values.size and not 0 <= values.min() <= values.max() <= 1:  # nor NaN
             raise ValueError(f"Store.save: expected {kind} in [0, 1], got {values.min()} to {values.max()} for {name}; "
                              f"divide maps by their maximum, or use irn")  # fmt: skip
+    return _archive(arrays)
+
+
+def _archive(arrays: dict[str, np.ndarray]) -> memoryview:
+    """As np.savez_compressed writes it, at zlib's lowest level: higher ones take longer and save nothing on maps."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         for kind, array in arrays.items():
@@ -325,17 +356,23 @@ def _npz(name: str, keys: Tensor, cam: Tensor, high_res: np.ndarray | None, size
     return file.getbuffer()
 
 
-def _from_npz(path: Path) -> Maps:
+def _arrays(path: Path, op: str, *names: str, optional: str | None = None) -> list[np.ndarray | None]:
+    """Of an .npz; and the optional one, or None."""
     try:
         with np.load(path, allow_pickle=False) as content:
-            keys, cam, size = (content[name] for name in ("keys", "cam", "size"))
-            high_res = content["high_res"] if "high_res" in content.files else None
+            found = [content[name] for name in names]
+            return found if optional is None else [*found, content[optional] if optional in content.files else None]
     except OSError:
         raise
     except Exception as error:  # a broken archive can raise any
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"Store.load: expected arrays keys, cam and size in an .npz, got {path}: {reason}; make it "
+        listed = f"{', '.join(names[:-1])} and {names[-1]}"
+        raise ValueError(f"Store.{op}: expected arrays {listed} in an .npz, got {path}: {reason}; make it "
                          f"again") from error  # fmt: skip
+
+
+def _from_npz(path: Path) -> Maps:
+    keys, cam, size, high_res = _arrays(path, "load", "keys", "cam", "size", optional="high_res")
     fits = keys.ndim == 1 and keys.dtype.kind in "iu" and size.shape == (2,) and size.dtype.kind in "iu"
     size = tuple(size.tolist()) if fits else ()
     fits = fits and min(size) > 0 and cam.dtype.kind == "f"

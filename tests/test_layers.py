@@ -111,6 +111,17 @@ def test_training_and_adapting_see_what_they_are_made_of():
             assert foreign(path, allowed) == [], path.name
 
 
+def test_the_report_sees_what_a_run_left():
+    below = [f"ribfast.{name}" for name in ("__version__", "cams", "data", "files", "metrics", "pipeline", "store")]
+    paths = list((PACKAGE / "report").glob("*.py"))
+    assert paths
+    for path in paths:
+        allowed = ["torch", "numpy", "cv2", "ribfast.report", *below, *sys.stdlib_module_names]
+        assert foreign(path, allowed) == [], path.name
+    for path in set(PACKAGE.rglob("*.py")) - {PACKAGE / "cli.py", *paths}:
+        assert not [m for m in imports(path) if f"{m}.".startswith("ribfast.report.")], path
+
+
 def test_single_modules():
     standard = [*sys.stdlib_module_names]
     assert foreign(PACKAGE / "files.py", standard) == []

@@ -61,6 +61,7 @@ def test_sdist_holds_the_sources(sdist):
     expected = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file()}
     expected |= {str(p.relative_to(ROOT)) for p in (ROOT / "ribfast").rglob("*.py")}
     expected |= {"LICENSE", "README.md", "pyproject.toml", "setup.py", "build_backend.py", "ribfast/assets/coffee.jpg"}
+    expected |= {f"ribfast/report/page.{suffix}" for suffix in ("html", "css", "js")}
     assert expected <= names, expected - names
 
 

@@ -1,0 +1,513 @@
+"""The page of a run, in a real browser: what its sliders do, and that its numbers are eval's."""
+
+import json
+import re
+
+import browser
+import cv2
+import numpy as np
+import pictures
+import pytest
+import torch
+
+from ribfast import cli, data, models
+from ribfast.pipeline import (
+    AdaptConfig,
+    CamConfig,
+    EvaluateConfig,
+    MasksConfig,
+    adapt_maps,
+    evaluate_maps,
+    evaluate_masks,
+    make_cams,
+    make_masks,
+)
+from ribfast.report import ReportConfig, collect, open_stage, page, write_report
+from ribfast.store import Store
+
+NASTY = ("<img src=x onerror=alert(1)>", "</script><script>document.title='run'</script>")
+SMALL = {"steps": 4, "n_others": 2, "others_crop": 40, "others_long_side": (32, 48), "share_others": 2, "lr": 1e-5,
+         "explode_area": None, "stop_logit": None, "disjoint": False, "device": "cpu", "workers": 1}  # fmt: skip
+ONE = {"workers": 0}
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory):
+    """Pictures with some pixels to ignore, of classes whose names would run if they were not escaped."""
+    folder = tmp_path_factory.mktemp("report") / "data"
+    made = pictures.draw(folder, 9)
+    for name in ("classes.txt", "labels.csv"):
+        text = (folder / name).read_text()
+        for plain, nasty in zip(pictures.CLASSES, NASTY, strict=True):
+            text = text.replace(plain, nasty)
+        (folder / name).write_text(text)
+    mask = cv2.imread(str(folder / "masks" / "p3.png"), cv2.IMREAD_UNCHANGED)
+    mask[:6] = 255
+    cv2.imwrite(str(folder / "masks" / "p3.png"), mask)
+    return made
+
+
+@pytest.fixture(scope="module")
+def source(spec):
+    return data.open_source(spec)
+
+
+@pytest.fixture(scope="module")
+def runs(source, tmp_path_factory):
+    """A network that has learnt nothing, whose maps differ all the same; its CAMs, RIB's maps by step, masks."""
+    torch.manual_seed(0)
+    model, folder = models.cam_classifier("mobilenet_v2", 2), tmp_path_factory.mktemp("runs")
+    with torch.no_grad():
+        model.classifier.weight.normal_(0, 0.3)
+    maps, rib, masks = (Store(folder / name) for name in ("maps", "rib", "masks"))
+    make_cams(source, model, maps, CamConfig(device="cpu", **ONE))
+    made = adapt_maps(source, model, rib, AdaptConfig.released(**SMALL, steps_kept=True))
+    assert not made.failed
+    make_masks(source, rib, masks, MasksConfig(method="threshold", background=0.5, device="cpu", **ONE))
+    (folder / "rib" / "config.json").write_text(
+        json.dumps({"command": "rib", "config": {"note": NASTY[0], "tau": 0.4}})
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stages(runs):
+    return [open_stage("CAM", runs / "maps"), open_stage("<b>RIB", runs / "rib"), open_stage("cut", runs / "masks")]
+
+
+@pytest.fixture(scope="module")
+def written(source, stages, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    write_report(path, collect(source, stages, ReportConfig(**ONE)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    if browser.MISSING:
+        pytest.skip(browser.MISSING)
+    with browser.Browser() as window:
+        yield window
+
+
+@pytest.fixture
+def shown(chromium, written):
+    return show(chromium, written)
+
+
+def show(chromium, path):
+    chromium.resize(1280)
+    chromium.scheme("light")
+    chromium.log()
+    chromium.open(path.as_uri())
+    chromium.run("document.getElementById('tools').scrollIntoView()")
+    chromium.until("return Boolean(cards[0].pixels)")
+    return chromium
+
+
+def slide(window, name, value):
+    """As a hand does it."""
+    script = """
+        const slider = document.getElementById(arguments[0]);
+        slider.value = arguments[1];
+        for (const kind of ['input', 'change']) slider.dispatchEvent(new Event(kind))"""
+    window.run(script, name, value)
+    settled(window)
+
+
+def settled(window):
+    window.until("return !waiting")
+
+
+def mious(window):
+    """What the gallery says, in points, by stage."""
+    found = window.run("return [...document.querySelectorAll('#live b')].map(value => value.textContent)")
+    return [float(text) for text in found]
+
+
+def drawn(window, kind, card=0):
+    """A canvas's pixels, in words."""
+    return window.run("return shown[arguments[0]].figures.get(arguments[1]).canvas.toDataURL()", card, kind)
+
+
+def test_steps_are_kept_up_to_the_final_map(source, runs):
+    store, without, seen = Store(runs / "rib"), Store(runs / "maps"), 0
+    for item in source:
+        if not item.classes:
+            assert store.load_steps(item.name) is None
+            continue
+        keys, steps = store.load_steps(item.name)
+        final = store.read(item.name)
+        assert keys.tolist() == final.keys.tolist() == list(item.classes)
+        assert steps.shape == (4, *final.cam.shape) and steps.dtype == np.uint8
+        np.testing.assert_allclose(steps[-1] / 255, final.cam.float(), atol=0.5 / 255 + 2**-11)
+        seen += (steps[0] != steps[-1]).any()
+        assert without.load_steps(item.name) is None
+    assert seen > 4
+    keys, steps = store.load_steps("p0")
+    with pytest.raises(ValueError, match=r"Store.save_steps: expected uint8 steps \(k, 1, h, w\), got float64"):
+        store.save_steps("p0", keys, steps / 255)
+
+
+def test_steps_go_on_where_a_run_was_cut_off_and_go_with_its_maps(source, runs, tmp_path):
+    torch.manual_seed(0)
+    model, store = models.cam_classifier("mobilenet_v2", 2), Store(tmp_path)
+    two = data.Source(source.classes, source[:2], source.upright)
+    config = AdaptConfig.released(**SMALL | {"steps": 2}, steps_kept=True)
+    adapt_maps(two, model, store, config, others=source)
+    before = (tmp_path / "steps" / "p0.npz").stat().st_mtime_ns
+    store.path("p1").unlink()
+    (tmp_path / "steps" / "p1.npz").unlink()
+    assert adapt_maps(two, model, store, config, others=source).made == 1
+    assert store.load_steps("p1") is not None and (tmp_path / "steps" / "p0.npz").stat().st_mtime_ns == before
+    store.clear()
+    assert not list(tmp_path.rglob("*.npz"))
+    adapt_maps(two, model, store, AdaptConfig.released(**SMALL | {"steps": 2}), others=source)
+    assert store.names() == ["p0", "p1"] and store.load_steps("p0") is None
+
+
+def test_the_gallerys_numbers_are_evals(shown, source, runs, stages):
+    expected = [evaluate_maps(source, stages[n].store, EvaluateConfig(**ONE)) for n in (0, 1)]
+    expected.append(evaluate_masks(source, stages[2].store, EvaluateConfig(**ONE)))
+    found = mious(shown)
+    for number, facts in zip(found, expected, strict=True):
+        assert abs(number - 100 * facts["reported"]["miou"]) <= 0.005 + 1e-9
+    assert len({*found}) == 3
+    table = shown.run("return [...document.querySelectorAll('#stages tbody b')].map(b => b.textContent)")
+    assert [float(text) for text in table] == found
+    for place in (0, 7, 30, 60):  # RIB's slider, at its last step
+        slide(shown, "threshold", place)
+        assert abs(mious(shown)[1] - 100 * expected[1]["mious"][place]) <= 0.005 + 1e-9
+        assert mious(shown)[0] == found[0]
+    shown.choose("#stage", 0)
+    slide(shown, "threshold", 12)
+    assert abs(mious(shown)[0] - 100 * expected[0]["mious"][12]) <= 0.005 + 1e-9
+    bars = shown.run(
+        "return [...document.querySelectorAll('#bar-table tbody tr')].map(r => [...r.cells].map(c => c.textContent))"
+    )
+    labels = ("background", *source.classes)
+    assert [row[0] for row in bars] == [*labels, "mean"]
+    for row, label in zip(bars, labels, strict=False):
+        for text, facts in zip(row[1:], expected, strict=True):
+            assert abs(float(text) - 100 * facts["ious"][label]) <= 0.005 + 1e-9
+    assert not shown.log()
+
+
+@pytest.mark.parametrize("format", ["irn", "pmm"])
+def test_maps_of_other_tools(source, stages, chromium, format, tmp_path):
+    store, path = Store(tmp_path / "maps", format, flat=True), tmp_path / "report.html"
+    for item in source:
+        if item.classes:
+            own = stages[0].store.load(item.name)
+            store.save(item.name, own.keys, own.cam, own.high_res)
+    write_report(path, collect(source, [open_stage("other", tmp_path / "maps")], ReportConfig(**ONE)))
+    expected = evaluate_maps(source, store, EvaluateConfig(**ONE))
+    show(chromium, path)
+    for place in (10, 40):
+        slide(chromium, "threshold", place)
+        assert abs(mious(chromium)[0] - 100 * expected["mious"][place]) <= 0.005 + 1e-9
+    assert not chromium.log()
+
+
+def test_sliders_redraw(shown, source, stages):
+    kinds = ("photo", "truth", "step", "map", "mask", "masks-2")
+    first = {kind: drawn(shown, kind) for kind in kinds}
+    assert len({*first.values()}) == 5 and first["step"] == first["map"]
+    slide(shown, "threshold", 55)
+    assert [kind for kind in kinds if drawn(shown, kind) != first[kind]] == ["mask"]
+    at_last, before = mious(shown), drawn(shown, "mask")
+    slide(shown, "step", 1)
+    assert drawn(shown, "step") != first["step"] and drawn(shown, "map") == first["map"]
+    assert drawn(shown, "mask") != before and mious(shown)[1] != at_last[1]
+    said = shown.run(
+        "return shown[0].figures.get('step').text.textContent + document.getElementById('live').textContent"
+    )
+    assert "<b>RIB after step 1 of 4" in said and "at 0.55, step 1" in said
+    slide(shown, "step", 4)
+    assert mious(shown) == at_last and drawn(shown, "mask") == before
+    assert not shown.log()
+
+
+def test_masks_in_the_page_follow_the_maps(shown, source, stages):
+    """Against maps of the full size, of which the page has few pixels: they differ along the masks' borders."""
+    shown.choose("#stage", 0)
+    for place in (20, 45):
+        slide(shown, "threshold", place)
+        high_res = stages[0].store.load("p0").high_res[0]
+        found = shown.run("""
+            const {canvas} = cards[0].figures.get('mask'), {data} = canvas.getContext('2d').getImageData(0, 0, 64, 64);
+            return Array.from({length: 4096}, (_, place) => data[4 * place] > data[4 * place + 2] + 60)""")
+        expected = high_res > place / 100
+        assert 0.05 < expected.mean() < 1 and (np.reshape(found, (64, 64)) == expected).mean() > 0.97
+
+
+def test_order_and_filter(shown, source, runs):
+    names = "return [...document.querySelectorAll('article h3')].map(h => h.textContent)"
+    assert shown.run(names) == [item.name for item in source]
+    shown.choose("#order", "worst 1")
+    scores = shown.run("return shown.map(card => scoreOf(card.index, 1))")
+    assert scores == sorted(scores) and scores[0] < scores[-1]
+    worst = shown.run(names)
+    shown.choose("#order", "best 1")
+    assert shown.run(names) != worst and sorted(shown.run(names)) == sorted(worst)
+    before = shown.run(names)
+    slide(shown, "threshold", 0)
+    scores = shown.run("return shown.map(card => scoreOf(card.index, 1))")
+    assert scores == sorted(scores, reverse=True) and shown.run(names) != before
+
+    shown.choose("#class", 1)
+    shown.choose("#order", "data")
+    settled(shown)
+    discs = [item for item in source if 1 in item.classes]
+    assert shown.run(names) == [item.name for item in discs] and len(discs) < len(source)
+    few = data.Source(source.classes, tuple(discs), source.upright)
+    expected = evaluate_maps(few, Store(runs / "rib"), EvaluateConfig(**ONE))
+    assert abs(mious(shown)[1] - 100 * expected["mious"][0]) <= 0.005 + 1e-9
+    assert f"{NASTY[1]} " in shown.run("return document.getElementById('live').textContent")
+    shown.choose("#class", -1)
+    assert len(shown.run(names)) == len(source) and not shown.log()
+
+
+def test_keys_alone_are_enough(shown, written):
+    shown.open(written.as_uri())
+    shown.press("tab", "enter")  # the first is the way to the gallery
+    shown.until("return location.hash === '#gallery' && document.activeElement.id === 'gallery'")
+    seen = []
+    for _ in range(5):
+        shown.press("tab")
+        seen.append(shown.run("return document.activeElement.id"))
+        outline = shown.run(
+            "const s = getComputedStyle(document.activeElement); return s.outlineStyle + s.outlineWidth"
+        )
+        assert outline == "solid3px"
+    assert seen == ["stage", "class", "order", "threshold", "step"]
+    shown.press("left")
+    settled(shown)
+    assert shown.run("return document.getElementById('step-value').textContent") == "3 of 4"
+    shown.run("document.getElementById('threshold').focus()")
+    before = shown.run("return threshold(1)"), drawn(shown, "mask")
+    shown.press("home")
+    settled(shown)
+    assert before[0] > 0 == shown.run("return threshold(1)") and drawn(shown, "mask") != before[1]
+    shown.press("right", "right")
+    settled(shown)
+    said = shown.run("return document.getElementById('threshold').getAttribute('aria-valuetext')")
+    assert said == "0.02" == shown.run("return document.getElementById('threshold-value').textContent")
+    unnamed = shown.run("""
+        const all = [...document.querySelectorAll('input, select, canvas, [tabindex="0"]:not(pre)')];
+        const named = (element) => element.ariaLabel || element.getAttribute('aria-labelledby');
+        return all.filter(element => !element.labels?.length && !named(element)).length""")
+    assert unnamed == 0
+
+
+def test_names_never_run(shown, written):
+    assert shown.run("return document.title") == "ribfast report"
+    assert shown.run("return [document.images.length, document.scripts.length]") == [0, 2]
+    chips = shown.run("return [...document.querySelectorAll('article')].map(a => a.textContent)")
+    assert NASTY[0] in chips[0] and NASTY[1] in chips[1]
+    assert NASTY[0] in shown.run("return document.querySelector('pre').textContent")
+    assert "<b>RIB" in shown.run("return document.getElementById('stages').textContent")
+    text = written.read_text()
+    assert (
+        NASTY[0] not in text
+        and NASTY[1] not in text
+        and not re.search(r"(?:https?:)?//[a-z]", page_without_facts(text))
+    )
+    assert not shown.log()
+    shown.run("""
+        const script = document.createElement('script'), picture = document.createElement('img');
+        script.textContent = "document.title = 'run'";
+        picture.src = 'https://example.org/x.png';
+        document.body.append(script, picture)""")
+    said = [entry["message"] for entry in shown.log()]
+    assert shown.run("return document.title") == "ribfast report"
+    assert len(said) == 2 and all("Content Security Policy" in text for text in said)
+
+
+def page_without_facts(text):
+    text = re.sub(r'<script type="application/json".*?</script>', "", text, flags=re.S)
+    return text.replace("http://www.w3.org/2000/svg", "")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_readable_in_light_and_dark(shown, scheme):
+    shown.scheme(scheme)
+    shown.run("for (const details of document.querySelectorAll('details')) details.open = true")
+    pairs = shown.run("""
+        const found = {}, clear = 'rgba(0, 0, 0, 0)', styleOf = (element) => getComputedStyle(element ?? document.body);
+        for (const element of document.querySelectorAll('body *')) {
+            const own = [...element.childNodes].some(node => node.nodeType === 3 && node.data.trim());
+            if (!own || !element.getClientRects().length) continue;
+            let behind = element;
+            while (behind && styleOf(behind).backgroundColor === clear) behind = behind.parentElement;
+            const ink = element.namespaceURI.includes('svg') ? styleOf(element).fill : styleOf(element).color;
+            found[`${ink} on ${styleOf(behind).backgroundColor}`] = `${element.tagName} ${element.className}`;
+        }
+        return found""")
+    assert len(pairs) > 2
+    lightness = []
+    for pair, where in pairs.items():
+        ink, ground = (luminance([int(part) for part in re.findall(r"\d+", text)[:3]]) for text in pair.split(" on "))
+        low, high = sorted((ink, ground))
+        assert (high + 0.05) / (low + 0.05) >= 4.5, (pair, where)
+        lightness.append(ground)
+    assert (min(lightness) > 0.8) if scheme == "light" else (max(lightness) < 0.1)
+    lines = shown.run("return [...document.querySelectorAll('#chart path')].map(p => getComputedStyle(p).stroke)")
+    assert len({*lines}) == 3
+    for text in lines:
+        low, high = sorted((luminance([int(part) for part in re.findall(r"\d+", text)]), lightness[0]))
+        assert (high + 0.05) / (low + 0.05) >= 3
+
+
+def luminance(rgb):
+    """WCAG's."""
+    parts = [part / 255 / 12.92 if part / 255 <= 0.04045 else ((part / 255 + 0.055) / 1.055) ** 2.4 for part in rgb]
+    return float(np.dot([0.2126, 0.7152, 0.0722], parts))
+
+
+def test_fits_a_telephone(shown):
+    shown.resize(390, 844)
+    shown.run("for (const details of document.querySelectorAll('details')) details.open = true")
+    shown.until("return document.querySelector('#chart svg').viewBox.baseVal.width < 390")
+    wide = shown.run("""
+        const beyond = [...document.querySelectorAll('body *')].filter(element =>
+            !element.closest('.scroll, thead, .skip') && element.getBoundingClientRect().right > innerWidth + 0.5);
+        return [document.documentElement.scrollWidth, innerWidth, beyond.map(element => element.outerHTML)]""")
+    assert wide[1] == 390 and wide[0] <= 390 and wide[2] == []
+    tools = shown.run("return document.getElementById('tools').getBoundingClientRect().height")
+    assert tools < 844 / 3
+    small = shown.run(
+        "return Math.min(...[...document.querySelectorAll('canvas')].map(c => c.getBoundingClientRect().width))"
+    )
+    assert small > 100
+
+
+def test_two_hundred_images_are_small_and_drawn_where_they_are_looked_at(chromium, source, stages, tmp_path):
+    report = collect(source, stages, ReportConfig(**ONE))
+    report["images"] = [report["images"][n % 9] | {"name": f"p{n}"} for n in range(200)]
+    report["total"] = 200
+    path = tmp_path / "report.html"
+    write_report(path, report)
+    show(chromium, path)
+    pixels = "return cards.filter(card => card.pixels).length"
+    assert 1 <= chromium.run(pixels) < 30
+    chromium.run("scrollTo(0, document.getElementById('cards').lastChild.offsetTop)")
+    chromium.until("return Boolean(cards[199].pixels && !cards[0].pixels)")
+    assert chromium.run(pixels) < 30 and not chromium.log()
+
+
+def test_two_hundred_photographs_stay_below_15_megabytes(tmp_path):
+    """Of VOC's size, textured as photographs rarely are, with three classes and ten steps that differ by chance."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "data" / "images").mkdir(parents=True)
+    (tmp_path / "data" / "masks").mkdir()
+
+    def blobs(size, grid):
+        coarse = rng.random(grid, np.float32)
+        return cv2.resize(coarse, size[::-1], interpolation=cv2.INTER_CUBIC).clip(0, 1)
+
+    (maps, rib, masks), size = (Store(tmp_path / name) for name in ("maps", "rib", "masks")), (375, 500)
+    for n in range(4):
+        photo = 0.7 * blobs(size, (24, 32, 3)) + 0.3 * blobs(size, (120, 160, 3))
+        cv2.imwrite(str(tmp_path / "data" / "images" / f"{n}.jpg"), np.uint8(255 * photo))
+        labels = np.uint8(np.argmax([blobs(size, (7, 9)) for _ in range(3)], 0))
+        cv2.imwrite(str(tmp_path / "data" / "masks" / f"{n}.png"), labels)
+        masks.save_mask(str(n), labels)
+        steps = np.stack([[blobs((94, 125), (8, 10)) for _ in range(3)] for _ in range(10)]).cumsum(0)
+        steps /= steps.max((2, 3), keepdims=True)
+        for store, cam in ((maps, steps[0]), (rib, steps[-1])):
+            store.save(str(n), [0, 1, 2], cam, size=size)
+        rib.save_steps(str(n), [0, 1, 2], np.uint8(255 * steps))
+    (tmp_path / "data" / "labels.csv").write_text("image,labels\n" + "".join(f"{n}.jpg,a;b;c\n" for n in range(4)))
+    source = data.open_source(f"folder:{tmp_path / 'data'}")
+    stages = [open_stage("CAM", tmp_path / "maps"), open_stage("RIB", tmp_path / "rib")]
+    stages += [open_stage(name, tmp_path / "masks") for name in ("CRF", "segmenter")]
+    report = collect(source, stages, ReportConfig(resamples=0, **ONE))
+    report["images"] = report["images"] * 50
+    assert 2e6 < len(page(report).encode()) < 15e6
+
+
+def test_of_many_images_the_worst_and_the_best_are_shown(source, stages, chromium, tmp_path):
+    report = collect(source, stages, ReportConfig(images=4, **ONE))
+    every = collect(source, stages[2:], ReportConfig(**ONE))
+    path = tmp_path / "all.html"
+    write_report(path, every)
+    show(chromium, path)
+    scores = chromium.run("return Object.fromEntries(cards.map(card => [card.facts.name, scoreOf(card.index, 0)]))")
+    names = [image["name"] for image in report["images"]]
+    assert len(names) == 4 and names == sorted(names)
+    assert min(scores.values()) == min(scores[name] for name in names)
+    assert max(scores.values()) == max(scores[name] for name in names)
+    assert report["stages"][0]["evaluation"]["images"] == 9
+    assert [image["name"] for image in collect(source, stages, ReportConfig(images=4, **ONE))["images"]] == names
+    write_report(path, report)
+    show(chromium, path)
+    said = chromium.run("return document.getElementById('sample').textContent")
+    assert "4 of 9 images: the worst and the best of cut" in said
+    assert "mIoU of 4 images" in chromium.run("return document.getElementById('live').textContent")
+
+
+def test_without_masks_everything_else_works(spec, source, stages, chromium, tmp_path):
+    bare = data.Source(
+        source.classes, tuple(data.Item(i.name, i.image, i.classes, None) for i in source), source.upright
+    )
+    report = collect(bare, stages, ReportConfig(**ONE))
+    assert report["judged"] == 0 and all(stage["evaluation"] is None for stage in report["stages"])
+    path = tmp_path / "report.html"
+    write_report(path, report)
+    show(chromium, path)
+    assert chromium.run("return ['curves', 'bars'].map(id => document.getElementById(id).hidden)") == [True, True]
+    assert "no masks" in chromium.run("return document.getElementById('stages-note').textContent")
+    before = drawn(chromium, "mask")
+    slide(chromium, "threshold", 50)
+    assert drawn(chromium, "mask") != before and "mIoU" not in chromium.run(
+        "return document.getElementById('live').textContent"
+    )
+    assert chromium.run("return document.querySelectorAll('#order option').length") == 2 and not chromium.log()
+
+
+def test_masks_alone(source, stages, chromium, tmp_path):
+    path = tmp_path / "report.html"
+    write_report(path, collect(source, stages[2:], ReportConfig(**ONE)))
+    show(chromium, path)
+    assert chromium.run("return document.getElementById('threshold-label').hidden")
+    assert len(mious(chromium)) == 1 and not chromium.log()
+
+
+def test_command(spec, runs, tmp_path, capsys):
+    out, elsewhere = tmp_path / "report.html", tmp_path / "evaluation.json"
+    elsewhere.write_text('{"best": {"threshold": 0.333}}')
+    words = ["report", "--data", spec, "--out", str(out), "--workers", "0", "--resamples", "50"]
+    rib = ["--stage", f"RIB=deep={runs / 'rib'}"]
+    assert cli.main([*words, "--stage", f"CAM={runs / 'maps'}", "--threshold-from", f"CAM={elsewhere}"]) == 0
+    assert f"wrote {out}, 0." in capsys.readouterr().err
+    text = out.read_text()
+    facts = json.loads(re.search(r'<script type="application/json" id="facts">(.*?)</script>', text)[1])
+    (stage,) = facts["stages"]
+    assert stage["evaluation"]["reported"]["threshold"] == 0.333 and 0.333 in stage["thresholds"]
+    assert stage["evaluation"]["reported"]["chosen"] == "elsewhere" and stage["seconds"] > 0 and stage["rate"] > 0
+    assert cli.main([*words, *rib]) == 1 and "expected a folder of maps" in capsys.readouterr().err
+    assert cli.main([*words, "--stage", f"a={runs / 'maps'}", "--stage", f"a={runs / 'rib'}"]) == 1
+    assert "each of a name of its own, got a, a" in capsys.readouterr().err
+    assert cli.main([*words, "--stage", f"a={runs / 'maps'}", "--threshold-from", f"b={elsewhere}"]) == 1
+    assert "expected --threshold-from of stages a, got b" in capsys.readouterr().err
+    assert cli.main([*words, "--stage", f"a={runs / 'masks'}", "--threshold-from", f"a={elsewhere}"]) == 1
+    assert "expected a threshold of maps, got one of a, which are masks" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert cli.main([*words, "--stage", f"a={tmp_path / 'empty'}"]) == 1
+    assert "expected maps or masks in" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main([*words, "--stage", "nameless"])
+    assert "expected NAME=PATH, got 'nameless'" in capsys.readouterr().err
+    for field in ("images", "quality"):
+        with pytest.raises(ValueError, match=f"ReportConfig: expected {field} of 1 to"):
+            ReportConfig(**{field: 0})
+
+
+def test_times_of_runs_that_were_cut_off_add_up(source, tmp_path):
+    store = Store(tmp_path)
+    for name, seconds in (("p0", 2.0), ("p1", 4.0), ("p2", 3.9), ("p3", 1.0), ("p4", 2.0)):
+        store.save(name, [], np.zeros((0, 16, 16)), size=(64, 64))
+        store.record(name, seconds=seconds)
+    report = collect(data.Source(source.classes, source[8:], source.upright), [open_stage("a", tmp_path)])
+    assert (report["stages"][0]["seconds"], report["stages"][0]["rate"]) == (5.9, 5 / 5.9)
