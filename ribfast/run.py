@@ -62,7 +62,7 @@ class Stage(NamedTuple):
     words: list[str]
 
 
-STAGES = ("classifier", "cam", "rib", "labels", "irn", "masks", "segmenter", "predicted")
+STAGES = ("classifier", "cam", "rib", "labels", "irn", "masks", "segmenter", "predicted", "report")
 CHECKPOINTS = {"classifier": "classifier.safetensors", "irn": "irn.safetensors", "segmenter": "segmenter.safetensors"}
 
 
@@ -91,9 +91,9 @@ def stages(given: Given, config: RunConfig, masked: bool) -> list[Stage]:
     start = [] if given.weights is None else ["--weights", str(given.weights)]
     classifier, found = given.classifier or here / "classifier" / CHECKPOINTS["classifier"], []
 
-    def add(name: str, command: str, *words) -> Path:
+    def add(name: str, command: str, *words, out: str | None = None) -> Path:
         own = [word for field, value in given.fields.get(name, {}).items() for word in _option(field, value)]
-        found.append(Stage(name, command, [*map(str, words), "--out", str(here / name), *own]))
+        found.append(Stage(name, command, [*map(str, words), "--out", str(here / (out or name)), *own]))
         return here / name
 
     def compare(kind: str, folder: Path, *split: str) -> None:
@@ -113,7 +113,7 @@ def stages(given: Given, config: RunConfig, masked: bool) -> list[Stage]:
         )
         if c.network == "mobilenet_v2":  # whose maps hardly move at the rate of ResNet-50
             small += ["--lr", "3e-5"]
-        words = [*images, "--checkpoint", classifier, "--preset", c.rib, *small, "--seed", c.seed]
+        words = [*images, "--checkpoint", classifier, "--preset", c.rib, *small, "--seed", c.seed, "--steps-kept"]
         maps = add("rib", "rib", *words, *works)
         compare("maps", maps)
     irn = []
@@ -136,6 +136,10 @@ def stages(given: Given, config: RunConfig, masked: bool) -> list[Stage]:
         shown = ["--data", given.data, "--split", given.validation] if given.validation else images
         predicted = add("predicted", "predict", *shown, "--checkpoint", checkpoint, *works)
         compare("masks", predicted, *shown)
+    names = {stage.name for stage in found} - ({"predicted"} if given.validation else set())  # those are other images
+    compared = [name for name in ("cam", "rib", "masks", "predicted") if name in names]
+    words = [word for name in compared for word in ("--stage", f"{name}={here / name}")]
+    add("report", "report", *images, *words, "--workers", c.workers, out="report.html")
     return found
 
 

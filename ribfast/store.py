@@ -18,9 +18,9 @@ import struct
 import time
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -356,12 +356,27 @@ def _archive(arrays: dict[str, np.ndarray]) -> memoryview:
     return file.getbuffer()
 
 
+def _again(read: Callable[[], Any], tries: int = 20):
+    """What it returns. NumPy has headers of arrays read by Python's parser, in which threads of Python 3.11 and 3.12
+    stumble over one another now and then (SystemError, python/cpython#106905): the next attempt succeeds."""
+    for _ in range(tries - 1):
+        try:
+            return read()
+        except SystemError:
+            pass
+    return read()
+
+
 def _arrays(path: Path, op: str, *names: str, optional: str | None = None) -> list[np.ndarray | None]:
     """Of an .npz; and the optional one, or None."""
-    try:
+
+    def read() -> list[np.ndarray | None]:
         with np.load(path, allow_pickle=False) as content:
             found = [content[name] for name in names]
             return found if optional is None else [*found, content[optional] if optional in content.files else None]
+
+    try:
+        return _again(read)
     except OSError:
         raise
     except Exception as error:  # a broken archive can raise any
@@ -479,14 +494,17 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _read(path: Path) -> dict:
-    try:
+    def read():
         with open(path, "rb") as file:
             version = np.lib.format.read_magic(file)
             header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, _, dtype = header(file)
             if shape != () or not dtype.hasobject:
                 raise ValueError(f"it holds an array of {dtype} {shape}")
-            content = _Unpickler(file).load()
+            return _Unpickler(file).load()
+
+    try:
+        content = _again(read)
         content = content.item() if isinstance(content, np.ndarray) and content.shape == () else content
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}")

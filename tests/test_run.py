@@ -48,6 +48,8 @@ def test_makes_everything_and_goes_on_after_a_kill(words, tmp_path, monkeypatch,
         found = json.loads((out / name / "evaluation.json").read_text())["reported"]["miou"]
         assert f"  {name:<12} {100 * found:6.2f}   9 images" in shown
     assert len(Store(out / "rib").names()) == 8 and len(list((out / "masks" / "masks").iterdir())) == 9
+    page = (out / "report.html").read_text()
+    assert all(f'"{name}"' in page for name in names) and list((out / "rib" / "steps").iterdir())
     whole = digests(out)
     assert {"classifier/classifier.safetensors", "segmenter/segmenter.safetensors"} <= set(whole)
 
@@ -77,7 +79,7 @@ def test_each_stage_is_a_command(words, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
     assert [line[:2] for line in lines] == [["ribfast", name] for name in (
         "train-classifier", "cam", "eval", "rib", "eval", "masks", "train-irn", "masks", "eval", "train-seg", "predict",
-        "eval")]  # fmt: skip
+        "eval", "report")]  # fmt: skip
     assert lines[3][lines[3].index("--steps") + 1] == "2"
     for line in lines:
         cli._parse(line[1], line[2:])
