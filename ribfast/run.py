@@ -64,8 +64,6 @@ class Stage(NamedTuple):
 
 STAGES = ("classifier", "cam", "rib", "labels", "irn", "masks", "segmenter", "predicted", "report")
 CHECKPOINTS = {"classifier": "classifier.safetensors", "irn": "irn.safetensors", "segmenter": "segmenter.safetensors"}
-
-
 SHOWN = 10  # images that are left out, of which the log says why
 
 
@@ -74,7 +72,7 @@ class Given(NamedTuple):
 
     data: str  # KIND:PATH
     split: str | None
-    validation: str | None  # what the segmenter's predictions are looked at on, too
+    validation: str | None  # the split that the segmenter predicts; None: the same as split
     out: Path
     weights: Path | None
     classifier: Path | None  # a trained one, in place of the first stage
