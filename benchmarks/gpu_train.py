@@ -38,6 +38,7 @@ WAYS = {
     "float32": dataclasses.replace(BASE, precision="float32"),
     "bfloat16, compiled": dataclasses.replace(BASE, compile=True),
 }
+ERASING = list(itertools.product(("bfloat16", "float32"), ("cam", "gradcam")))
 
 
 def weights(path: Path, network: str) -> Path:
@@ -79,9 +80,9 @@ def measure(report, ways: dict[str, SegmentationConfig], images: int = 60, size=
             report(row | {"largest_difference_of_losses": float(np.abs(losses - expected).max())})
 
 
-def measure_erasing(report, device="cuda", images=16, crop=448, rounds=5) -> None:
-    for precision, attention in itertools.product(("bfloat16", "float32"), ("cam", "gradcam")):
-        config = EaderConfig("resnet50", attention=attention, crop=crop, precision=precision, device=device)
+def measure_erasing(report, device="cuda", network="resnet50", images=16, crop=448, rounds=5, ways=ERASING) -> None:
+    for precision, attention in ways:
+        config = EaderConfig(network, attention=attention, crop=crop, precision=precision, device=device)
         steps, times, losses = Steps(config, images, torch.device(device)), {"ours": [], "plain": []}, {}
         for _ in range(rounds + 1):
             for name, run in (("ours", steps.ours), ("plain", steps.plain)):

@@ -55,7 +55,7 @@ def test_makes_everything_and_goes_on_after_a_kill(words, tmp_path, monkeypatch,
 
     broken = tmp_path / "broken"
     again = [str(broken) if word == str(out) else word for word in words]
-    for stage in ("train-classifier", "rib", "predict"):  # stopped as each of them begins
+    for stage in ("rib", "predict"):  # stopped as each of them begins
         command = cli.COMMANDS[stage]
 
         def killed(options, settings):
