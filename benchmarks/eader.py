@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from benchmarks.photographs import picture, write
 from ribfast import reference
@@ -82,8 +81,4 @@ def straightforward(localiser, adversary, images, targets, attention) -> tuple[T
         localiser.zero_grad()
         rows = torch.stack([weights[c][i] for i, c in zip(which.tolist(), present.tolist(), strict=True)])
         chosen = (rows * features[which]).sum(1)
-    erased, areas = reference.erase(images, chosen, which)
-    found = adversary.through(erased).mean((2, 3))
-    left = found[torch.arange(len(which)), present].sigmoid().mean()
-    loss = F.multilabel_soft_margin_loss(logits, targets) + 0.05 * left + 1e-5 * areas.mean() / images[0, 0].numel()
-    return loss, F.multilabel_soft_margin_loss(found, targets[which])
+    return reference.adversarial_losses_of(adversary, images, targets, logits, chosen)

@@ -171,10 +171,6 @@ def _first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
 def _progress(title: str = "") -> Progress | None:
     return Progress(title=title) if _first() else None
 
@@ -311,9 +307,10 @@ def _short(value) -> str:
 
 
 def _clear(options: argparse.Namespace, settings) -> None:
+    from .processes import rank_and_world
     from .store import Store
 
-    if getattr(settings, "shard", None) is not None or _processes() > 1:
+    if getattr(settings, "shard", None) is not None or rank_and_world()[1] > 1:
         raise ValueError(f"expected one process for --overwrite, got several, which would remove one another's files; "
                          f"remove {options.out} and run without it")  # fmt: skip
     Store(options.out).clear()
@@ -618,11 +615,12 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace, settings) -> int:
     """The stages' commands; their images that fail are left out and said in the exit code."""
     from .data import open_source
+    from .processes import rank_and_world
     from .run import Given, has_masks, sound, stages, without_failed
 
-    if _processes() > 1:
-        raise ValueError(f"expected one process for run, got {_processes()}; run its stages, which --dry-run shows, "
-                         f"with torchrun")  # fmt: skip
+    if (world := rank_and_world()[1]) > 1:
+        raise ValueError(f"expected one process for run, got {world}; run its stages, which --dry-run shows, with "
+                         f"torchrun")  # fmt: skip
     source = open_source(options.data, options.split)
     if options.validation is not None:
         open_source(options.data, options.validation)

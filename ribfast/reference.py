@@ -532,6 +532,18 @@ def adversarial_losses(
     maps = localiser.classifier(features)
     logits, (which, present) = maps.mean((2, 3)), targets.nonzero(as_tuple=True)
     chosen = maps[which, present] if attention == "cam" else grad_cam(features, logits, targets.bool())
+    return adversarial_losses_of(
+        adversary, images, targets, logits, chosen, erasing=erasing, regularisation=regularisation,
+        regulariser=regulariser, sharpness=sharpness, level=level,
+    )  # fmt: skip
+
+
+def adversarial_losses_of(
+    adversary, images, targets, logits, chosen, *, erasing=0.05, regularisation=1e-5, regulariser="mean",
+    sharpness=100.0, level=0.5,
+):  # fmt: skip
+    """The same of the localiser's logits (N, C) and its attention to each image's classes, in order (M, h, w)."""
+    which, present = targets.nonzero(as_tuple=True)
     erased, areas = erase(images, chosen, which, sharpness=sharpness, level=level)
     found = adversary.through(erased).mean((2, 3))
     left = found[torch.arange(len(which)), present].sigmoid().mean()

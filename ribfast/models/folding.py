@@ -32,7 +32,7 @@ def trained_folded(model: CamClassifier) -> dict[str, Tensor]:
     torch.func.functional_call of the copy."""
     found = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, convolution, norm_name, norm in _pairs(model):
-        own = [f"{name}.weight", f"{name}.bias", f"{norm_name}.weight", f"{norm_name}.bias"]
+        own = [f"{name}.weight", f"{norm_name}.weight", f"{norm_name}.bias"]
         if any([found.pop(each, None) is not None for each in own]):
             found[f"{name}.weight"], found[f"{name}.bias"] = _fold(convolution, norm)
     return found
@@ -49,7 +49,4 @@ def _pairs(model: nn.Module) -> Iterator[tuple[str, nn.Conv2d, str, nn.BatchNorm
 
 def _fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-    bias = norm.bias - norm.running_mean * scale
-    if convolution.bias is not None:
-        bias = bias + convolution.bias * scale
-    return convolution.weight * scale.view(-1, 1, 1, 1), bias
+    return convolution.weight * scale.view(-1, 1, 1, 1), norm.bias - norm.running_mean * scale

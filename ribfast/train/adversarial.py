@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-from .. import data, files, models, ops
+from .. import data, models, ops
 from ..processes import Processes, processes
-from . import loop
+from . import inputs, loop
 from .classifier import ClassifierConfig, ClassifierTask
 
 
@@ -150,10 +150,7 @@ class EaderTask(ClassifierTask):
     def __init__(self, source, config, weights, adversary_weights, validation):
         super().__init__(source, config, weights, validation)
         self.adversary_weights = adversary_weights
-        if adversary_weights is not None:
-            if not Path(adversary_weights).is_file():
-                raise FileNotFoundError(f"adversary_weights: expected a file, got {adversary_weights}, which is none")
-            self.inputs["adversary_weights"] = files.digest(Path(adversary_weights))
+        self.inputs |= inputs.of_weights(adversary_weights, "adversary_weights")
         self.trains = None  # until the first step
         self.renormalization = _between(config.normalization, config.adversary_normalization)
 

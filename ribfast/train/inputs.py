@@ -37,11 +37,16 @@ def digests(source: data.Source, weights: str | Path | None, **labels: Labels | 
             found[name] = "own " + _of_files(item.mask for item in source if item.mask is not None)
         elif isinstance(given, (str, Path)):
             found[name] = _of_files(Path(given) / f"{item.name}.png" for item in source)
-    if weights is not None:
-        if not Path(weights).is_file():
-            raise FileNotFoundError(f"weights: expected a file, got {weights}, which is none")
-        found["weights"] = files.digest(Path(weights))
-    return found
+    return found | of_weights(weights)
+
+
+def of_weights(path: str | Path | None, name: str = "weights") -> dict[str, str]:
+    """The digest of a file by its name here; nothing where none is given."""
+    if path is None:
+        return {}
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{name}: expected a file, got {path}, which is none")
+    return {name: files.digest(Path(path))}
 
 
 def changed(mine: dict[str, str], known: Mapping[str, str]) -> list[str]:
