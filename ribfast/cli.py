@@ -256,7 +256,7 @@ def begin(
             raise ValueError(f"expected to go on in {options.out} as it began, got another {', '.join(found)}; choose "
                              f"another --out{advice}")  # fmt: skip
         before = {"before": [*there.pop("before", []), *([there] if found else [])]}
-    if write and _first():
+    if write:  # each process, before its first result: nobody waits for the one that writes it
         words = {name: v for name, v in vars(options).items() if not name.startswith("field_") and v is not None}
         before = {name: value for name, value in before.items() if value}
         config.write(path, settings, command=options.command, ribfast=__version__, options=words, inputs=inputs,
@@ -422,7 +422,8 @@ def _make_maps(options: argparse.Namespace, settings, stage: Callable, source, m
 
 
 def _report(options: argparse.Namespace, result) -> int:
-    log.info("%d made, %d there before, %d without classes, %d failed; %s", result.made, result.kept,
+    elsewhere = f" here, {result.elsewhere} by other processes" if result.elsewhere else ""
+    log.info("%d made%s, %d there before, %d without classes, %d failed; %s", result.made, elsewhere, result.kept,
              result.without_classes, len(result.failed), options.out)  # fmt: skip
     return INCOMPLETE if result.failed else 0
 

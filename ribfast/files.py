@@ -128,6 +128,28 @@ def lines(path: Path) -> list[dict]:
     return found
 
 
+class Tail:
+    """The JSON objects that anybody appends to a file from now on."""
+
+    def __init__(self, path: Path):
+        self.path, self.offset = path, path.stat().st_size if path.is_file() else 0
+
+    def read(self) -> list[dict]:
+        """Those since the last time, as far as their lines are whole."""
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self.offset)
+                text, newline, _ = file.read().rpartition(b"\n")
+        except FileNotFoundError:
+            return []
+        self.offset += len(text) + len(newline)
+        found = []
+        for line in text.split(b"\n"):
+            with contextlib.suppress(ValueError):  # the rest of a killed run's half line
+                found.append(json.loads(line))
+        return [facts for facts in found if isinstance(facts, dict)]
+
+
 def _plain(value):
     if hasattr(value, "tolist"):  # numpy's and torch's
         return value.tolist()

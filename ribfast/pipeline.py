@@ -2,12 +2,14 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import math
+import operator
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from torch.nn import functional as F
 from . import config as configuration
 from . import data, files, masks, models, ops, rib, train
 from .cams import CROP_SCALES, merge_cams, multi_crop_cams, shrink_cams, strided_cams
+from .claims import Work
 from .metrics import Confusion, Counts, PerImage, ThresholdSweep, bootstrap_interval
 from .processes import choose_device, choose_shard, processes, together
 from .rib import RIBConfig
@@ -72,12 +75,109 @@ def check_classes(stage: str, source: data.Source, model: models.CamClassifier |
 
 @dataclass
 class Made:
-    """What became of a share of the images."""
+    """What became of the images, or of a share of them."""
 
     made: int = 0
     kept: int = 0  # were in the store
     without_classes: int = 0
-    failed: dict[str, str] = dataclasses.field(default_factory=dict)  # why, by name
+    elsewhere: int = 0  # made meanwhile by other processes
+    failed: dict[str, str] = dataclasses.field(default_factory=dict)  # why, by name, in any process
+
+
+class _Stage:
+    """A source's images on their way into a store, in units that this process and others beside it take up.
+
+    units: numbers of images that are made together. skipped: those without classes. is_there: of a name.
+    """
+
+    def __init__(
+        self, source: data.Source, store: Store, what: str, units: Sequence[Sequence[int]], is_there: Callable, config,
+        progress: Callable[[int, int, str], None] | None, skipped: Sequence[int] = (),
+    ):  # fmt: skip
+        self.source, self.store, self.is_there, self.progress = source, store, is_there, progress
+        self._facts, self._reasons = store.follow()
+        names = [source[number].name for unit in units for number in unit]
+        self._missing = {name for name in names if not is_there(name)}
+        self.result = Made(kept=len(names) - len(self._missing), without_classes=len(skipped))
+        self.total = len(names) + len(skipped)
+        self._failures, self._unit, self._open = store.failures(), {}, {}
+        self._mine, self._elsewhere, self._failed = set(), set(), {}
+        (index, count), known = choose_shard(config.shard), store.metrics()
+        for number in skipped if config.shard is not None or index == 0 else ():
+            name = source[number].name
+            if known.get(name) != {"skipped": "no classes"}:
+                store.record(name, skipped="no classes")
+        self.work = Work(
+            store.folder / "claims", units, lambda unit: f"{what} {source[unit[0]].name}", self._left,
+            (0, 1) if config.shard is not None else (index, count),
+        )  # fmt: skip
+
+    def __enter__(self) -> "_Stage":
+        return self
+
+    def __exit__(self, kind, *exception) -> None:
+        self.work.close()
+        if kind is None:
+            self._look()
+            self.result.elsewhere = len(self._elsewhere - self._failed.keys())
+            self.result.failed = self._failed | self.result.failed
+            if not self.result.made and not self.result.failed:
+                self._report("")
+
+    def rounds(self) -> Iterator[Iterator[tuple[Sequence[int], list[int]]]]:
+        """Units, with the images of them that are to be made; each of these is to `end` before the next round."""
+        for units in self.work.rounds():
+            yield self._begun(units)
+
+    def end(self, name: str, error: str | None = None) -> None:
+        """An image is in the store, or cannot be."""
+        if error is None:
+            self.result.made += 1
+        else:
+            self.result.failed[name] = error
+            log.warning("%s: %s", name, error)
+        unit = self._unit.pop(name)
+        self._open[unit] -= 1
+        if not self._open[unit]:
+            del self._open[unit]
+            self.work.release(unit)
+        self._report(name)
+
+    def mend(self, name: str) -> None:
+        """What had failed has been made."""
+        if name in self._failures:
+            self.store.fail(name, None)
+
+    def _begun(self, units: Iterator) -> Iterator:
+        for unit, left in units:
+            unit = tuple(unit)
+            self._open[unit] = len(left)
+            names = [self.source[number].name for number in left]
+            self._unit |= dict.fromkeys(names, unit)
+            self._mine |= {*names}
+            yield unit, left
+
+    def _left(self, unit: Sequence[int]) -> list[int]:
+        self._look()
+        named = ((number, self.source[number].name) for number in unit)
+        return [number for number, name in named if name not in self._failed and not self.is_there(name)]
+
+    def _look(self) -> None:
+        """What became of images elsewhere."""
+        failures = [facts for facts in self._reasons.read() if facts.get("error") is not None]
+        for facts in (*self._facts.read(), *failures):
+            name = facts.get("name")
+            if name in self._missing and name not in self._mine:
+                self._elsewhere.add(name)
+                if "error" in facts:
+                    self._failed[name] = facts["error"]
+
+    def _report(self, name: str) -> None:
+        if self.progress is not None:
+            self._look()
+            own = self.result.made + len(self.result.failed)
+            done = own + self.result.kept + self.result.without_classes + len(self._elsewhere)
+            self.progress(min(done, self.total), self.total, name)
 
 
 def make_cams(
@@ -96,20 +196,13 @@ def make_cams(
     """
     config = config or CamConfig()
     check_classes("make_cams", source, model)
-    device, (index, count), result = choose_device(config.device), choose_shard(config.shard), Made()
+    device, start = choose_device(config.device), time.perf_counter()
     model = model.to(device, memory_format=torch.channels_last).eval()
-    known, todo, start = store.metrics(), [], time.perf_counter()
-    items = source[index::count]
-    for item in items:
-        if item.name in store:
-            result.kept += 1
-        elif item.classes:
-            todo.append(item)
-        else:
-            result.without_classes += 1
-            _skip(store, item.name, known)
+    units = _share([(number,) for number, item in enumerate(source) if item.classes], config)
+    skipped = _share([number for number, item in enumerate(source) if not item.classes], config)
 
-    def load(item: data.Item):
+    def load(number: int):
+        item = source[number]
         try:
             image = source.image(item)
         except (OSError, ValueError) as error:
@@ -118,8 +211,8 @@ def make_cams(
             return item, image.shape[:2], image
         return item, image.shape[:2], data.make_views(image, config.scales, data.NORMALIZATIONS[model.normalization])
 
-    def maps() -> Iterator[tuple]:
-        for item, size, views in data.prefetch(load, todo, workers=config.workers, ahead=max(2, config.workers)):
+    def maps(numbers: Iterator[int]) -> Iterator[tuple]:
+        for item, size, views in data.prefetch(load, numbers, workers=config.workers, ahead=max(2, config.workers)):
             if size is None:
                 yield item, views
             elif config.crop:
@@ -130,50 +223,40 @@ def make_cams(
     def keep(item: data.Item, cam, high_res) -> None:
         _keep(store, item.name, item.classes, cam, high_res, seconds=_since(start))
 
-    return _save_all(store, maps(), keep, result, len(items), progress, ahead=4)
+    with _Stage(source, store, "maps", units, store.__contains__, config, progress, skipped) as stage:
+        for begun in stage.rounds():
+            _save_all(stage, maps(number for _, left in begun for number in left), keep, ahead=4)
+    return stage.result
 
 
-def _save_all(
-    store: Store, made: Iterator[tuple], keep: Callable, result: Made, total: int, progress, *, ahead: int
-) -> Made:
+def _share(things: list, config) -> list:
+    """Those of this process alone, where its configuration says so."""
+    if config.shard is None:
+        return things
+    index, count = choose_shard(config.shard)
+    return things[index::count]
+
+
+def _save_all(stage: _Stage, made: Iterator[tuple], keep: Callable, *, ahead: int) -> None:
     """`keep` of each (item, error, what was made of it), by a thread of its own; where there is an error, a failure."""
-    failures, before = store.failures(), result.kept + result.without_classes
 
     def save(one: tuple) -> tuple[str, str | None]:
         item, error, *found = one
         if error is not None:
-            store.fail(item.name, error)
+            stage.store.fail(item.name, error)
         else:
             keep(item, *found)
-            _mend(store, item.name, failures)
+            stage.mend(item.name)
         return item.name, error
 
-    for done, (name, error) in enumerate(data.prefetch(save, made, workers=1, ahead=ahead), before + 1):
-        if error is None:
-            result.made += 1
-        else:
-            result.failed[name] = error
-            log.warning("%s: %s", name, error)
-        if progress is not None:
-            progress(done, total, name)
-    return result
-
-
-def _skip(store: Store, name: str, known: dict[str, dict]) -> None:
-    if known.get(name) != {"skipped": "no classes"}:
-        store.record(name, skipped="no classes")
+    for name, error in data.prefetch(save, made, workers=1, ahead=ahead):
+        stage.end(name, error)
 
 
 def _keep(store: Store, name: str, keys, cam, high_res, **facts) -> None:
     """Facts before maps: an image with maps is not made again, so its facts would be missing for good."""
     store.record(name, **facts)
     store.save(name, keys, cam, high_res)
-
-
-def _mend(store: Store, name: str, failures: dict[str, str]) -> None:
-    """What had failed has been made."""
-    if name in failures:
-        store.fail(name, None)
 
 
 def _since(start: float) -> float:
@@ -236,39 +319,26 @@ def adapt_maps(
     """
     config = config or AdaptConfig.released()
     check_classes("adapt_maps", source, model)
-    device, (index, count), result = choose_device(config.device), choose_shard(config.shard), Made()
+    device, start = choose_device(config.device), time.perf_counter()
     model = model.to(device, memory_format=torch.channels_last).eval()
-    engine, known, failures = rib.Engine(model, config), store.metrics(), store.failures()
-    start = time.perf_counter()
+    engine = rib.Engine(model, config)
     draws = rib.Draws(source, source if others is None else others, config, config.seed)
-    blocks = draws.blocks[index::count]
-    for number, item in enumerate(source):
-        if not item.classes and number % count == index:
-            result.without_classes += 1
-            _skip(store, item.name, known)
-    total = result.without_classes + sum(map(len, blocks))
-    cache = data.ImageCache(draws.others, config.cache_mib << 20)
-
-    def report(name: str) -> None:
-        if progress is not None:
-            progress(result.made + result.kept + result.without_classes + len(result.failed), total, name)
+    skipped = _share([number for number, item in enumerate(source) if not item.classes], config)
+    cache, normalization = (
+        data.ImageCache(draws.others, config.cache_mib << 20),
+        data.NORMALIZATIONS[model.normalization],
+    )
 
     def fail(name: str, error: str) -> None:
         store.fail(name, error)
-        result.failed[name] = error
-        log.warning("%s: %s", name, error)
-        report(name)
+        stage.end(name, error)
 
-    def loaders() -> Iterator[rib.BlockLoader]:
-        for block in blocks:
-            wanted = [image for image in block if source[image].name not in store]
-            result.kept += len(block) - len(wanted)
-            if wanted:
-                normalization = data.NORMALIZATIONS[model.normalization]
-                yield rib.BlockLoader(draws, block, wanted, normalization, threads, cache, pin=device.type == "cuda")
+    def loaders(begun: Iterator) -> Iterator[rib.BlockLoader]:
+        for block, wanted in begun:
+            yield rib.BlockLoader(draws, block, wanted, normalization, threads, cache, pin=device.type == "cuda")
 
-    def jobs() -> Iterator[rib.Job]:
-        for loader in _one_ahead(loaders()):
+    def jobs(begun: Iterator) -> Iterator[rib.Job]:
+        for loader in _one_ahead(loaders(begun)):
             if loader.empty:
                 for item in loader.items:
                     fail(item.name, "every other image shares a class with it; use --no-disjoint, or more images")
@@ -281,9 +351,9 @@ def adapt_maps(
                 else:
                     yield rib.Job(target, batches, item, _Steps(target) if config.steps_kept else None)
 
-    def results() -> Iterator[tuple[str, rib.Result, np.ndarray | None]]:
+    def results(begun: Iterator) -> Iterator[tuple[str, rib.Result, np.ndarray | None]]:
         """On the CPU, before another thread has them."""
-        for job, found in engine.adapt_all(jobs()):
+        for job, found in engine.adapt_all(jobs(begun)):
             steps = None
             if found.error is None:
                 found = dataclasses.replace(found, maps=[], cam=found.cam.cpu(), high_res=found.high_res.cpu())
@@ -297,26 +367,23 @@ def adapt_maps(
                 store.save_steps(name, found.keys, steps)
             facts = {"steps": found.steps, "stopped": found.stopped, "seconds": _since(start)}
             _keep(store, name, found.keys, found.cam, found.high_res, **facts)
-            _mend(store, name, failures)
+            stage.mend(name)
         return name, found.error
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes on this machine
     workers = config.workers or (2 if device.type == "cpu" else max(2, min(16, cores)))
     threads = ThreadPoolExecutor(workers, "ribfast-rib")
+    blocks = _share(draws.blocks, config)
     try:
-        with rib.keep_pages():
-            for name, error in data.prefetch(save, results(), workers=1, ahead=1):
-                if error is not None:
-                    fail(name, error)
-                    continue
-                result.made += 1
-                report(name)
+        with _Stage(source, store, "rib", blocks, store.__contains__, config, progress, skipped) as stage:
+            for begun in stage.rounds():
+                with rib.keep_pages():
+                    for name, error in data.prefetch(save, results(begun), workers=1, ahead=1):
+                        stage.end(name) if error is None else fail(name, error)
     finally:
         threads.shutdown(cancel_futures=True)
-    if not result.made and not result.failed:
-        report("")
-    return result
+    return stage.result
 
 
 class _Steps:
@@ -407,7 +474,7 @@ def make_masks(
         return [torch.zeros(image.shape[:2], dtype=torch.uint8) if own is None else next(found)
                 for _, (image, own) in block]  # fmt: skip
 
-    result = _label_all(source, store, config, load, label, ValueError, progress)
+    result = _label_all(source, store, config, load, label, ValueError, progress, together=False)
     result.without_classes = len(without_classes)
     return result
 
@@ -473,7 +540,7 @@ def predict_masks(
         return _predict(model, [image for _, image in block], [item.classes for item, _ in block], config)
 
     lacking = (ValueError, RuntimeError, MemoryError)  # a lack of memory is any of these
-    return _label_all(source, store, config, source.image, label, lacking, progress)
+    return _label_all(source, store, config, source.image, label, lacking, progress, together=True)
 
 
 def train_cycle(
@@ -565,19 +632,26 @@ def _predict(model, images: list[np.ndarray], classes: list[tuple[int, ...]], co
             for own, size in zip(labels, sizes, strict=True)]  # fmt: skip
 
 
-def _label_all(source, store: Store, config, load: Callable, label: Callable, expected, progress) -> Made:
-    """Masks of this share's images that have none yet: `load` of each item, by threads, then `label` of some of these
-    together, [(item, loaded), ...] -> masks; one after another where that raises one of `expected`."""
-    (index, count), result = choose_shard(config.shard), Made()
-    items, known, start = source[index::count], store.metrics(), time.perf_counter()
-    todo = [item for item in items if not store.has_mask(item.name)]
-    result.kept = len(items) - len(todo)
+def _label_all(
+    source, store: Store, config, load: Callable, label: Callable, expected, progress, *, together: bool
+) -> Made:
+    """Masks of the images that have none yet: `load` of each item, by threads, then `label` of some of these together,
+    [(item, loaded), ...] -> masks; one after another where that raises one of `expected`.
 
-    def read(item: data.Item):
+    together: a mask may differ in its last bits with those that are labelled beside it, so these are the same whoever
+    makes it, and whatever is there already.
+    """
+    numbers, size = _share([*range(len(source))], config), config.batch if together else 1
+    units = [tuple(numbers[i : i + size]) for i in range(0, len(numbers), size)]
+    known, start = store.metrics(), time.perf_counter()
+
+    def read(place: tuple) -> tuple:
+        unit, number, wanted = place
+        item = source[number]
         try:
-            return item, load(item), None
+            return unit, item, wanted, load(item), None
         except (OSError, ValueError) as error:
-            return item, None, str(error)
+            return unit, item, wanted, None, str(error)
 
     def labelled(block: list[tuple]) -> list[tuple]:
         try:
@@ -588,19 +662,26 @@ def _label_all(source, store: Store, config, load: Callable, label: Callable, ex
             torch.cuda.empty_cache()
         return [(block[0][0], failure)] if len(block) == 1 else [made for one in block for made in labelled([one])]
 
-    def made() -> Iterator[tuple]:
+    def made(begun: Iterator) -> Iterator[tuple]:
         """(item, error, mask), block by block."""
-        for block in _blocks(data.prefetch(read, todo, workers=config.workers, ahead=2 * config.batch), config.batch):
-            yield from ((item, error) for item, _, error in block if error is not None)
-            if ready := [(item, loaded) for item, loaded, error in block if error is None]:
-                yield from labelled(ready)
+        places = ((unit, number, number in left) for unit, left in begun for number in (unit if together else left))
+        loaded = data.prefetch(read, places, workers=config.workers, ahead=2 * config.batch)
+        by_unit = (list(block) for _, block in itertools.groupby(loaded, operator.itemgetter(0)))
+        for block in by_unit if together else _blocks(loaded, config.batch):
+            missing = {item.name for _, item, wanted, _, _ in block if wanted}
+            yield from ((item, error) for _, item, _, _, error in block if error is not None and item.name in missing)
+            if ready := [(item, loaded) for _, item, _, loaded, error in block if error is None]:
+                yield from (one for one in labelled(ready) if one[0].name in missing)
 
     def keep(item: data.Item, mask: np.ndarray) -> None:
         """With the facts of the image's maps, which may be in the same store."""
         store.record(item.name, **known.get(item.name, {}) | {"mask_seconds": _since(start)})
         store.save_mask(item.name, mask)
 
-    return _save_all(store, made(), keep, result, len(items), progress, ahead=config.batch)
+    with _Stage(source, store, "masks", units, store.has_mask, config, progress) as stage:
+        for begun in stage.rounds():
+            _save_all(stage, made(begun), keep, ahead=config.batch)
+    return stage.result
 
 
 def _blocks(things: Iterator, size: int) -> Iterator[list]:

@@ -211,6 +211,10 @@ class Store:
         found = _last(self.folder / FAILURES)
         return {name: facts["error"] for name, facts in found.items() if facts.get("error") is not None}
 
+    def follow(self) -> tuple[files.Tail, files.Tail]:
+        """The facts and the failures that are recorded from now on, by any process."""
+        return files.Tail(self.folder / METRICS), files.Tail(self.folder / FAILURES)
+
     def has_results(self) -> bool:
         """Whether there are maps or masks, whoever made them."""
         return any(

@@ -119,12 +119,32 @@ def test_killed_runs_go_on_and_shards_make_the_same_files(source, model, tmp_pat
         assert (store.folder / "metrics.jsonl").read_text().count("no classes") == 1
 
 
-def test_torchrun_shares_the_images(source, model, tmp_path, monkeypatch):
+def test_one_of_several_begins_with_its_share_and_goes_on_with_the_rest(source, model, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    store = Store(tmp_path)
-    make_cams(source, model, store, CamConfig(scales=(1.0,), device="cpu"))
-    assert store.names() == ["p1", "p3"]
+    store, seen = Store(tmp_path), []
+    config = CamConfig(scales=(1.0,), device="cpu")
+    made = make_cams(source, model, store, config, progress=lambda *facts: seen.append(facts))
+    assert seen == [(i + 2, 6, name) for i, name in enumerate(("p1", "p3", "p4", "p2", "p0"))]
+    assert (made.made, made.elsewhere, made.without_classes) == (5, 0, 1) and not (tmp_path / "claims").exists()
+
+
+def test_what_others_make_meanwhile_counts(model, tmp_path):
+    """Here by the hand of the one that is told of the first image."""
+    source = data.open_source(pictures.draw(tmp_path / "data", 12, (48, 60)))
+    store, seen = Store(tmp_path / "out"), []
+
+    def other(done, total, name):
+        seen.append((done, total))
+        if done == 2:
+            for later in ("p8", "p9"):
+                store.record(later, seconds=1.0)
+                store.path(later).write_bytes(store.path(name).read_bytes())
+            store.fail("p10", "by another")
+
+    config = CamConfig(scales=(1.0,), device="cpu", workers=0)
+    made = make_cams(source, model, store, config, progress=other)
+    assert (made.made, made.elsewhere, made.failed) == (8, 2, {"p10": "by another"}) and seen[-1] == (12, 12)
 
 
 def test_an_unreadable_image_stops_no_other(model, tmp_path):

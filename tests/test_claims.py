@@ -1,0 +1,165 @@
+"""Claims of units of work: one process each, taken up again from the dead."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from ribfast import claims
+from ribfast.claims import Claims, Work
+
+
+@pytest.fixture
+def dead(tmp_path):
+    """The folder, with claims of a process that is gone, and was in the midst of a third."""
+    code = f"""
+import os
+from pathlib import Path
+from ribfast.claims import Claims
+there = Claims(Path({str(tmp_path / "claims")!r}))
+assert there.take("a") and there.take("b")
+os._exit(9)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 9
+    return tmp_path / "claims"
+
+
+def test_one_of_many_has_it(tmp_path):
+    """Threads stand in for processes: to a claim they are as alive."""
+    found, start = [], threading.Barrier(8)
+
+    def take(number):
+        own = Claims(tmp_path / "claims")
+        start.wait()
+        found.extend((number, name) for name in map(str, range(40)) if own.take(name))
+
+    threads = [threading.Thread(target=take, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(name for _, name in found) == sorted(map(str, range(40)))
+
+
+def test_released_claims_are_free_and_leave_nothing(tmp_path):
+    first, second = Claims(tmp_path / "claims"), Claims(tmp_path / "claims")
+    assert first.take("a/b c") and not second.take("a/b c") and not first.take("a/b c")
+    first.release("a/b c")
+    assert second.take("a/b c")
+    first.close()
+    assert (tmp_path / "claims").is_dir()  # the second's is there
+    second.close()
+    assert not (tmp_path / "claims").exists()
+
+
+def test_claims_of_the_dead_are_taken_up_by_one(dead):
+    first, second = Claims(dead), Claims(dead)
+    assert first.take("a") and not second.take("a")
+    assert second.take("b") and not first.take("b")
+    first.release("a")
+    assert second.take("a")
+    second.close()
+    first.close()
+    assert not dead.exists()
+
+
+def test_another_machine_is_dead_when_it_gives_no_sign(dead, monkeypatch):
+    """Its processes' numbers say nothing here."""
+    for path in dead.iterdir():
+        path.write_text(json.dumps(["elsewhere", [os.getpid(), 1]]))
+    own = Claims(dead)
+    assert not own.take("a")
+    path = own._path("a", 0)
+    os.utime(path, (time.time() - claims.PATIENCE - 5,) * 2)
+    assert own.take("a") and not Claims(dead).take("a")
+    own.close()
+    # and one that lives says so
+    monkeypatch.setattr(claims, "PATIENCE", 0.6)
+    other, own = Claims(dead), Claims(dead)
+    other._owner = json.dumps(["elsewhere", [1, 1]]).encode()
+    assert other.take("c")
+    until = time.monotonic() + 1.5
+    while time.monotonic() < until:
+        assert not own.take("c")
+        time.sleep(0.05)
+    other._stop.set()
+    other._thread.join()
+    time.sleep(0.8)
+    assert own.take("c")
+
+
+def test_a_claim_that_was_never_written_whole_ends_too(tmp_path):
+    own = Claims(tmp_path)
+    own._path("a", 0).write_bytes(b"")
+    assert not own.take("a")  # its process may be about to
+    os.utime(own._path("a", 0), (time.time() - claims.PATIENCE - 5,) * 2)
+    assert own.take("a")
+
+
+def test_a_number_that_another_process_has_now_is_no_sign_of_life(tmp_path):
+    own = Claims(tmp_path)
+    machine, (number, began) = json.loads(own._owner)
+    own._path("a", 0).write_text(json.dumps([machine, [number, began - 1]]))
+    own._path("b", 0).write_text(json.dumps([machine, [number, began]]))
+    assert own.take("a") and not own.take("b")
+
+
+def worked(folder, made, share=(0, 1), failed=()):
+    def left(unit):
+        return [thing for thing in unit if thing not in made and thing not in failed]
+
+    return Work(folder, [(0, 1), (2,), (3, 4), (5,), (6,)], lambda unit: str(unit[0]), left, share)
+
+
+def test_each_process_begins_elsewhere_and_nothing_is_made_twice(tmp_path):
+    made, order = set(), {0: [], 1: []}
+    works = [worked(tmp_path / "claims", made, (i, 2)) for i in range(2)]
+    taken = [next(work.rounds()) for work in works]
+    for turn in (0, 1, 0, 1, 0):
+        unit, left = next(taken[turn])
+        assert list(unit) == left
+        order[turn].append(unit)
+        made.update(left)
+        works[turn].release(unit)
+    assert order == {0: [(0, 1), (3, 4), (6,)], 1: [(2,), (5,)]}
+    assert [list(units) for units in taken] == [[], []]
+    for work in works:
+        assert sum(len(list(units)) for units in work.rounds()) == 0
+        work.close()
+
+
+def test_what_is_there_in_part_and_what_failed(tmp_path):
+    work = worked(tmp_path, {0, 2}, failed={5, 6})
+    assert list(next(work.rounds())) == [((0, 1), [1]), ((3, 4), [3, 4])]
+
+
+def test_the_last_one_takes_up_what_the_dead_had(dead, caplog):
+    """And waits for what others have in hand, without taking it."""
+    made, names, other = set(), {"a": (0, 1), "b": (2,)}, Claims(dead)
+    assert other.take("c")
+    work = Work(
+        dead, [(0, 1), (2,), (3,)], {(0, 1): "a", (2,): "b", (3,): "c"}.get, lambda u: [t for t in u if t not in made]
+    )
+
+    def finish():
+        time.sleep(0.5)
+        assert made == {0, 1, 2}
+        made.add(3)
+        other.release("c")
+
+    thread, found = threading.Thread(target=finish), []
+    thread.start()
+    for units in work.rounds():
+        for unit, left in units:
+            found.append(unit)
+            made.update(left)
+            work.release(unit)
+    thread.join()
+    assert found == [*names.values()]
+    work.close()
+    other.close()
+    assert not dead.exists()

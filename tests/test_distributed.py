@@ -1,0 +1,128 @@
+"""Images shared among processes: the same files, byte for byte, as one process makes, whoever dies."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pictures
+import pytest
+import torch
+
+from ribfast import cli, models
+from ribfast.store import Store
+
+RANKS = Path(__file__).with_name("ranks.py")
+COUNT = 17
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """(data, classifier, segmenter), networks that have learnt nothing."""
+    folder = tmp_path_factory.mktemp("given")
+    photos = pictures.draw(folder / "photos", COUNT, (48, 60))
+    (folder / "photos" / "images" / "p6.png").write_bytes(b"nothing")
+    torch.manual_seed(0)
+    classifier, segmenter = models.cam_classifier("resnet18", 2), models.segmenter("resnet18", 2)
+    for model, tensors in ((classifier, classifier.state_dict()), (segmenter, segmenter.tensors())):
+        model.classes = pictures.CLASSES
+        models.save_checkpoint(folder / f"{model.kind}.safetensors", tensors, model.metadata())
+    return photos, folder / "classifier.safetensors", folder / "segmenter.safetensors"
+
+
+def commands(given, out):
+    """All that share images, each on what the one before made."""
+    photos, classifier, segmenter = map(str, given)
+    works = ["--data", photos, "--device", "cpu", "--workers", "1"]
+    rib = ["--scales", "1,0.5", "--loss-scales", "1", "--steps", "2", "--n-others", "2", "--others-crop", "32"]
+    rib += ["--others-long-side", "48,60", "--no-disjoint", "--share-others", "2", "--steps-kept"]
+    return [
+        ["cam", *works, "--checkpoint", classifier, "--out", str(out / "cam"), "--scales", "1,0.5"],
+        ["rib", *works, "--checkpoint", classifier, "--out", str(out / "rib"), *rib],
+        ["masks", *works, "--maps", str(out / "rib"), "--out", str(out / "masks"), "--preset", "crf", "--batch", "3"],
+        ["predict", *works, "--checkpoint", segmenter, "--out", str(out / "predicted"), "--batch", "3"],
+    ]
+
+
+def results(out):
+    return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.suffix in (".npz", ".png")}
+
+
+@pytest.fixture(scope="module")
+def alone(given, tmp_path_factory):
+    """What one process makes."""
+    out, threads = tmp_path_factory.mktemp("alone"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert [cli.main(words) for words in commands(given, out)] == [3] * 4
+    finally:
+        torch.set_num_threads(threads)
+    found = results(out)
+    assert len(found) == 3 * (COUNT - 2) + 2 * (COUNT - 1)
+    return found
+
+
+def check(out, alone):
+    assert results(out) == alone
+    for name in ("cam", "rib", "masks", "predicted"):
+        assert list(Store(out / name).failures()) == ["p6"]
+        assert (out / name / "config.json").is_file() and not (out / name / "claims").exists()
+
+
+def environment(**more):
+    path = os.pathsep.join([str(RANKS.parents[1]), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | more
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def torchrun(*words, nodes=1, processes=2):
+    """Its exit codes and what was said, of each node."""
+    base = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(nodes), "--nproc-per-node", str(processes)]
+    base += ["--master-addr", "127.0.0.1", "--master-port", free_port()]
+    agents = [
+        subprocess.Popen([*base, "--node-rank", str(node), *map(str, words)], env=environment(), text=True,
+                         stderr=subprocess.PIPE)
+        for node in range(nodes)
+    ]  # fmt: skip
+    said = [agent.communicate(timeout=240)[1] for agent in agents]
+    return [agent.returncode for agent in agents], "".join(said)
+
+
+@pytest.mark.parametrize("nodes, processes", [(1, 2), (2, 2)], ids=["two", "two nodes of two"])
+def test_same_bytes_as_one_process(nodes, processes, given, alone, tmp_path):
+    path, out = tmp_path / "commands.json", tmp_path / "out"
+    path.write_text(json.dumps(commands(given, out)))
+    codes, said = torchrun(RANKS, path, nodes=nodes, processes=processes)
+    assert codes == [1] * nodes and "exitcode  : 3" in said, said  # the image that cannot be read
+    check(out, alone)
+    made = [json.loads(line)["name"] for line in (out / "rib" / "metrics.jsonl").read_text().splitlines()]
+    assert len(made) == len(set(made)) == COUNT - 1  # once each
+
+
+def test_those_that_die_lose_what_they_had_in_hand(given, alone, tmp_path):
+    """Without torchrun, which would stop the others."""
+    path, out = tmp_path / "commands.json", tmp_path / "out"
+    path.write_text(json.dumps(commands(given, out)))
+    ranks = [
+        subprocess.Popen([sys.executable, RANKS, path, "1:1:2", "2:3:1"], text=True, stderr=subprocess.PIPE,
+                         env=environment(RANK=str(rank), WORLD_SIZE="3", LOCAL_RANK=str(rank)))
+        for rank in range(3)
+    ]  # fmt: skip
+    said = [rank.communicate(timeout=240)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [3, -9, -9], said
+    check(out, alone)
+
+
+def test_torchrun_starts_the_dead_again(given, alone, tmp_path):
+    path, out = tmp_path / "commands.json", tmp_path / "out"
+    path.write_text(json.dumps(commands(given, out)[:1]))
+    torchrun("--max-restarts", "1", RANKS, path, "0:0:3")
+    found = {name: content for name, content in alone.items() if name.startswith("cam/")}
+    assert results(out) == found and not (out / "cam" / "claims").exists()
