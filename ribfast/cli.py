@@ -344,7 +344,7 @@ def _train_classifier(options: argparse.Namespace, settings) -> None:
     training = functools.partial(train_classifier, source, settings)
     if settings.method == "eader":
         training = functools.partial(train_eader, source, settings, adversary_weights=options.adversary_weights)
-    _train(options, settings, functools.partial(training, validation=validation))
+    _train(options, settings, functools.partial(training, validation=validation, scanned=_stage("scan")))
 
 
 def _train(options: argparse.Namespace, settings, training: Callable[..., Path]) -> None:
@@ -491,7 +491,7 @@ def _export(options: argparse.Namespace, settings) -> None:
         raise ValueError(f"expected an empty --out, or one that `export` began, got {options.out}, which holds other "
                          f"files; choose another --out")  # fmt: skip
     if settings.name is None and options.split is not None:
-        settings = dataclasses.replace(settings, name=Path(options.split).stem)
+        settings = dataclasses.replace(settings, name=Path(options.split.rpartition(":")[2]).stem)
     source, masks = open_source(options.data, options.split), open_masks(options.masks)
 
     def start(write: bool = True) -> None:
@@ -519,7 +519,7 @@ def _train_irn(options: argparse.Namespace, settings) -> None:
     from .train import train_irn
 
     source, labels = open_source(options.data, options.split), open_masks(options.labels).masks
-    _train(options, settings, functools.partial(train_irn, source, labels, settings))
+    _train(options, settings, functools.partial(train_irn, source, labels, settings, scanned=_stage("scan")))
 
 
 def _segmenter_arguments(parser: argparse.ArgumentParser) -> None:
@@ -563,7 +563,7 @@ def _train_seg(options: argparse.Namespace, settings) -> None:
 
 
 def _stage(name: str) -> Progress | None:
-    titles = {"scan": "looking at images and masks", "first": "training on these masks", "masks": "predicting the "
+    titles = {"scan": "looking at the data", "first": "training on these masks", "masks": "predicting the "
               "training images", "scan again": "looking at what was predicted", "last": "training on it"}  # fmt: skip
     return _progress(titles[name])
 
@@ -618,7 +618,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace, settings) -> int:
     """The stages' commands; their images that fail are left out and said in the exit code."""
     from .data import open_source
-    from .run import Given, has_masks, sound, stages, without_failed
+    from .run import Given, has_masks, only, sound, stages, without_failed
 
     if _processes() > 1:
         raise ValueError(f"expected one process for run, got {_processes()}; run its stages, which --dry-run shows, "
@@ -640,10 +640,9 @@ def _run(options: argparse.Namespace, settings) -> int:
     lines()  # whose errors come before anything is written
     named = {name: value for name in ("weights", "classifier") if (value := getattr(options, name)) is not None}
     begin(options, settings, INDIFFERENT, images=source.digest(), fields=given.fields, **named)
-    listed = sound(source, options.out, settings.workers, lists=not options.data.startswith("coco:"),
-                   progress=_progress("looking at the images"))  # fmt: skip
+    listed = sound(source, options.out, settings.workers, progress=_progress("looking at the images"))
     if listed is not None:
-        given = given._replace(split=str(listed))
+        given = only(given, "split", listed)
     incomplete, found, compared = listed is not None, lines(), []
     for number in range(len(found)):
         stage, own, its_settings = found[number]
