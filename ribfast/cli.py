@@ -341,7 +341,7 @@ def _train_classifier(options: argparse.Namespace, settings) -> None:
     training = functools.partial(train_classifier, source, settings)
     if settings.method == "eader":
         training = functools.partial(train_eader, source, settings, adversary_weights=options.adversary_weights)
-    _train(options, settings, functools.partial(training, validation=validation))
+    _train(options, settings, functools.partial(training, validation=validation, scanned=_stage("scan")))
 
 
 def _train(options: argparse.Namespace, settings, training: Callable[..., Path]) -> None:
@@ -489,7 +489,7 @@ def _export(options: argparse.Namespace, settings) -> None:
         raise ValueError(f"expected an empty --out, or one that `export` began, got {options.out}, which holds other "
                          f"files; choose another --out")  # fmt: skip
     if settings.name is None and options.split is not None:
-        settings = dataclasses.replace(settings, name=Path(options.split).stem)
+        settings = dataclasses.replace(settings, name=Path(options.split.rpartition(":")[2]).stem)
     source, masks = open_source(options.data, options.split), open_masks(options.masks)
 
     def start(write: bool = True) -> None:
@@ -517,7 +517,7 @@ def _train_irn(options: argparse.Namespace, settings) -> None:
     from .train import train_irn
 
     source, labels = open_source(options.data, options.split), open_masks(options.labels).masks
-    _train(options, settings, functools.partial(train_irn, source, labels, settings))
+    _train(options, settings, functools.partial(train_irn, source, labels, settings, scanned=_stage("scan")))
 
 
 def _segmenter_arguments(parser: argparse.ArgumentParser) -> None:
@@ -561,7 +561,7 @@ def _train_seg(options: argparse.Namespace, settings) -> None:
 
 
 def _stage(name: str) -> Progress | None:
-    titles = {"scan": "looking at images and masks", "first": "training on these masks", "masks": "predicting the "
+    titles = {"scan": "looking at the data", "first": "training on these masks", "masks": "predicting the "
               "training images", "scan again": "looking at what was predicted", "last": "training on it"}  # fmt: skip
     return _progress(titles[name])
 
@@ -614,14 +614,12 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace, settings) -> int:
-    """The stages' commands; their images that fail are left out and said in the exit code."""
+    """The stages' commands; their images that fail are left out and said in the exit code. Of several processes the
+    first one does alone what is not shared, and all begin a stage together."""
     from .data import open_source
-    from .processes import rank_and_world
-    from .run import Given, has_masks, sound, stages, without_failed
+    from .processes import processes, together
+    from .run import ALONE, Given, has_masks, only, sound, stages, without_failed
 
-    if (world := rank_and_world()[1]) > 1:
-        raise ValueError(f"expected one process for run, got {world}; run its stages, which --dry-run shows, with "
-                         f"torchrun")  # fmt: skip
     source = open_source(options.data, options.split)
     if options.validation is not None:
         open_source(options.data, options.validation)
@@ -639,22 +637,31 @@ def _run(options: argparse.Namespace, settings) -> int:
     lines()  # whose errors come before anything is written
     named = {name: value for name in ("weights", "classifier") if (value := getattr(options, name)) is not None}
     begin(options, settings, INDIFFERENT, images=source.digest(), fields=given.fields, **named)
-    listed = sound(source, options.out, settings.workers, lists=not options.data.startswith("coco:"),
-                   progress=_progress("looking at the images"))  # fmt: skip
-    if listed is not None:
-        given = given._replace(split=str(listed))
-    incomplete, found, compared = listed is not None, lines(), []
-    for number in range(len(found)):
-        stage, own, its_settings = found[number]
-        log.info("[%d/%d] %s: ribfast %s %s", number + 1, len(found), stage.name, stage.command,
-                 shlex.join(stage.words))  # fmt: skip
-        if COMMANDS[stage.command].run(own, its_settings):
-            incomplete = True
-            given = without_failed(given, options.out, stage.name, open_source(own.data, own.split), own)
-            found = lines()
-        if stage.command == "eval":
-            compared.append(own.maps or own.masks)
-    _print_stages(compared)
+    with processes(settings.device) as here:
+
+        def by_the_first(work: Callable, *arguments, **more):
+            return together(here, work(*arguments, **more) if here.rank == 0 else None)[0]
+
+        looking = _progress("looking at the images")
+        listed = by_the_first(sound, source, options.out, settings.workers, progress=looking)
+        if listed is not None:
+            given = only(given, "split", listed)
+        incomplete, found, compared = listed is not None, lines(), []
+        for number in range(len(found)):
+            stage, own, its_settings = found[number]
+            log.info("[%d/%d] %s: ribfast %s %s", number + 1, len(found), stage.name, stage.command,
+                     shlex.join(stage.words))  # fmt: skip
+            makes = here.rank == 0 or stage.command not in ALONE
+            if any(together(here, makes and bool(COMMANDS[stage.command].run(own, its_settings)))):
+                incomplete = True
+                images = open_source(own.data, own.split)
+                given = by_the_first(without_failed, given, options.out, stage.name, images, own)
+                found = lines()
+            if stage.command == "eval":
+                compared.append(own.maps or own.masks)
+        if here.rank == 0:
+            _print_stages(compared)
+        together(here)  # one that ends with an exit code ends the others
     return INCOMPLETE if incomplete else 0
 
 

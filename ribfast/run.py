@@ -64,6 +64,7 @@ class Stage(NamedTuple):
 
 STAGES = ("classifier", "cam", "rib", "labels", "irn", "masks", "segmenter", "predicted", "report")
 CHECKPOINTS = {"classifier": "classifier.safetensors", "irn": "irn.safetensors", "segmenter": "segmenter.safetensors"}
+ALONE = ("eval", "report")  # commands that processes do not share
 SHOWN = 10  # images that are left out, of which the log says why
 
 
@@ -141,24 +142,18 @@ def stages(given: Given, config: RunConfig, masked: bool) -> list[Stage]:
     return found
 
 
-def sound(source: data.Source, out: Path, workers: int, *, lists: bool, progress=None) -> Path | None:
-    """A list of the images that can be read, where others cannot, whose reasons go into failures.jsonl; else None.
-
-    lists: whether the data takes such a list; without, images that cannot be read are an error.
-    """
+def sound(source: data.Source, out: Path, workers: int, *, progress=None) -> Path | None:
+    """A list of the images that can be read, where others cannot, whose reasons go into failures.jsonl; else None."""
     listed, failures = out / "images.txt", out / "failures.jsonl"
     if listed.is_file():  # by a run before
         return listed if failures.is_file() else None
     found = data.scan(source, required=False, workers=workers, progress=progress)
-    if not lists:
-        found.check("run")
     problems = found.problems
     bad = {problem.name for problem in problems}
     good = [item.name for item in source if item.name not in bad]
     if not good:
         raise ValueError(f"run: expected images that can be read, got {len(source)} that cannot; the first: "
                          f"{problems[0].reason}")  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
     if problems:
         files.write(failures, "".join(json.dumps(problem._asdict()) + "\n" for problem in problems).encode())
         for problem in problems[:SHOWN]:
@@ -168,15 +163,23 @@ def sound(source: data.Source, out: Path, workers: int, *, lists: bool, progress
     return listed if problems else None
 
 
+def only(given: Given, field: str, listed: Path) -> Given:
+    """With the images of a list alone. field: split or validation."""
+    before = getattr(given, field) or ""
+    return given._replace(**{field: f"{before.partition(':')[0]}:{listed}" if _is_coco(given) else str(listed)})
+
+
+def _is_coco(given: Given) -> bool:
+    """Whose splits are JSON, which lists only choose from."""
+    return given.data.startswith("coco:")
+
+
 def without_failed(given: Given, out: Path, stage: str, source: data.Source, options) -> Given:
     """What the stages after one go on with, some of whose images failed. options: the stage's."""
     failed = Store(options.out).failures()
-    if given.data.startswith("coco:"):
-        raise ValueError(f"run: expected all images to pass {stage}, got {len(failed)} that failed; {options.out} says "
-                         f"why; take them off the annotations")  # fmt: skip
     left = out / f"images-after-{stage}.txt"
     files.write(left, "".join(f"{item.name}\n" for item in source if item.name not in failed).encode())
-    return given._replace(**{"split" if options.split == given.split else "validation": str(left)})
+    return only(given, "split" if options.split == given.split else "validation", left)
 
 
 def has_masks(source: data.Source) -> bool:

@@ -126,3 +126,24 @@ def test_torchrun_starts_the_dead_again(given, alone, tmp_path):
     torchrun("--max-restarts", "1", RANKS, path, "0:0:3")
     found = {name: content for name, content in alone.items() if name.startswith("cam/")}
     assert results(out) == found and not (out / "cam" / "claims").exists()
+
+
+def test_run_shares_its_stages(tmp_path):
+    """From labels to predictions and a report, by two processes, an image among those that cannot be read."""
+    photos, out, path = pictures.draw(tmp_path / "photos", 9), tmp_path / "out", tmp_path / "commands.json"
+    (tmp_path / "photos" / "images" / "p2.png").write_bytes(b"nothing")
+    words = ["run", "--data", photos, "--out", str(out), "--network", "resnet18", "--device", "cpu"]
+    words += ["--set", "classifier.epochs=1", "--set", "classifier.batch=4", "--set", "classifier.crop=64"]
+    words += ["--set", "cam.scales=1.0", "--set", "rib.steps=2", "--set", "rib.n_others=2"]
+    words += ["--set", "rib.disjoint=false", "--set", "rib.others_crop=64", "--set", "rib.others_long_side=64,72"]
+    words += ["--set", "segmenter.steps=2", "--set", "segmenter.batch=4", "--set", "segmenter.crop=57"]
+    path.write_text(json.dumps([words]))
+    ranks = [
+        subprocess.Popen([sys.executable, RANKS, path], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                         env=environment(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port))
+        for port in [free_port()] for rank in range(2)
+    ]  # fmt: skip
+    said = [rank.communicate(timeout=240) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [3, 3], said
+    assert "predicted" in said[0][0] and said[1][0] == "" and (out / "report.html").is_file()
+    assert len(Store(out / "predicted").mask_names()) == 8 and len(Store(out / "rib").names()) == 7

@@ -157,16 +157,13 @@ def test_a_trained_classifier_and_data_without_masks(words, tmp_path, weights, c
     assert len(list((tmp_path / "other" / "predicted" / "masks").iterdir())) == 2
 
 
-def test_refuses(words, tmp_path, monkeypatch, capsys):
+def test_refuses(words, tmp_path, capsys):
     for word in ("rib", "rib.lr", "walk.lr=1", ".lr=1", "rib.=1"):
         assert cli.main([*words, "--set", word]) == 1
         assert "expected --set STAGE.FIELD=VALUE with a stage of classifier, cam, rib" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:  # before anything is made
         cli.main([*words, "--set", "segmenter.lr=much"])
     assert stopped.value.code == 2 and "ribfast train-seg: error: argument --lr" in capsys.readouterr().err
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert cli.main(words) == 1 and "expected one process for run, got 2" in capsys.readouterr().err
-    monkeypatch.delenv("WORLD_SIZE")
     assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="a cycle with a segmenter"):
         run.RunConfig(cycle=True, segmenter=False)

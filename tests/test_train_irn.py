@@ -296,7 +296,7 @@ def test_refuses_what_cannot_train(source, labels, weights, tmp_path):
         train_irn(source, some, SMALL, tmp_path)
     with pytest.raises(ValueError, match=r"expected labels of 9 images in .*, got none of p0, p1, p2 and 6 more"):
         train_irn(source, tmp_path, SMALL, tmp_path)
-    with pytest.raises(ValueError, match=r"train_irn: p\d: Augmentation: expected labels in uint8 .* got int64"):
+    with pytest.raises(ValueError, match=r"p0: scan: expected a mask .* in uint8, got int64"):
         train_irn(source, {name: mask.astype(np.int64) for name, mask in labels.items()}, SMALL, tmp_path)
     with pytest.raises(ValueError, match="expected images, got none"):
         train_irn(dataclasses.replace(source, items=()), labels, SMALL, tmp_path)

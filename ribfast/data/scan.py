@@ -40,8 +40,8 @@ class Scan:
         count, more = len(self.problems), len(self.problems) - SHOWN
         lines = [f"  {name}: {reason}" for name, reason in self.problems[:SHOWN]] + [f"  and {more} more"] * (more > 0)
         raise ValueError(f"{op}: expected {self.images} images without problems, got {count} "
-                         f"problem{'s' * (count > 1)}; mend these, or take the images off the list:\n"
-                         + "\n".join(lines))  # fmt: skip
+                         f"problem{'s' * (count > 1)}; mend these, or take the images off the list; `ribfast scan` "
+                         "shows all:\n" + "\n".join(lines))  # fmt: skip
 
 
 def scan(

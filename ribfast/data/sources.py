@@ -14,7 +14,7 @@ import torch
 
 from .decode import draw_regions, read_image, read_mask
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
@@ -123,9 +123,9 @@ def open_source(spec: str, split: str | None = None) -> Source:
     voc: VOC2012 or the VOCdevkit around it. Classes from Annotations/*.xml, where one is missing from the mask; masks
         from SegmentationClassAug/, else SegmentationClass/. split: a list of ImageSets/Segmentation/ or Main/, or any
         such file, whose lines begin with a name or a path (what follows is not read); None: train_aug, else train.
-    coco: annotations/instances_SPLIT.json and SPLIT/ or images/SPLIT/; None: train2014 or train2017. Classes in the
-        order of the categories' ids. Masks from masks/SPLIT/NAME.png, else drawn from the annotations, smaller regions
-        on top, crowds as 255.
+    coco: annotations/instances_SPLIT.json and SPLIT/ or images/SPLIT/; None: train2014 or train2017; SPLIT:LIST: those
+        of its images that PATH/LIST.txt, or any file, names, one a line. Classes in the order of the categories' ids.
+        Masks from masks/SPLIT/NAME.png, else drawn from the annotations, smaller regions on top, crowds as 255.
     """
     scheme, colon, place = spec.partition(":")
     if not colon or scheme not in _OPENERS or not place:
@@ -164,17 +164,27 @@ def _open_folder(root: Path, split: str | None) -> Source:
     if (root / "classes.txt").is_file():
         classes = tuple(line for _, line in _lines(root / "classes.txt"))
         _refuse_duplicates(_lines(root / "classes.txt"), root / "classes.txt")
-    rows: dict[str, tuple[int, Path, tuple[str, ...]]] = {}
+    rows: dict[str, tuple[int, Path, set[str]]] = {}
+    missing = []
     for line, entry, labels in _rows(table):
         name = _name(entry, f"{table}:{line}")
-        if name in rows:
+        try:
+            image = _find(images, entry, name, root / "images", f"{table}:{line}")
+        except FileNotFoundError as error:
+            missing.append(error)
+            continue
+        if name in rows and rows[name][1:] != (image, {*labels}):
             raise ValueError(f"open_source: expected each image once, got {name} again in {table}:{line}, first in "
-                             f"line {rows[name][0]}; remove one (names are told apart without suffix)")  # fmt: skip
+                             f"line {rows[name][0]}; remove one, or put all labels of an image in one line, separated "
+                             f"by semicolons (names are told apart without suffix)")  # fmt: skip
         unknown = [label for label in labels if classes is not None and label not in classes]
         if unknown:
             raise ValueError(f"open_source: expected labels of {root / 'classes.txt'}, got {unknown[0]!r} in "
                              f"{table}:{line}; add it there or correct it")  # fmt: skip
-        rows[name] = line, _find(images, entry, name, root / "images", f"{table}:{line}"), labels
+        rows.setdefault(name, (line, image, {*labels}))
+    if missing:
+        more = f" ({len(missing) - 1} more lines name images that are not there)" * (len(missing) > 1)
+        raise FileNotFoundError(f"{missing[0]}{more}")
     if classes is None:
         classes = tuple(sorted({label for _, _, labels in rows.values() for label in labels}))
     if not classes:
@@ -188,14 +198,7 @@ def _open_folder(root: Path, split: str | None) -> Source:
 
     if split is None:
         return Source(classes, tuple(item(name) for name in rows), upright=True)
-    path = _list(split, [root])
-    names = [(line, _name(entry, f"{path}:{line}")) for line, entry in _lines(path)]
-    _refuse_duplicates(names, path)
-    for line, name in names:
-        if name not in rows:
-            raise ValueError(f"open_source: expected images of {table}, got {name} in {path}:{line}; add its labels "
-                             f"there or remove it")  # fmt: skip
-    return Source(classes, tuple(item(name) for _, name in names), upright=True)
+    return Source(classes, tuple(item(name) for name in _listed(_list(split, [root]), rows, table)), upright=True)
 
 
 def _open_voc(root: Path, split: str | None) -> Source:
@@ -244,7 +247,8 @@ def _voc_objects(path: Path, number: dict[str, int]) -> set[int]:
 
 def _open_coco(root: Path, split: str | None) -> Source:
     notes = root / "annotations"
-    if split is None:
+    split, listed, chosen = (split or "").partition(":")
+    if not split:
         known = [name for name in ("train2014", "train2017") if (notes / f"instances_{name}.json").is_file()]
         split = known[0] if known else "train2014"
     path = notes / f"instances_{split}.json"
@@ -283,6 +287,10 @@ def _open_coco(root: Path, split: str | None) -> Source:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"open_source: expected COCO's instances, got {path}: {reason}; fetch it again") from error
     _refuse_duplicates([(line, item.name) for line, item in enumerate(items, 1)], path, "image")
+    if listed:
+        by_name = {item.name: item for item in items}
+        names = _listed(_list(chosen, [root]), by_name, path)
+        items, drawings = [by_name[n] for n in names], {n: drawings[n] for n in names if n in drawings}
     return Source(classes, tuple(items), drawings=drawings)
 
 
@@ -350,13 +358,25 @@ def _list(split: str, folders: Iterable[Path]) -> Path:
                             f"which is neither; the lists there: {', '.join(there[:20]) or 'none'}")  # fmt: skip
 
 
+def _listed(path: Path, known: Mapping[str, object], table: Path) -> list[str]:
+    """A list's names, each of which the table knows."""
+    names = [(line, _name(entry, f"{path}:{line}")) for line, entry in _lines(path)]
+    _refuse_duplicates(names, path)
+    for line, name in names:
+        if name not in known:
+            raise ValueError(f"open_source: expected images of {table}, got {name} in {path}:{line}; add its labels "
+                             f"there or remove it")  # fmt: skip
+    return [name for _, name in names]
+
+
 def _text(path: Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"open_source: expected a file, got {path}, which is none; add it")
     try:
         return path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"open_source: expected UTF-8, got {path}: {error}; save it as UTF-8") from error
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"open_source: expected UTF-8, got {path}:{line}: {error.reason}; save it as UTF-8") from error
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
@@ -378,6 +398,9 @@ def _rows(path: Path) -> Iterator[tuple[int, str, tuple[str, ...]]]:
             if len(cells) != 2:
                 raise ValueError(f"open_source: expected two columns, got {len(cells)} in {path}:{reader.line_num}; "
                                  f"separate labels by semicolons")  # fmt: skip
+            if not cells[0].strip():
+                raise ValueError(f"open_source: expected an image, got none in {path}:{reader.line_num}; name it or "
+                                 f"remove the line")  # fmt: skip
             labels = tuple(label.strip() for label in cells[1].split(";") if label.strip())
             yield reader.line_num, cells[0].strip(), labels
     except csv.Error as error:

@@ -83,13 +83,14 @@ def train_eader(
     validation: data.Source | None = None,
     resume: bool = False,
     progress: loop.Progress | None = None,
+    scanned: loop.Progress | None = None,
     begun: loop.Begun | None = None,
 ) -> Path:
     """As train_classifier, with adversarial erasing; the checkpoint is the localiser's, as any classifier's is.
 
     adversary_weights: the backbone that the adversary starts from.
     """
-    task = EaderTask(source, config, weights, adversary_weights, validation)
+    task = EaderTask(source, config, weights, adversary_weights, validation, scanned)
     with processes(config.device) as here:
         return loop.train(task, Path(out), here, resume=resume, progress=progress, begun=begun)
 
@@ -147,8 +148,8 @@ class EaderTask(ClassifierTask):
 
     name, idle, method = "train_eader", True, "eader"
 
-    def __init__(self, source, config, weights, adversary_weights, validation):
-        super().__init__(source, config, weights, validation)
+    def __init__(self, source, config, weights, adversary_weights, validation, scanned=None):
+        super().__init__(source, config, weights, validation, scanned)
         self.adversary_weights = adversary_weights
         self.inputs |= inputs.of_weights(adversary_weights, "adversary_weights")
         self.trains = None  # until the first step

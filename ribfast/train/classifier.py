@@ -77,16 +77,17 @@ def train_classifier(
     validation: data.Source | None = None,
     resume: bool = False,
     progress: loop.Progress | None = None,
+    scanned: loop.Progress | None = None,
     begun: loop.Begun | None = None,
 ) -> Path:
     """Trains on a source's image-level labels and returns the checkpoint, which models.open_classifier opens.
 
     weights: the backbone to start from. validation: its loss and mean average precision follow every epoch. resume:
-    goes on after the last whole epoch in `out`, if there is one. begun: called with digests of the inputs once nothing
-    is wrong, before anything is written. Under torchrun the processes share each batch. Writes classifier.safetensors
-    and metrics.jsonl.
+    goes on after the last whole epoch in `out`, if there is one. Every image is looked at first, which `scanned`
+    reports. begun: called with digests of the inputs once nothing is wrong, before anything is written. Under torchrun
+    the processes share each batch. Writes classifier.safetensors and metrics.jsonl.
     """
-    task = ClassifierTask(source, config, weights, validation)
+    task = ClassifierTask(source, config, weights, validation, scanned)
     with processes(config.device) as here:
         return loop.train(task, Path(out), here, resume=resume, progress=progress, begun=begun)
 
@@ -97,7 +98,7 @@ class ClassifierTask:
     parts, files, indifferent, idle = 1, (), (), False
     name, checkpoint, method = "train_classifier", CHECKPOINT, "bce"
 
-    def __init__(self, source, config, weights, validation):
+    def __init__(self, source, config, weights, validation, scanned=None):
         if config.method != self.method:
             raise ValueError(f"{self.name}: expected a configuration of method {self.method}, got {config.method}; "
                              f"train it by its own function")  # fmt: skip
@@ -105,6 +106,7 @@ class ClassifierTask:
         if validation is not None and validation.classes != source.classes:
             raise ValueError(f"{self.name}: expected a validation split of the same classes, got others")
         self.validation, self.weights, self.augmentation = validation, weights, config.augmentation()
+        self.scanned = scanned
         self.inputs = inputs.digests(source, weights)
 
     def _labels(self, source: data.Source) -> Tensor:
@@ -119,7 +121,9 @@ class ClassifierTask:
         return labels.float()
 
     def inspect(self, here: Processes) -> None:
-        pass
+        inputs.look(self.name, self.source, None, self.config.workers, here, self.scanned, masked=False)
+        if self.validation is not None:
+            inputs.look(self.name, self.validation, None, self.config.workers, here, masked=False)
 
     def begin(self, filled: bool) -> None:
         c = self.config

@@ -1,5 +1,6 @@
 """What trainings are given: label maps by the images' names, weights that fit, and digests of these."""
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 
 from .. import data, files, models
 from ..data.decode import read_mask
+from ..processes import Processes, together
 
 Labels = Callable[[str], np.ndarray] | Mapping[str, np.ndarray] | str | Path
 
@@ -26,6 +28,33 @@ def reader(op: str, source: data.Source, labels: Labels) -> Callable[[str], np.n
         raise ValueError(f"{op}: expected labels of {len(source)} images in {place}, got none of "
                          f"{', '.join(missing[:3])}{more}; make them first")  # fmt: skip
     return labels.__getitem__ if isinstance(labels, Mapping) else lambda name: read_mask(folder / f"{name}.png")
+
+
+def look(
+    op: str,
+    source: data.Source,
+    labels: Callable[[str], np.ndarray] | None,
+    workers: int,
+    here: Processes,
+    progress: Callable[[int, int, str], None] | None = None,
+    *,
+    masked: bool = True,
+) -> data.Scan:
+    """Decodes every image and mask and raises all that is wrong with them, in all processes, each of which looks at its
+    share. labels: None: the source's own masks. masked: False: none at all."""
+    items = source[here.rank :: here.world]
+    share = dataclasses.replace(source, items=items)
+    if not masked:
+        bare = tuple(dataclasses.replace(item, mask=None) for item in items)
+        share = dataclasses.replace(source, items=bare, drawings={})
+    mine = data.scan(share, labels, required=masked, workers=workers, progress=progress) if items else None
+    parts = [part for part in together(here, mine) if part is not None]
+    found = dataclasses.replace(
+        parts[0], images=len(source), masks=sum(part.masks for part in parts),
+        pixels=sum(part.pixels for part in parts), problems=tuple(p for part in parts for p in part.problems),
+    )  # fmt: skip
+    found.check(op)
+    return found
 
 
 def digests(source: data.Source, weights: str | Path | None, **labels: Labels | None) -> dict[str, str]:

@@ -77,6 +77,7 @@ def train_irn(
     weights: str | Path | None = None,
     resume: bool = False,
     progress: loop.Progress | None = None,
+    scanned: loop.Progress | None = None,
     begun: loop.Begun | None = None,
 ) -> Path:
     """Trains IRN's network on a source's images and returns the checkpoint, which models.open_irn opens.
@@ -84,13 +85,14 @@ def train_irn(
     labels: each image's (H, W) uint8 by its name: 0 background, class + 1, 255 unknown (masks.confident_labels makes
     them), from a function, a mapping, or a folder of NAME.png. weights: the backbone's, of ImageNet or of a classifier.
     resume: goes on after the last whole epoch in `out`, if there is one. Under torchrun the processes share each batch.
+    Every image and its labels are looked at first, which `scanned` reports.
     begun: called with digests of the inputs once nothing is wrong, before anything is written. Writes irn.safetensors
     and metrics.jsonl.
     """
     if not len(source):
         raise ValueError("train_irn: expected images, got none")
     reader = inputs.reader("train_irn", source, labels)
-    task = _Irn(source, reader, config, weights, inputs.digests(source, weights, labels=labels))
+    task = _Irn(source, reader, config, weights, inputs.digests(source, weights, labels=labels), scanned)
     with processes(config.device) as here:
         return loop.train(task, Path(out), here, resume=resume, progress=progress, begun=begun)
 
@@ -101,12 +103,12 @@ class _Irn:
     parts, files, indifferent, idle = 1, (), (), False
     name, checkpoint = "train_irn", CHECKPOINT
 
-    def __init__(self, source, labels, config, weights, inputs):
+    def __init__(self, source, labels, config, weights, inputs, scanned):
         self.source, self.labels, self.config, self.weights, self.inputs = source, labels, config, weights, inputs
-        self.images, self.augmentation = len(source), config.augmentation()
+        self.images, self.augmentation, self.scanned = len(source), config.augmentation(), scanned
 
     def inspect(self, here: Processes) -> None:
-        pass
+        inputs.look(self.name, self.source, self.labels, self.config.workers, here, self.scanned)
 
     def begin(self, filled: bool) -> None:
         c = self.config

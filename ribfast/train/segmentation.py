@@ -1,7 +1,6 @@
 """Training the segmentation network on masks, with or without pretended under-fitting (Li et al. 2021)."""
 
 import contextlib
-import dataclasses
 import json
 import logging
 import math
@@ -178,19 +177,6 @@ def _refuse_unmasked(source: data.Source) -> None:
                          f"{', '.join(missing[:3])}{more}; name the folder of those to train on")  # fmt: skip
 
 
-def _scan(source: data.Source, reader, workers: int, here: Processes, progress) -> data.Scan:
-    """Raises what is wrong with the images and masks, in all processes, each of which looks at its share."""
-    share = dataclasses.replace(source, items=source[here.rank :: here.world])
-    parts = together(here, data.scan(share, reader, workers=workers, progress=progress) if len(share) else None)
-    parts = [part for part in parts if part is not None]
-    found = dataclasses.replace(
-        parts[0], images=len(source), masks=sum(part.masks for part in parts),
-        pixels=sum(part.pixels for part in parts), problems=tuple(p for part in parts for p in part.problems),
-    )  # fmt: skip
-    found.check("train_segmenter")
-    return found
-
-
 @contextlib.contextmanager
 def _deterministic(config: SegmentationConfig, here: Processes) -> Iterator[None]:
     if not config.deterministic or here.device.type != "cuda":
@@ -221,12 +207,12 @@ class _Segmentation:
         return loop.Schedule(self.config.steps, self.config.save_every)
 
     def inspect(self, here: Processes) -> None:
-        found = _scan(self.source, self.labels, self.config.workers, here, self.scanned)
+        found = inputs.look(self.name, self.source, self.labels, self.config.workers, here, self.scanned)
         if (absent := found.absent()) and here.rank == 0:
             more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
             log.warning("no pixel is of %s%s: these classes will not be learnt", ", ".join(absent[:5]), more)
         if self.validation is not None:
-            _scan(self.validation, None, self.config.workers, here, None)
+            inputs.look(self.name, self.validation, None, self.config.workers, here)
 
     def begin(self, filled: bool) -> None:
         c = self.config
