@@ -824,6 +824,24 @@ def _info(options: argparse.Namespace, settings) -> None:
     print(json.dumps(info.collect(), indent=2) if options.json else "\n".join(info.lines()))
 
 
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="for programs")
+
+
+def _bench(options: argparse.Namespace, settings) -> None:
+    from . import bench
+
+    machine, rows = bench.run(settings, progress=_progress())
+    if options.json:
+        print(json.dumps({"machine": machine, "operators": [row._asdict() for row in rows]}, indent=2))
+        return
+    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    print(f"{'':<20} {'ms':>9}  {'times faster':>12}  {'difference':>10}  of        backend")
+    for row in rows:
+        print(f"{row.operator:<20} {row.milliseconds:9.3f}  {row.times_faster:12.1f}  {row.difference:10.1e}  "
+              f"{row.scale:<8.1e}  {row.backend}: {row.what}")  # fmt: skip
+
+
 def _completion_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shell", choices=("bash", "zsh", "fish"))
 
@@ -906,6 +924,10 @@ COMMANDS = {
     "scan": Command("every problem of a data set at once, and what it holds", None, _scan_arguments, _scan),
     "info": Command(
         "what was built, which backend serves each operator, and why", None, _info_arguments, _info
+    ),
+    "bench": Command(
+        "the operators on this machine: times, and how far from the specification in plain torch",
+        "ribfast.bench:BenchConfig", _bench_arguments, _bench,
     ),
     "completion": Command(
         "a shell's completion of commands and options", None, _completion_arguments, _completion
