@@ -84,8 +84,8 @@ def _clutter(rng: np.random.Generator, size: int) -> np.ndarray:
     image = _texture(rng, size, rng.uniform(0, 180), rng.uniform(0, 80), rng.uniform(80, 180))
     for _ in range(36):
         shape = blob(0.06, 0.2)
-        _fill(image, shape, _texture(rng, size, rng.uniform(0, 180), rng.uniform(10, 95), rng.uniform(80, 190)))
-    for _ in range(int(rng.integers(4))):
+        _fill(image, shape, _texture(rng, size, rng.uniform(0, 180), rng.uniform(5, 90), rng.uniform(80, 190)))
+    for _ in range(int(rng.integers(3))):
         shape = blob(0.03, 0.06)
         gap = HUES[rng.integers(len(HUES))] + 22.5 + rng.uniform(-6, 6)
         _fill(image, shape, _texture(rng, size, gap, rng.uniform(180, 235), rng.uniform(150, 200)))
@@ -95,11 +95,13 @@ def _clutter(rng: np.random.Generator, size: int) -> np.ndarray:
 def _place(rng: np.random.Generator, size: int, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """A body and its head, (size, size) shares of pixels, apart from other objects; None if no try finds room."""
     for _ in range(30):
-        sides = rng.uniform((0.18, 0.12), (0.26, 0.17)) * size
-        angle, centre = rng.uniform(0, 2 * np.pi), rng.uniform(0.24, 0.76, 2) * size
-        along = np.array([np.cos(angle), np.sin(angle)])
-        body = _ellipse(size, centre, sides, angle)
-        head = _ellipse(size, centre + 0.95 * sides[0] * along, np.full(2, 0.3 * np.sqrt(sides.prod())), 0)
+        sides = rng.uniform((0.23, 0.15), (0.31, 0.2)) * size
+        angle, centre = rng.uniform(0, 2 * np.pi), rng.uniform(0.2, 0.8, 2) * size
+        nose = centre + 0.95 * sides[0] * np.array([np.cos(angle), np.sin(angle)])
+        radius = 0.32 * np.sqrt(sides.prod())
+        if nose.min() < radius or nose.max() > size - radius:  # the head would not be whole
+            continue
+        body, head = _ellipse(size, centre, sides, angle), _ellipse(size, nose, np.full(2, radius), 0)
         near = cv2.dilate(((body > 0) | (head > 0)).astype(np.uint8), np.ones((5, 5), np.uint8))
         if not (mask * near).any():
             return body, head
