@@ -32,8 +32,8 @@ build/.built: $(SOURCES)
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	mkdir -p build && touch $@
 
-demo: build  ## the operators on a bundled picture, written to demo/
-	$(PYTHON) -m ribfast.demo --out demo
+demo: build  ## the whole pipeline on pictures that are drawn, to demo/report.html
+	$(PYTHON) -m ribfast demo --out demo
 
 test: build
 	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest $(SIDE_BY_SIDE) $(PYTEST_ARGS)

@@ -40,6 +40,7 @@ class Command:
     config: str | dict[str, str] | None
     arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace, Any], int | None]
+    preset: str | None = None  # what runs when nothing is said; None: the configuration's first
 
 
 class Progress:
@@ -116,7 +117,7 @@ def _parse(name: str, words: list[str]) -> tuple[argparse.Namespace, Any]:
     options = parser.parse_args(words)
     options.command = name
     try:
-        return options, None if kind is None else _make_config(kind, options)
+        return options, None if kind is None else _make_config(kind, options, COMMANDS[name].preset)
     except ValueError as error:
         if options.debug:
             raise
@@ -136,7 +137,7 @@ def _parser_of(name: str, words: list[str]) -> tuple[argparse.ArgumentParser, ty
         place = methods[_method_of(methods, words)] if methods else command.config
         module, _, kind_name = place.partition(":")
         kind = getattr(importlib.import_module(module), kind_name)
-        _add_config(parser, kind, tuple(methods))
+        _add_config(parser, kind, tuple(methods), command.preset)
     return parser, kind
 
 
@@ -179,13 +180,16 @@ def _sentence(text: str) -> str:
     return text[0].upper() + text[1:] + "."
 
 
-def _add_config(parser: argparse.ArgumentParser, kind: type, methods: tuple[str, ...] = ()) -> None:
+def _add_config(
+    parser: argparse.ArgumentParser, kind: type, methods: tuple[str, ...] = (), preset: str | None = None
+) -> None:
     group = parser.add_argument_group("configuration", "preset, then --config, then single fields")
     names = config.presets(kind)
     if names:
-        group.add_argument("--preset", choices=names, help=f"{', '.join(names)} (default: {names[0]})")
+        shown = f"{', '.join(names)} (default: {preset or names[0]})"
+        group.add_argument("--preset", choices=names, help=shown)
     group.add_argument("--config", type=Path, metavar="FILE", help="JSON of fields, such as a run's config.json")
-    said, base = config.comments(kind), _default(kind)
+    said, base = config.comments(kind), _default(kind, preset)
     for name, hint in config.hints(kind).items():
         option, default = "--" + name.replace("_", "-"), getattr(base, name)
         if name == "method" and methods:  # of which a class has one
@@ -201,10 +205,10 @@ def _add_config(parser: argparse.ArgumentParser, kind: type, methods: tuple[str,
             group.add_argument(option, type=_parser(hint), metavar=metavar, **common)
 
 
-def _default(kind: type):
-    """The first preset: what runs when nothing is said."""
-    names = config.presets(kind)
-    return getattr(kind, names[0])() if names else kind()
+def _default(kind: type, preset: str | None):
+    """What runs when nothing is said."""
+    preset = preset or next(iter(config.presets(kind)), None)
+    return kind() if preset is None else getattr(kind, preset)()
 
 
 def _parser(hint):
@@ -217,10 +221,11 @@ def _parser(hint):
     return parse
 
 
-def _make_config(kind: type, options: argparse.Namespace):
+def _make_config(kind: type, options: argparse.Namespace, default: str | None = None):
+    """default: the preset where options name none; None: the first."""
     values = _read_fields(options.config) if options.config is not None else {}
     values = values | {name.removeprefix("field_"): v for name, v in vars(options).items() if name.startswith("field_")}
-    preset = getattr(options, "preset", None) or next(iter(config.presets(kind)), None)
+    preset = getattr(options, "preset", None) or default or next(iter(config.presets(kind)), None)
     return config.make(kind, values, preset)
 
 
@@ -316,8 +321,10 @@ def _clear(options: argparse.Namespace, settings) -> None:
     Store(options.out).clear()
 
 
-def _data_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", required=True, metavar="KIND:PATH", help="folder:PATH, voc:PATH or coco:PATH")
+def _data_arguments(parser: argparse.ArgumentParser, none: str = "") -> None:
+    """none: what is taken without --data, which may then be missing."""
+    text = "folder:PATH, voc:PATH or coco:PATH" + f" (default: {none})" * bool(none)
+    parser.add_argument("--data", required=not none, metavar="KIND:PATH", help=text)
     parser.add_argument("--split", metavar="NAME", help="a list of the data's images (default: its training images)")
 
 
@@ -604,16 +611,51 @@ def _predict(options: argparse.Namespace, settings) -> int:
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
     _data_arguments(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for a folder of each stage")
+    _stages_arguments(parser)
+
+
+def _stages_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--validation", metavar="NAME", help="the split to predict (default: --split's images)")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="the backbone to start from, .pth or .safetensors")
     parser.add_argument("--classifier", type=Path, metavar="FILE", help="a trained one, in place of the first stage")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for a folder of each stage")
     parser.add_argument("--set", action="append", default=[], metavar="STAGE.FIELD=VALUE", dest="fields",
                         help="a field of a stage's own configuration, such as rib.steps=5; repeatable")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the stages' command lines, and run none")
 
 
-def _run(options: argparse.Namespace, settings) -> int:
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    _data_arguments(parser, none="pictures, which are drawn")
+    out = "for the pictures and a folder of each stage (default: demo)"
+    parser.add_argument("--out", type=Path, default=Path("demo"), metavar="FOLDER", help=out)
+    parser.add_argument("--pictures", type=_parser(int), metavar="N",
+                        help="drawn to train on, and a quarter as many to validate on (default: 160)")  # fmt: skip
+    _stages_arguments(parser)
+
+
+def _demo(options: argparse.Namespace, settings) -> int:
+    """`run` on pictures that are drawn, or, as it would be run on photographs, on --data."""
+    from .data import synthetic
+    from .processes import rank_and_world
+
+    if options.data is not None:
+        if options.pictures is not None:
+            raise ValueError("expected --pictures without --data, got both")
+        return _run(options, _make_config(type(settings), options, "shown"))
+    if options.split is not None or options.validation is not None:
+        raise ValueError("expected --split and --validation with --data, got them for pictures that are drawn")
+    if (world := rank_and_world()[1]) > 1:
+        raise ValueError(f"expected one process to draw pictures, got {world}; give --data, or run it by one")
+    folder, count = options.out / "pictures", 160 if options.pictures is None else options.pictures
+    refuse_another_command(options)
+    if not (folder / synthetic.LAST).is_file():
+        log.info("drawing pictures of %s", ", ".join(synthetic.CLASSES))
+        synthetic.draw(folder, training=count, validation=count // 4, seed=settings.seed)
+    options.data, options.split, options.validation = f"folder:{folder}", "train", "val"
+    return _run(options, settings, pictures=count)
+
+
+def _run(options: argparse.Namespace, settings, **drawn) -> int:
     """The stages' commands; their images that fail are left out and said in the exit code. Of several processes the
     first one does alone what is not shared, and all begin a stage together."""
     from .data import open_source
@@ -636,7 +678,7 @@ def _run(options: argparse.Namespace, settings) -> int:
         return 0
     lines()  # whose errors come before anything is written
     named = {name: value for name in ("weights", "classifier") if (value := getattr(options, name)) is not None}
-    begin(options, settings, INDIFFERENT, images=source.digest(), fields=given.fields, **named)
+    begin(options, settings, INDIFFERENT, images=source.digest(), fields=given.fields, **named, **drawn)
     with processes(settings.device) as here:
 
         def by_the_first(work: Callable, *arguments, **more):
@@ -661,18 +703,24 @@ def _run(options: argparse.Namespace, settings) -> int:
                 compared.append(own.maps or own.masks)
         if here.rank == 0:
             _print_stages(compared)
+            print(options.out / "report.html")
         together(here)  # one that ends with an exit code ends the others
     return INCOMPLETE if incomplete else 0
 
 
 def _print_stages(folders: list[Path]) -> None:
-    """mIoU of what eval looked at."""
+    """mIoU of what eval looked at, and what RIB adds to it."""
     if not folders:
         return
     print("\nmIoU against ground truth; of maps at the threshold that is best on these images:")
+    mious = {}
     for folder in folders:
         found = json.loads((folder / "evaluation.json").read_text("utf-8"))
-        print(f"  {folder.name:<12} {100 * found['reported']['miou']:6.2f}   {found['images']} images")
+        mious[folder.name] = 100 * found["reported"]["miou"]
+        print(f"  {folder.name:<12} {mious[folder.name]:6.2f}   {found['images']} images")
+    if {"cam", "rib"} <= mious.keys():
+        print(f"RIB's maps gain {mious['rib'] - mious['cam']:+.2f} points over the CAM")
+    print()
 
 
 def _stage_fields(words: list[str]) -> dict[str, dict[str, str]]:
@@ -886,6 +934,10 @@ COMMANDS = {
     "run": Command(
         "everything below, from photographs with labels to a trained segmenter's masks",
         "ribfast.run:RunConfig", _run_arguments, _run,
+    ),
+    "demo": Command(
+        "run on pictures that are drawn: no data, no weights, some minutes on two cores",
+        "ribfast.run:RunConfig", _demo_arguments, _demo, "drawn",
     ),
     "train-classifier": Command(
         "train a classifier on image-level labels",

@@ -19,13 +19,15 @@ log = logging.getLogger("ribfast")
 class RunConfig:
     """The defaults are for some hundreds of photographs and a laptop; --set changes a stage's own fields."""
 
-    network: Literal["resnet18", "resnet50", "resnet101", "mobilenet_v2"] = "mobilenet_v2"  # of classifier, segmenter
-    size: Literal["small", "published"] = (
-        "small"  # crops and passes: for photographs of about 320 pixels, or the papers'
-    )
+    # of classifier, segmenter
+    network: Literal["resnet10", "resnet18", "resnet50", "resnet101", "mobilenet_v2"] = "mobilenet_v2"
+    # crops and passes: for pictures of about 100 pixels, photographs of about 320, or the papers'
+    size: Literal["tiny", "small", "published"] = "small"
     rib: Literal["none", "released", "paper", "coco", "fast"] = "fast"  # how the classifier is adapted to each image
     masks: Literal["crf", "irn", "ppmg", "par", "pamr", "threshold"] = "crf"  # how masks are made of its maps
+    compared: tuple[Literal["crf", "ppmg", "par", "pamr", "threshold"], ...] = ()  # masks of the same maps otherwise
     segmenter: bool = True  # train one on the masks, and predict
+    relabel: bool = False  # predict --split's images too, where --validation's are predicted; the report shows them
     cycle: bool = False  # PMM's: train it again on what it predicts
     normalization: Literal["imagenet", "symmetric"] = "imagenet"  # of pixels; symmetric: x / 127.5 - 1
     tensorflow_padding: bool = False  # for MobileNetV2 weights that were trained in TensorFlow
@@ -39,8 +41,12 @@ class RunConfig:
                              f"{self.workers}")  # fmt: skip
         if self.tensorflow_padding and self.network != "mobilenet_v2":
             raise ValueError(f"RunConfig: expected tensorflow_padding with mobilenet_v2, got {self.network}")
-        if self.cycle and not self.segmenter:
-            raise ValueError("RunConfig: expected a cycle with a segmenter, got segmenter false")
+        if (self.cycle or self.relabel) and not self.segmenter:
+            raise ValueError(f"RunConfig: expected a {'cycle' if self.cycle else 'relabel'} with a segmenter, got "
+                             f"segmenter false")  # fmt: skip
+        if len({self.masks, *self.compared}) <= len(self.compared):
+            raise ValueError(f"RunConfig: expected masks and compared to name each method once, got {self.masks} and "
+                             f"{', '.join(self.compared)}")  # fmt: skip
 
     @classmethod
     def light(cls) -> "RunConfig":
@@ -55,6 +61,16 @@ class RunConfig:
     def coco(cls) -> "RunConfig":
         return cls(network="resnet50", size="published", rib="coco", masks="irn")
 
+    @classmethod
+    def drawn(cls) -> "RunConfig":
+        """Of `ribfast demo`: drawn pictures and no weights to start from."""
+        return cls(network="resnet10", size="tiny", compared=("ppmg",), relabel=True)
+
+    @classmethod
+    def shown(cls) -> "RunConfig":
+        """Of `ribfast demo --data`: as light, with all that the demo compares."""
+        return cls(compared=("ppmg",), relabel=True)
+
 
 class Stage(NamedTuple):
     name: str  # as --set says it, and of its folder
@@ -62,7 +78,10 @@ class Stage(NamedTuple):
     words: list[str]
 
 
-STAGES = ("classifier", "cam", "rib", "labels", "irn", "masks", "segmenter", "predicted", "report")
+STAGES = (
+    "classifier", "cam", "rib", "labels", "irn", "masks", "crf", "ppmg", "par", "pamr", "threshold", "segmenter",
+    "relabelled", "predicted", "report",
+)  # fmt: skip
 CHECKPOINTS = {"classifier": "classifier.safetensors", "irn": "irn.safetensors", "segmenter": "segmenter.safetensors"}
 ALONE = ("eval", "report")  # commands that processes do not share
 SHOWN = 10  # images that are left out, of which the log says why
@@ -101,42 +120,53 @@ def stages(given: Given, config: RunConfig, masked: bool) -> list[Stage]:
             found.append(Stage(f"{folder.name} against ground truth", "eval", words))
 
     if given.classifier is None:
-        small = ["--lr", "0.03" if c.network == "mobilenet_v2" else "0.01", "--epochs", "8", "--long-side", "224,384",
-                 "--crop", "288", "--preset", "paper"] if c.size == "small" else []  # fmt: skip
-        add("classifier", "train-classifier", *images, *network, *small, *start, "--seed", c.seed, *works, "--resume")
+        own = {
+            "tiny": ["--lr", "0.05", "--epochs", "20", "--long-side", "80,112", "--crop", "96", "--preset", "paper"],
+            "small": ["--lr", "0.03" if c.network == "mobilenet_v2" else "0.01", "--epochs", "8", "--long-side",
+                      "224,384", "--crop", "288", "--preset", "paper"],
+        }.get(c.size, [])  # fmt: skip
+        own += ["--no-frozen-trunk"] * (given.weights is None and c.size == "tiny")
+        add("classifier", "train-classifier", *images, *network, *own, *start, "--seed", c.seed, *works, "--resume")
     maps = add("cam", "cam", *images, "--checkpoint", classifier, *works)
     compare("maps", maps)
     if c.rib != "none":
-        small = (
-            ["--others-crop", "192", "--others-long-side", "154,269", "--n-others", "8"] if c.size == "small" else []
-        )
+        own = {
+            "tiny": ["--others-crop", "96", "--others-long-side", "80,112", "--n-others", "8"],
+            "small": ["--others-crop", "192", "--others-long-side", "154,269", "--n-others", "8"],
+        }.get(c.size, [])
         if c.network == "mobilenet_v2":  # whose maps hardly move at the rate of ResNet-50
-            small += ["--lr", "3e-5"]
-        words = [*images, "--checkpoint", classifier, "--preset", c.rib, *small, "--seed", c.seed, "--steps-kept"]
+            own += ["--lr", "3e-5"]
+        words = [*images, "--checkpoint", classifier, "--preset", c.rib, *own, "--seed", c.seed, "--steps-kept"]
         maps = add("rib", "rib", *words, *works)
         compare("maps", maps)
     irn = []
     if c.masks == "irn":
         preset = "rib_labels" if c.rib != "none" else "labels"
         labels = add("labels", "masks", *images, "--maps", maps, "--preset", preset, *works)
-        small = ["--preset", "small"] if c.size == "small" else []
-        words = [*images, "--labels", labels, *network, *small, "--weights", classifier, "--seed", c.seed]
+        own = [] if c.size == "published" else ["--preset", "small"]
+        words = [*images, "--labels", labels, *network, *own, "--weights", classifier, "--seed", c.seed]
         add("irn", "train-irn", *words, *works, "--resume")
         irn = ["--irn", str(here / "irn" / CHECKPOINTS["irn"])]
     preset = {"irn": "irn" if c.rib == "none" else "coco" if c.rib == "coco" else "rib"}.get(c.masks, c.masks)
     masks = add("masks", "masks", *images, "--maps", maps, "--preset", preset, *irn, *works)
     compare("masks", masks)
+    for method in c.compared:
+        compare("masks", add(method, "masks", *images, "--maps", maps, "--preset", method, *works))
     if c.segmenter:
-        preset = "light" if c.size == "small" else "coco" if c.rib == "coco" else "voc"
+        preset = "coco" if c.rib == "coco" else "voc" if c.size == "published" else "light"
+        own = ["--steps", "160", "--crop", "97", "--save-every", "40"] if c.size == "tiny" else []
         looks = ["--validation", given.validation] if given.validation and masked else []
-        add("segmenter", "train-seg", *images, "--masks", masks, "--preset", preset, *network, *start, *looks,
+        start = start or ["--weights", str(classifier)]
+        add("segmenter", "train-seg", *images, "--masks", masks, "--preset", preset, *network, *own, *start, *looks,
             *(["--cycle"] * c.cycle), "--seed", c.seed, *works, "--resume")  # fmt: skip
         checkpoint = here / "segmenter" / CHECKPOINTS["segmenter"]
         shown = ["--data", given.data, "--split", given.validation] if given.validation else images
+        if c.relabel and given.validation:
+            compare("masks", add("relabelled", "predict", *images, "--checkpoint", checkpoint, *works))
         predicted = add("predicted", "predict", *shown, "--checkpoint", checkpoint, *works)
         compare("masks", predicted, *shown)
     names = {stage.name for stage in found} - ({"predicted"} if given.validation else set())  # those are other images
-    compared = [name for name in ("cam", "rib", "masks", "predicted") if name in names]
+    compared = [name for name in ("cam", "rib", "masks", *c.compared, "relabelled", "predicted") if name in names]
     words = [word for name in compared for word in ("--stage", f"{name}={here / name}")]
     add("report", "report", *images, *words, "--workers", c.workers, out="report.html")
     return found

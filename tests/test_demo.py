@@ -1,37 +1,91 @@
-import cv2
-import numpy as np
+"""`ribfast demo`: `run` on drawn pictures, or on one's own."""
+
+import json
+import re
+
+import pictures
 import pytest
-import torch
+from trainings import weights as weights
 
-from ribfast import demo, reference
+from ribfast import cli, run
+from ribfast.store import Store
 
-
-def test_writes_the_merged_maps(tmp_path, capsys):
-    demo.main(["--out", str(tmp_path / "new" / "folder"), "--device", "cpu"])
-    drawn = cv2.imread(str(tmp_path / "new" / "folder" / "merged.png"))
-    picture = cv2.imread(str(demo.Path(demo.__file__).parent / "assets" / "coffee.jpg"))
-    assert drawn.shape == (375, 1500, 3)
-    assert np.array_equal(drawn[:, :500], picture)
-    # on the saucer the "red china" panel is drawn bright (yellow: green well above blue), on the table it is not
-    saucer, table = drawn[200:230, 500 + 70 : 500 + 100].mean((0, 1)), drawn[330:360, 500 + 20 : 500 + 50].mean((0, 1))
-    assert saucer[1] > 1.5 * saucer[0] and table[1] < saucer[1] / 2
+TINY = {
+    "classifier": "epochs=2 batch=4 long_side=48,56 crop=48",
+    "cam": "scales=1.0",
+    "rib": "steps=2 n_others=2 scales=1.0 loss_scales=1.0",
+    "segmenter": "steps=2 batch=2 crop=49 save_every=2 frozen=0",
+    "report": "resamples=0",
+}
 
 
-def test_maps_equal_the_reference():
-    picture = demo.read(demo.Path(demo.__file__).parent / "assets" / "coffee.jpg")
-    cams, average, pooled = demo.run(picture, torch.device("cpu"))
-    maps = [demo.class_maps(picture, scale) for scale in demo.SCALES]
-    expected = reference.normalize_cams(reference.accumulate_cams(maps, picture.shape[:2], padded=(384, 512)))
-    torch.testing.assert_close(cams, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(average, maps[0].mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
-    assert (pooled < average).all()
+def words(out):
+    given = ["demo", "--out", str(out), "--workers", "1"]
+    return given + [word for stage, fields in TINY.items() for field in fields.split() for word in
+                    ("--set", f"{stage}.{field}")]  # fmt: skip
 
 
-def test_unreadable_picture_is_named(tmp_path, capsys):
-    broken = tmp_path / "broken.jpg"
-    broken.write_text("no picture")
-    with pytest.raises(SystemExit) as stopped:
-        demo.main(["--picture", str(broken), "--out", str(tmp_path)])
-    assert stopped.value.code == 2
-    assert f"expected a picture that OpenCV reads, got {broken}" in capsys.readouterr().err
-    assert not (tmp_path / "merged.png").exists()
+def test_from_nothing_to_a_report(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "new" / "demo"
+    given = [*words(out), "--pictures", "8", "--seed", "2"]
+    command = cli.COMMANDS["rib"]
+
+    def killed(options, settings):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setitem(cli.COMMANDS, "rib", cli.dataclasses.replace(command, run=killed))
+        assert cli.main(given) == 130
+    assert "interrupted; the same command goes on where it was" in capsys.readouterr().err
+    drawn = {path: path.stat().st_mtime_ns for path in (out / "pictures").rglob("*.*")}
+    assert cli.main(given) == 0
+    assert drawn == {path: path.stat().st_mtime_ns for path in (out / "pictures").rglob("*.*")}
+    shown = capsys.readouterr().out
+    names = {"cam": 8, "rib": 8, "masks": 8, "ppmg": 8, "relabelled": 8, "predicted": 2}
+    mious = {}
+    for name, images in names.items():
+        mious[name] = 100 * json.loads((out / name / "evaluation.json").read_text())["reported"]["miou"]
+        assert f"  {name:<12} {mious[name]:6.2f}   {images} images" in shown
+    gain = re.search(r"RIB's maps gain ([+-]\d+\.\d\d) points over the CAM", shown)[1]
+    assert gain == f"{mious['rib'] - mious['cam']:+.2f}"
+    assert shown.splitlines()[-1] == str(out / "report.html")
+    page = (out / "report.html").read_text()
+    assert all(f'"{name}"' in page for name in names if name != "predicted")
+    assert len(Store(out / "rib").names()) == 8
+    assert json.loads((out / "classifier" / "config.json").read_text())["config"]["frozen_trunk"] is False
+    assert cli.main([*given[:-1], "3"]) == 1 and "another seed (here 3, there 2)" in capsys.readouterr().err
+    assert cli.main([*words(out), "--seed", "2"]) == 1 and "pictures (here 160, there 8)" in capsys.readouterr().err
+
+
+def test_of_photographs_it_is_run(tmp_path, weights, capsys):
+    photos = pictures.draw(tmp_path / "photos", 9)
+    given = [*words(tmp_path / "demo"), "--data", photos, "--weights", str(weights), "--network", "resnet18"]
+    given += ["--set", "rib.disjoint=false"]
+    assert cli.main([*given, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    settings = cli.config.make(run.RunConfig, {"network": "resnet18", "workers": 1}, "shown")
+    fields = {stage: dict(field.split("=") for field in text.split()) for stage, text in TINY.items()}
+    fields["rib"]["disjoint"] = "false"
+    expected = run.stages(
+        run.Given(photos, None, None, tmp_path / "demo", weights, None, fields), settings, masked=True
+    )
+    assert lines == [f"ribfast {stage.command} {cli.shlex.join(stage.words)}" for stage in expected]
+    assert cli.main(given) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {name:<12}" in shown for name in ("cam", "rib", "masks", "ppmg", "predicted"))
+    assert "points over the CAM" in shown and shown.endswith(f"{tmp_path / 'demo' / 'report.html'}\n")
+    assert not (tmp_path / "demo" / "pictures").exists()
+
+
+def test_refuses(tmp_path, capsys):
+    out = ["demo", "--out", str(tmp_path / "demo")]
+    assert cli.main([*out, "--split", "train"]) == 1
+    assert "--split and --validation with --data" in capsys.readouterr().err
+    assert cli.main([*out, "--data", "folder:x", "--pictures", "8"]) == 1
+    assert "--pictures without --data" in capsys.readouterr().err
+    assert cli.main([*out, "--pictures", "0"]) == 1 and "at least 4 training images" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
+    with pytest.raises(ValueError, match="masks and compared to name each method once, got ppmg and ppmg"):
+        run.RunConfig(masks="ppmg", compared=("ppmg",))
+    with pytest.raises(ValueError, match="a relabel with a segmenter"):
+        run.RunConfig(relabel=True, segmenter=False)

@@ -147,7 +147,7 @@ def test_refuses_wrong_checkpoints(tmp_path):
         models.load_checkpoint(tmp_path / "list.pth")
     with pytest.raises(FileNotFoundError, match="expected a file"):
         models.load_checkpoint(tmp_path / "none.pth")
-    with pytest.raises(ValueError, match="expected one of resnet18"):
+    with pytest.raises(ValueError, match="expected one of resnet10"):
         models.cam_classifier("vgg", 4)
     with pytest.raises(ValueError, match="n_classes of at least 1, got 0"):
         models.cam_classifier("resnet18", 0)

@@ -143,7 +143,7 @@ def test_checkpoints_give_the_same_network_again(name, tmp_path):
 
 def test_refuses_what_there_is_not():
     for wrong, said in (
-        (dict(name="vgg", n_classes=3), "segmenter: expected one of resnet18"),
+        (dict(name="vgg", n_classes=3), "segmenter: expected one of resnet10"),
         (dict(name="resnet18", n_classes=0), "n_classes of at least 1"),
         (dict(name="resnet18", n_classes=255), "at most 254 classes"),
         (dict(name="resnet18", n_classes=3, caffe=True), "caffe with resnet50 or resnet101, got resnet18"),

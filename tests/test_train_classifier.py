@@ -109,21 +109,82 @@ def test_resumed_training_equals_an_uninterrupted_one(source, weights, tmp_path)
     assert not path.exists()  # a new run's folder holds no older result
 
 
-def test_two_processes_share_each_batch(source, weights, tmp_path):
+def test_whole_training_from_random_weights(source, tmp_path):
+    """The trunk moves too, statistics are the first images', and both survive a pause to the bit."""
+    config = dataclasses.replace(SMALL, network="resnet10", epochs=3, lr=0.01, frozen_trunk=False)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    path = train_classifier(source, config, whole)
+    expected = models.load_checkpoint(path)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        start = models.cam_classifier("resnet10", 2).state_dict()
+    assert all(not value.equal(start[name]) for name, value in expected.items() if name.endswith("weight"))
+    rng = np.random.default_rng(0)
+    images = torch.stack([config.augmentation()(source.image(source[i]), rng) for i in rng.permutation(9).tolist()])
+    found = F.conv2d(images, start["conv1.weight"], None, 2, 3)
+    torch.testing.assert_close(expected["bn1.running_mean"], found.mean((0, 2, 3)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(expected["bn1.running_var"], found.var((0, 2, 3)), rtol=1e-4, atol=1e-4)
+    model = models.open_classifier(path)
+    assert model.name == "resnet10" and not model.trunk(images).requires_grad  # frozen again for what follows
+
+    def killed(done, total, text):
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_classifier(source, config, broken, progress=killed)
+    with pytest.raises(ValueError, match=r"another frozen_trunk \(here True, there False\)"):
+        train_classifier(source, dataclasses.replace(config, frozen_trunk=True), broken, resume=True)
+    again = models.load_checkpoint(train_classifier(source, config, broken, resume=True))
+    assert again.keys() == expected.keys() and all(torch.equal(again[name], expected[name]) for name in again)
+
+
+def test_whole_training_from_weights_keeps_their_statistics(source, weights, tmp_path):
+    config = dataclasses.replace(SMALL, epochs=1, frozen_trunk=False)
+    found = models.load_checkpoint(train_classifier(source, config, tmp_path, weights=weights))
+    start = models.load_checkpoint(weights)
+    moved = {name for name in start if not found[name].equal(start[name])}
+    assert {"conv1.weight", "layer1.0.bn1.weight", "layer4.1.conv2.weight"} <= moved
+    assert not any("running" in name for name in moved)
+
+
+def test_measured_statistics_normalise_every_layer():
+    torch.manual_seed(0)
+    for name in ("resnet10", "mobilenet_v2"):
+        model, images = models.cam_classifier(name, 2), torch.randn(6, 3, 40, 52) * 3 + 1
+        model.measure(images)
+        seen = []
+
+        def see(module, inputs, output, seen=seen):
+            seen.append(output.clone())
+
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.register_forward_hook(see)
+        with torch.no_grad():
+            model(images)
+        assert len(seen) > 10 and not model.training
+        for output in seen:
+            assert output.mean((0, 2, 3)).abs().max() < 1e-3
+            assert (output.var((0, 2, 3)) - 1).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_two_processes_share_each_batch(source, weights, tmp_path, frozen):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     command = [sys.executable, "-m", "ribfast", "train-classifier", "--data", f"folder:{source[0].image.parents[1]}"]
     command += ["--weights", str(weights), "--out", str(tmp_path / "two"), "--network", "resnet18", "--epochs", "2"]
     command += ["--batch", "4", "--lr", "0.003", "--momentum", "0.9", "--long-side", "48,72", "--crop", "64"]
-    command += ["--device", "cpu", "--workers", "1"]
+    command += ["--device", "cpu", "--workers", "1", *(["--no-frozen-trunk"] * (not frozen))]
     environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     environment |= {"OMP_NUM_THREADS": "1"}
     children = [
         subprocess.Popen(command, env=environment | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
-    alone = train_classifier(source, SMALL, tmp_path / "one", weights=weights)
+    alone = train_classifier(source, dataclasses.replace(SMALL, frozen_trunk=frozen), tmp_path / "one", weights=weights)
     for child in children:
         assert child.wait(120) == 0, child.stderr.read()[-2000:]
         child.stderr.close()

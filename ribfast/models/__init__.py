@@ -11,7 +11,7 @@ from .classifier import CamClassifier
 from .folding import folded, trained_folded
 from .irn import IRNet
 from .mobilenet import MobileNetV2
-from .resnet import LAYERS, Form, ResNet
+from .resnet import BASIC, LAYERS, Form, ResNet
 from .segmenter import Segmenter
 
 NAMES = (*LAYERS, "mobilenet_v2")
@@ -171,7 +171,7 @@ def _network(state: dict[str, Tensor], path, op: str = "open_classifier") -> str
     blocks = [{name.split(".")[1] for name in state if name.startswith(f"layer{i}.")} for i in (1, 2, 3, 4)]
     counts, bottlenecks = tuple(map(len, blocks)), "layer1.0.conv3.weight" in state
     for name, layers in LAYERS.items():
-        if layers == counts and bottlenecks == (name != "resnet18"):
+        if layers == counts and bottlenecks == (name not in BASIC):
             return name
     raise ValueError(f"{op}: expected the tensors of one of {', '.join(NAMES)}, got others in {path}")
 

@@ -5,6 +5,7 @@ import math
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 
@@ -29,7 +30,8 @@ class CamClassifier(nn.Module, ABC):
     """A backbone in two parts and a 1x1 convolution without bias, whose output is the logits map = CAM before ReLU.
 
     The trunk (everything up to stride 8) never trains and its features are detached; the rest and the classifier do.
-    Batch normalisation always uses its running statistics; its affine parameters train with the rest.
+    Only `whole` trains it too, for weights that start at random. Batch normalisation always uses its running
+    statistics; its affine parameters train with the rest.
     """
 
     kind = "classifier"
@@ -108,6 +110,27 @@ class CamClassifier(nn.Module, ABC):
         nn.init.normal_(self.classifier.weight, 0, 0.01)
         for module in self.trunk_modules:
             module.requires_grad_(False)
+
+    def whole(self) -> None:
+        """Lets the trunk train with the rest; `through` has its gradients."""
+        self.requires_grad_(True)
+
+    @torch.no_grad()
+    def measure(self, images: Tensor) -> None:
+        """Batch normalisation's statistics of these images, layer by layer, as random weights need them."""
+
+        def note(norm: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:
+            variance, mean = torch.var_mean(inputs[0], (0, 2, 3))
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(variance)
+
+        norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
+        hooks = [norm.register_forward_pre_hook(note) for norm in norms]
+        try:
+            self.through(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def train(self, mode: bool = True):
         super().train(mode)

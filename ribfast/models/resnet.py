@@ -6,7 +6,10 @@ from torch import Tensor, nn
 
 from .classifier import Block, CamClassifier, Layer
 
-LAYERS = {"resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
+LAYERS = {
+    "resnet10": (1, 1, 1, 1), "resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3),
+}  # fmt: skip
+BASIC = ("resnet10", "resnet18")  # of blocks without a bottleneck
 
 
 class Form(NamedTuple):
@@ -68,7 +71,7 @@ class ResNet(CamClassifier):
     def __init__(self, name: str, n_classes: int, form: Form | None = None):
         super().__init__(name, n_classes)
         form = form or Form()
-        block = BasicBlock if name == "resnet18" else Bottleneck
+        block = BasicBlock if name in BASIC else Bottleneck
         self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.maxpool = nn.MaxPool2d(3, 2, 1, ceil_mode=form.caffe)

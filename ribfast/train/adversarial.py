@@ -33,7 +33,8 @@ class EaderConfig(ClassifierConfig):
     power: float = 0.0  # learning rate = lr * (1 - step / steps) ** power
     crop: int = 448  # side of the crops
     method: Literal["eader"] = "eader"
-    adversary: Literal["resnet18", "resnet50", "resnet101", "mobilenet_v2"] = "resnet18"  # the adversary's backbone
+    # the adversary's backbone
+    adversary: Literal["resnet10", "resnet18", "resnet50", "resnet101", "mobilenet_v2"] = "resnet18"
     adversary_lr_scale: float = 1.0  # the adversary's learning rates are so many times the localiser's
     # cam: of the logits map; gradcam: of the features weighted by the class's gradient, which is held constant, so that
     # the classifier's weights do not learn where to attend
@@ -50,6 +51,8 @@ class EaderConfig(ClassifierConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if not self.frozen_trunk:
+            raise ValueError("EaderConfig: expected frozen_trunk, got false; train whole with method bce")
         for name in ("localiser_steps", "adversary_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"EaderConfig: expected {name} of at least 1, got {getattr(self, name)}")

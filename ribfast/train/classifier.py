@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import data, metrics, models
@@ -18,13 +18,15 @@ from . import inputs, loop
 
 log = logging.getLogger("ribfast")
 CHECKPOINT = "classifier.safetensors"
+MEASURED = 64  # images that batch normalisation's statistics are taken from, where no weights bring them
 
 
 @dataclass(frozen=True)
 class ClassifierConfig:
     """The defaults are what RIB's released code trains with."""
 
-    network: Literal["resnet18", "resnet50", "resnet101", "mobilenet_v2"] = "resnet50"  # the classifier's backbone
+    # the classifier's backbone
+    network: Literal["resnet10", "resnet18", "resnet50", "resnet101", "mobilenet_v2"] = "resnet50"
     epochs: int = 5  # passes over the images
     batch: int = 16  # images a step, of all processes together; the last ones that fill no batch are left out
     lr: float = 0.1  # learning rate of the backbone at the start
@@ -37,6 +39,9 @@ class ClassifierConfig:
     flip: bool = True  # mirror every second photograph
     normalization: Literal["imagenet", "symmetric"] = "imagenet"  # of its pixels; symmetric: x / 127.5 - 1
     tensorflow_padding: bool = False  # for MobileNetV2 weights that were trained in TensorFlow
+    # layers up to stride 8 stay as they are; false: they train too, and where there are no weights to start from, batch
+    # normalisation's statistics, which are constants all the same, are taken from the first images
+    frozen_trunk: bool = True
     # bfloat16: under autocast, the frozen layers too, as they take a third of a step and their rounding is the same in
     # every epoch; weights, pooling, loss and updates stay float32
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -92,6 +97,17 @@ def train_classifier(
         return loop.train(task, Path(out), here, resume=resume, progress=progress, begun=begun)
 
 
+class _Whole(nn.Module):
+    """A classifier whose trunk has gradients too."""
+
+    def __init__(self, classifier: models.CamClassifier):
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier.through(images)
+
+
 class ClassifierTask:
     """The task of `loop`."""
 
@@ -129,6 +145,8 @@ class ClassifierTask:
         c = self.config
         self.classifier = self.network(c.network, c.normalization, c.tensorflow_padding, c.seed)
         self.model = self.classifier
+        if not c.frozen_trunk:
+            self.classifier.whole()
         if not filled:
             self.start(self.classifier, self.weights)
 
@@ -142,11 +160,20 @@ class ClassifierTask:
 
     def start(self, network: models.CamClassifier, weights: str | Path | None, role: str = "") -> None:
         """Fills its backbone. role: of another network than the classifier, what its fields begin with."""
+        if weights is None and not self.config.frozen_trunk:
+            network.measure(self._first_images())
+            return
         if weights is None:
             log.warning("no %sweights to start from: the layers up to stride 8 stay random", role and f"{role}_")
             return
         inputs.check_weights(self.name, weights, network.metadata(), role)
         models.load_into(network, models.load_checkpoint(weights), classifier=False)
+
+    def _first_images(self) -> Tensor:
+        """(N, 3, crop, crop) of a drawn order, the same for every process."""
+        rng = np.random.default_rng(self.config.seed)
+        chosen = rng.permutation(self.images)[:MEASURED].tolist()
+        return torch.stack([self.augmentation(self.source.image(self.source[index]), rng) for index in chosen])
 
     def schedule(self, per_epoch: int) -> loop.Schedule:
         return loop.Schedule(self.config.epochs * per_epoch, per_epoch)
@@ -158,8 +185,8 @@ class ClassifierTask:
     def load(self, index: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         return self.augmentation(self.source.image(self.source[index]), rng), self.labels[index]
 
-    def prepared(self, here: Processes, images: int) -> torch.nn.Module:
-        return self.model
+    def prepared(self, here: Processes, images: int) -> nn.Module:
+        return self.model if self.config.frozen_trunk else _Whole(self.classifier)
 
     def begin_step(self, step: int, batch: list[Tensor], here: Processes) -> None:
         pass

@@ -23,7 +23,8 @@ STRIDE = 4  # of the network's outputs
 class IrnConfig:
     """The defaults are what IRN's and RIB's released codes train with."""
 
-    network: Literal["resnet18", "resnet50", "resnet101", "mobilenet_v2"] = "resnet50"  # the frozen backbone
+    # the frozen backbone
+    network: Literal["resnet10", "resnet18", "resnet50", "resnet101", "mobilenet_v2"] = "resnet50"
     epochs: int = 3  # passes over the images
     batch: int = 32  # images a step, of all processes together; the last ones that fill no batch are left out
     lr: float = 0.1  # learning rate of the boundary branch at the start

@@ -28,7 +28,7 @@ CHECKPOINT, BEST = "segmenter.safetensors", "best.safetensors"
 class SegmentationConfig:
     """The defaults are DeepLab-v2's on VOC."""
 
-    network: Literal["resnet18", "resnet50", "resnet101", "mobilenet_v2"] = "resnet101"  # its backbone
+    network: Literal["resnet10", "resnet18", "resnet50", "resnet101", "mobilenet_v2"] = "resnet101"  # its backbone
     steps: int = 20000
     batch: int = 10  # images a step, of all processes together; the last ones that fill no batch are left out
     parts: int = 1  # of a process's share of a batch, one after another, to save memory

@@ -1,0 +1,62 @@
+"""What `ribfast demo` finds and how long it takes, into results/demo.json.
+
+    python benchmarks/demo.py FOLDER [--seeds 0 1 2]
+
+Each seed draws pictures and trains networks of its own, in a folder of its own; one that is there is not made again.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from ribfast import __version__, _ext
+
+RESULTS = Path(__file__).parent / "results" / "demo.json"
+STAGES = ("cam", "rib", "masks", "ppmg", "relabelled", "predicted")
+
+
+def measure(out: Path, seed: int) -> dict:
+    """Points of mIoU by stage, and seconds; of a machine whose load before and after is beside them."""
+    kept = out / "measured.json"
+    if not kept.is_file():
+        start, load = time.time(), [os.getloadavg()[0]]
+        subprocess.run([sys.executable, "-m", "ribfast", "demo", "--out", str(out), "--seed", str(seed)], check=True)
+        facts = {"seed": seed, "seconds": round(time.time() - start), "load": [*load, os.getloadavg()[0]]}
+        for stage in STAGES:
+            found = json.loads((out / stage / "evaluation.json").read_text("utf-8"))
+            facts[stage] = round(100 * found["reported"]["miou"], 2)
+        kept.write_text(json.dumps(facts), "utf-8")
+    return json.loads(kept.read_text("utf-8"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options = parser.parse_args()
+    machine = {
+        "cpu": _processor(),
+        "cores": os.cpu_count(),
+        "tier": _ext.cpu_tier(),
+        "threads": torch.get_num_threads(),
+    }
+    versions = {"ribfast": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    rows = [measure(options.folder / f"seed-{seed}", seed) for seed in options.seeds]
+    RESULTS.write_text(json.dumps({"machine": machine, "versions": versions, "rows": rows}, indent=1) + "\n", "utf-8")
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo")
+    names = [line.partition(": ")[2] for line in lines.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+if __name__ == "__main__":
+    main()
