@@ -5,9 +5,11 @@ for, and a function of both.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import importlib
+import io
 import json
 import logging
 import os
@@ -62,14 +64,20 @@ class Progress:
         if now - self.shown < self.wait and (done < total or not self.terminal):
             return
         self.shown = now
-        left = (now - self.start) / max(1, done - self.first) * (total - done)
+        each = (now - self.start) / max(1, done - self.first)
+        pace = f"{_pace(each)}, {_duration(each * (total - done))} left"
         if not self.terminal:
-            log.info("%d of %d, %s left: %s", done, total, _duration(left), text)
+            log.info("%d of %d, %s: %s", done, total, pace, text)
             return
         filled = 24 * done // max(1, total)
-        line = f"[{'#' * filled}{'.' * (24 - filled)}] {done}/{total} {_duration(left)} left  {text}"
+        line = f"[{'#' * filled}{'.' * (24 - filled)}] {done}/{total} {pace}  {text}"
         self.stream.write("\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1] + "\n" * (done == total))
         self.stream.flush()
+
+
+def _pace(each: float) -> str:
+    """Of so many seconds each."""
+    return f"{each:.1f} s each" if each >= 1 else f"{1 / max(each, 1e-6):.3g} a second"
 
 
 def _duration(seconds: float) -> str:
@@ -90,7 +98,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
     parser.add_argument("options", nargs=argparse.REMAINDER, metavar="...", help="its options")
     chosen = parser.parse_args(argv)
-    options, handler = argparse.Namespace(debug="--debug" in chosen.options), _log_to_stderr()
+    options, handler = (
+        argparse.Namespace(debug="--debug" in chosen.options),
+        _log_to_stderr("--quiet" in chosen.options),
+    )
     _read_fields.cache_clear()
     try:
         options, settings = _parse(chosen.command, chosen.options)
@@ -131,6 +142,7 @@ def _parser_of(name: str, words: list[str]) -> tuple[argparse.ArgumentParser, ty
         allow_abbrev=False,
     )  # fmt: skip
     command.arguments(parser)
+    parser.add_argument("--quiet", action="store_true", help="say only what went wrong")
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     if command.config is not None:
         methods = command.config if isinstance(command.config, dict) else {}
@@ -159,12 +171,12 @@ def _read_fields(path: Path) -> dict:
     return config.read(path)
 
 
-def _log_to_stderr() -> logging.Handler:
+def _log_to_stderr(quiet: bool) -> logging.Handler:
     """Lines in place of the bar, if there is one; of several processes the first one's alone, and warnings."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(("\r\x1b[K" if sys.stderr.isatty() else "") + "%(message)s"))
     log.addHandler(handler)
-    log.setLevel(logging.INFO if _first() else logging.WARNING)
+    log.setLevel(logging.INFO if _first() and not quiet else logging.WARNING)
     return handler
 
 
@@ -173,7 +185,7 @@ def _first() -> bool:
 
 
 def _progress(title: str = "") -> Progress | None:
-    return Progress(title=title) if _first() else None
+    return Progress(title=title) if log.isEnabledFor(logging.INFO) else None
 
 
 def _sentence(text: str) -> str:
@@ -375,6 +387,7 @@ def _again_arguments(parser: argparse.ArgumentParser) -> None:
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--keep", action="store_true", help="go on in an --out that began otherwise; its files stay")
     again.add_argument("--overwrite", action="store_true", help="remove what was made in --out, make all of it anew")
+    parser.add_argument("--json", action="store_true", help="say on standard output what became of the images")
 
 
 def _rib_arguments(parser: argparse.ArgumentParser) -> None:
@@ -432,6 +445,8 @@ def _report(options: argparse.Namespace, result) -> int:
     elsewhere = f" here, {result.elsewhere} by other processes" if result.elsewhere else ""
     log.info("%d made%s, %d there before, %d without classes, %d failed; %s", result.made, elsewhere, result.kept,
              result.without_classes, len(result.failed), options.out)  # fmt: skip
+    if options.json and _first():
+        print(json.dumps(dataclasses.asdict(result), indent=2))
     return INCOMPLETE if result.failed else 0
 
 
@@ -622,6 +637,7 @@ def _stages_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="STAGE.FIELD=VALUE", dest="fields",
                         help="a field of a stage's own configuration, such as rib.steps=5; repeatable")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the stages' command lines, and run none")
+    parser.add_argument("--json", action="store_true", help="print mIoU of the stages for programs, and nothing else")
 
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
@@ -694,7 +710,9 @@ def _run(options: argparse.Namespace, settings, **drawn) -> int:
             log.info("[%d/%d] %s: ribfast %s %s", number + 1, len(found), stage.name, stage.command,
                      shlex.join(stage.words))  # fmt: skip
             makes = here.rank == 0 or stage.command not in ALONE
-            if any(together(here, makes and bool(COMMANDS[stage.command].run(own, its_settings)))):
+            with contextlib.redirect_stdout(io.StringIO()) if options.json else contextlib.nullcontext():
+                fails = makes and bool(COMMANDS[stage.command].run(own, its_settings))
+            if any(together(here, fails)):
                 incomplete = True
                 images = open_source(own.data, own.split)
                 given = by_the_first(without_failed, given, options.out, stage.name, images, own)
@@ -702,25 +720,25 @@ def _run(options: argparse.Namespace, settings, **drawn) -> int:
             if stage.command == "eval":
                 compared.append(own.maps or own.masks)
         if here.rank == 0:
-            _print_stages(compared)
-            print(options.out / "report.html")
+            _print_stages(compared, options.out / "report.html", complete=not incomplete, as_json=options.json)
         together(here)  # one that ends with an exit code ends the others
     return INCOMPLETE if incomplete else 0
 
 
-def _print_stages(folders: list[Path]) -> None:
+def _print_stages(folders: list[Path], report: Path, *, complete: bool, as_json: bool) -> None:
     """mIoU of what eval looked at, and what RIB adds to it."""
-    if not folders:
+    found = {folder.name: json.loads((folder / "evaluation.json").read_text("utf-8")) for folder in folders}
+    mious = {name: each["reported"]["miou"] for name, each in found.items()}
+    if as_json:
+        print(json.dumps({"mious": mious, "complete": complete, "report": str(report)}, indent=2))
         return
-    print("\nmIoU against ground truth; of maps at the threshold that is best on these images:")
-    mious = {}
-    for folder in folders:
-        found = json.loads((folder / "evaluation.json").read_text("utf-8"))
-        mious[folder.name] = 100 * found["reported"]["miou"]
-        print(f"  {folder.name:<12} {mious[folder.name]:6.2f}   {found['images']} images")
+    if found:
+        print("\nmIoU against ground truth; of maps at the threshold that is best on these images:")
+    for name, each in found.items():
+        print(f"  {name:<12} {100 * mious[name]:6.2f}   {each['images']} images")
     if {"cam", "rib"} <= mious.keys():
-        print(f"RIB's maps gain {mious['rib'] - mious['cam']:+.2f} points over the CAM")
-    print()
+        print(f"RIB's maps gain {100 * (mious['rib'] - mious['cam']):+.2f} points over the CAM")
+    print("\n" * bool(found) + str(report))
 
 
 def _stage_fields(words: list[str]) -> dict[str, dict[str, str]]:
@@ -744,6 +762,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--masks", type=Path, metavar="FOLDER", help="a run's folder, or one of NAME.png")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="for evaluation.json (default: --maps or --masks)")
     parser.add_argument("--threshold-from", type=Path, metavar="FILE", help="evaluation.json of the split to choose on")
+    parser.add_argument("--json", action="store_true", help="print what evaluation.json holds")
 
 
 def _evaluate(options: argparse.Namespace, settings) -> None:
@@ -758,10 +777,14 @@ def _evaluate(options: argparse.Namespace, settings) -> None:
     if options.masks is None:
         store = open_maps(options.maps, settings.format)
         result = evaluate_maps(source, store, settings, threshold=threshold, progress=progress)
-        _print_thresholds(result)
     else:
         result = evaluate_masks(source, open_masks(options.masks), settings, progress=progress)
-    _print_classes(result)
+    if options.json:
+        print(json.dumps(result, indent=2))
+    else:
+        if options.masks is None:
+            _print_thresholds(result)
+        _print_classes(result)
     beside = {"data": options.data, "split": options.split, "maps": options.maps, "masks": options.masks}
     beside["threshold_from"] = options.threshold_from
     config.write((options.out or options.maps or options.masks) / "evaluation.json", settings, **beside, **result)

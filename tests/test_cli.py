@@ -177,12 +177,14 @@ def test_progress_is_a_bar_on_terminals_alone(caplog):
     bar = cli.Progress(screen)
     for done in range(1, 101):
         bar(done, 100, "loss 0.1")
-    assert screen.text.endswith("] 100/100 0:00 left  loss 0.1\n") and screen.text.count("\r") < 50
+    assert re.search(r"\] 100/100 \S+ a second, 0:00 left  loss 0.1\n$", screen.text)
+    assert screen.text.count("\r") < 50
+    assert (cli._pace(0.02), cli._pace(2.0)) == ("50 a second", "2.0 s each")
     screen = Screen(False)
     with caplog.at_level("INFO", "ribfast"):
         now_and_then = cli.Progress(screen, every=0)
         now_and_then(3, 10, "a")
-    assert screen.text == "" and "3 of 10, 0:00 left: a" in caplog.text
+    assert screen.text == "" and re.search(r"3 of 10, \S+ a second, 0:00 left: a", caplog.text)
 
 
 def test_from_pictures_to_an_evaluation(tmp_path, capsys):
@@ -238,6 +240,12 @@ def test_from_pictures_to_an_evaluation(tmp_path, capsys):
     other = tmp_path / "other"
     assert cli.main([*evaluate, "--threshold-from", str(maps / "evaluation.json"), "--out", str(other)]) == 0
     assert "chosen on other images" in capsys.readouterr().out
+    assert cli.main([*cam, "--json", "--quiet"]) == 0
+    said = capsys.readouterr()
+    expected = {"made": 0, "kept": 5, "without_classes": 1, "elsewhere": 0, "failed": {}}
+    assert json.loads(said.out) == expected and said.err == ""
+    assert cli.main([*evaluate, "--thresholds", "0:1:0.1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == result
     shown = ["eval", "--data", spec, "--masks", str(tmp_path / "data" / "masks"), "--out", str(other / "masks")]
     assert cli.main(shown) == 0 and re.search(r"mean +100\.00\n", capsys.readouterr().out)
     assert json.loads((other / "masks" / "evaluation.json").read_text())["reported"] == {"miou": 1.0}

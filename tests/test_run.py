@@ -68,6 +68,10 @@ def test_makes_everything_and_goes_on_after_a_kill(words, tmp_path, monkeypatch,
     assert cli.main(again) == 0
     assert digests(broken) == whole
     before = {path: path.stat().st_mtime_ns for path in broken.rglob("*.npz")}
+    capsys.readouterr()
+    assert cli.main([*again, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert list(said["mious"]) == names and said["complete"] and said["report"] == str(broken / "report.html")
     assert cli.main(again) == 0 and before == {path: path.stat().st_mtime_ns for path in broken.rglob("*.npz")}
     assert cli.main([*again, "--seed", "4"]) == 1 and "another seed (here 4, there 3)" in capsys.readouterr().err
     assert cli.main([*again, "--set", "rib.steps=3"]) == 1 and "another fields" in capsys.readouterr().err
