@@ -116,7 +116,8 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if options.debug or not (isinstance(error, EXPECTED) or type(error).__name__ == "OutOfMemoryError"):
             raise
-        log.error("ribfast %s: %s", chosen.command, str(error) or type(error).__name__)
+        said = getattr(error, "filename", None) is None and getattr(error, "strerror", None)  # a reason and no number
+        log.error("ribfast %s: %s", chosen.command, said or str(error) or type(error).__name__)
         return FAILED
     finally:
         log.removeHandler(handler)

@@ -161,7 +161,7 @@ class Store:
         keys, steps = _arrays(path, "load_steps", "keys", "steps")
         if keys.ndim != 1 or steps.ndim != 4 or steps.shape[1] != len(keys) or steps.dtype != np.uint8:
             raise ValueError(f"Store.load_steps: expected uint8 steps (k, {len(keys)}, h, w), got {steps.dtype} "
-                             f"{steps.shape} in {path}; make it again")  # fmt: skip
+                             f"{steps.shape} in {path}; remove it and make it again")  # fmt: skip
         return keys, steps
 
     def mask_path(self, name: str) -> Path:
@@ -386,8 +386,8 @@ def _arrays(path: Path, op: str, *names: str, optional: str | None = None) -> li
     except Exception as error:  # a broken archive can raise any
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         listed = f"{', '.join(names[:-1])} and {names[-1]}"
-        raise ValueError(f"Store.{op}: expected arrays {listed} in an .npz, got {path}: {reason}; make it "
-                         f"again") from error  # fmt: skip
+        raise ValueError(f"Store.{op}: expected arrays {listed} in an .npz, got {path}: {reason}; remove it "
+                         f"and make it again") from error  # fmt: skip
 
 
 def _from_npz(path: Path) -> Maps:
@@ -399,8 +399,8 @@ def _from_npz(path: Path) -> Maps:
     if not fits or (high_res is not None and (high_res.shape != (len(keys), *size) or high_res.dtype.kind != "f")):
         shapes = [None if array is None else array.shape for array in (keys, cam, high_res)]
         raise ValueError(f"Store.load: expected maps of {len(keys)} classes, strided ones a quarter of the size "
-                         f"{size}, got keys {shapes[0]}, cam {shapes[1]}, high_res {shapes[2]} in {path}; make it "
-                         f"again")  # fmt: skip
+                         f"{size}, got keys {shapes[0]}, cam {shapes[1]}, high_res {shapes[2]} in {path}; remove "
+                         f"it and make it again")  # fmt: skip
     return Maps(torch.from_numpy(keys.astype(np.int64)), torch.from_numpy(cam), high_res, size)
 
 
@@ -416,7 +416,8 @@ def _from_irn(content: dict, path: Path) -> Maps:
         raise ValueError(f"Store.load: expected tensors and arrays, got {path}: {error}") from error
     if keys.ndim != 1 or high_res.ndim != 3 or cam.ndim != 3 or not len(keys) == len(high_res) == len(cam):
         raise ValueError(f"Store.load: expected a map for each key, got keys {tuple(keys.shape)}, cam "
-                         f"{tuple(cam.shape)} and high_res {high_res.shape} in {path}; make it again")  # fmt: skip
+                         f"{tuple(cam.shape)} and high_res {high_res.shape} in {path}; remove it and "
+                         f"make it again")  # fmt: skip
     return Maps(keys, cam, high_res, high_res.shape[1:])
 
 
@@ -428,7 +429,9 @@ def _from_pmm(content: dict, path: Path) -> Maps:
     if not all(isinstance(plane, np.ndarray) and plane.ndim == 2 and plane.dtype.kind == "f" for plane in planes) or (
         len({plane.shape for plane in planes}) > 1
     ):
-        raise ValueError(f"Store.load: expected maps (H, W) of one size, got others in {path}; make it again")
+        raise ValueError(
+            f"Store.load: expected maps (H, W) of one size, got others in {path}; remove it and make it again"
+        )
     high_res = np.stack(planes) if planes else np.zeros((0, 0, 0), np.float16)
     return Maps(torch.tensor([int(key) for key in content], dtype=torch.long), None, high_res, high_res.shape[1:])
 
@@ -512,10 +515,14 @@ def _read(path: Path) -> dict:
         content = content.item() if isinstance(content, np.ndarray) and content.shape == () else content
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}")
+        size = path.stat().st_size
+        for key, value in content.items():
+            if getattr(value, "nbytes", 0) > size:  # by strides of 0, or never filled
+                raise ValueError(f"{key} has {value.nbytes} bytes, more than the file's {size}")
         return content
     except OSError:
         raise
     except Exception as error:  # a pickle can raise any
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"Store.load: expected a dict of maps as np.save writes it, got {path}: {reason}; "
-                         f"make it again") from error  # fmt: skip
+                         f"remove it and make it again") from error  # fmt: skip

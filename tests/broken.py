@@ -9,9 +9,10 @@ from ribfast.data.decode import VOC_PALETTE
 
 
 def pixels(height=64, width=64):
-    """A red square on grey noise."""
-    picture = np.random.default_rng(height * width).integers(100, 140, (height, width, 3), dtype=np.uint8)
-    picture[height // 4 : height // 4 * 3, width // 4 : width // 4 * 3] = 220, 30, 30
+    """Grey noise with a red rectangle towards the upper left."""
+    noise = np.random.default_rng(height * width).integers(100, 140, (height, width, 1), dtype=np.uint8)
+    picture = np.repeat(noise, 3, -1)
+    picture[height // 8 : height // 2, width // 8 : width // 2] = 220, 30, 30
     return picture
 
 

@@ -387,14 +387,14 @@ def _lines(path: Path) -> list[tuple[int, str]]:
 def _rows(path: Path) -> Iterator[tuple[int, str, tuple[str, ...]]]:
     """(line number, image, labels) of labels.csv."""
     reader = csv.reader(_text(path).splitlines(), strict=True)
+    filled = (cells for cells in reader if any(cell.strip() for cell in cells))
     try:
-        header = [cell.strip() for cell in next(reader, [])]
+        header = [cell.strip() for cell in next(filled, [])]
         if header != ["image", "labels"]:
-            raise ValueError(f"open_source: expected the header image,labels, got {','.join(header)!r} in {path}:1; "
+            place = f"{path}:{max(1, reader.line_num)}"
+            raise ValueError(f"open_source: expected the header image,labels, got {','.join(header)!r} in {place}; "
                              f"add it, and separate labels by semicolons")  # fmt: skip
-        for cells in reader:
-            if not any(cell.strip() for cell in cells):
-                continue
+        for cells in filled:
             if len(cells) != 2:
                 raise ValueError(f"open_source: expected two columns, got {len(cells)} in {path}:{reader.line_num}; "
                                  f"separate labels by semicolons")  # fmt: skip

@@ -16,6 +16,7 @@ from .segmenter import Segmenter
 
 NAMES = (*LAYERS, "mobilenet_v2")
 NORMALIZATIONS = ("imagenet", "symmetric", "caffe")  # data.NORMALIZATIONS's
+LARGEST_CROP = 1 << 15  # pixels, to which IRN's network pads photographs
 
 
 def cam_classifier(name: str, n_classes: int, *, tensorflow_padding: bool = False) -> CamClassifier:
@@ -66,8 +67,7 @@ def open_classifier(
     model = cam_classifier(name, has, tensorflow_padding=tensorflow_padding)
     load_into(model, state)
     model.normalization = normalization
-    if "classes" in known:
-        model.classes = tuple(json.loads(known["classes"]))
+    model.classes = _classes(op, known, has, path)
     return model
 
 
@@ -93,7 +93,10 @@ def open_irn(
     tensorflow_padding, normalization = _input(op, known, tensorflow_padding, normalization)
     model = irn_network(name, tensorflow_padding=tensorflow_padding)
     model.fill(state)
-    model.backbone.normalization, model.crop = normalization, int(known.get("crop", model.crop))
+    crop = known.get("crop", str(model.crop))
+    if not crop.isdecimal() or not 0 < int(crop) <= LARGEST_CROP:
+        raise ValueError(f"{op}: expected a crop of 1 to {LARGEST_CROP} pixels, got {crop!r} in {path}; train it again")
+    model.backbone.normalization, model.crop = normalization, int(crop)
     return model
 
 
@@ -146,8 +149,7 @@ def open_segmenter(
     )  # fmt: skip
     model.fill(state)
     model.backbone.normalization = normalization
-    if "classes" in known:
-        model.classes = tuple(json.loads(known["classes"]))
+    model.classes = _classes(op, known, has, path)
     return model
 
 
@@ -162,6 +164,20 @@ def _input(
     if normalization not in NORMALIZATIONS:
         raise ValueError(f"{op}: expected normalization of {', '.join(NORMALIZATIONS)}, got {normalization!r}")
     return tensorflow_padding, normalization
+
+
+def _classes(op: str, known: Mapping[str, str], count: int, path) -> tuple[str, ...] | None:
+    """Their names by a file's metadata; None where it does not say."""
+    try:
+        names = json.loads(known.get("classes", "null"))
+    except (ValueError, RecursionError):
+        names = ()
+    if names is None:
+        return None
+    if not isinstance(names, list) or len(names) != count or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{op}: expected names of {count} classes, got {known['classes'][:40]!r} in {path}; train it "
+                         f"again")  # fmt: skip
+    return tuple(names)
 
 
 def _network(state: dict[str, Tensor], path, op: str = "open_classifier") -> str:

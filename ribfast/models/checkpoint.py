@@ -41,20 +41,33 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     else:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises many kinds, and says more than one line
+        except Exception as error:  # torch raises many kinds, says more than one line, and advises to run the code
+            reason = "it holds more than tensors, or is cut short; save a state dict alone"
+            if type(error).__name__ != "UnpicklingError":
+                reason = _first_line(error)
             raise ValueError(f"load_checkpoint: expected a state dict of tensors alone (.pth as torch.save writes it, "
-                             f"or .safetensors), got {path}: {str(error).splitlines()[0]}") from error  # fmt: skip
+                             f"or .safetensors), got {path}: {reason}") from error  # fmt: skip
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         kind = f"a {type(state).__name__}" if not isinstance(state, dict) else f"a dict of {_some(state)}"
         raise ValueError(f"load_checkpoint: expected a dict of tensors, got {kind} in {path}")
-    state = {key.removeprefix("module."): value for key, value in state.items()}
+    state = {str(key).removeprefix("module."): value for key, value in state.items()}
     if any(".reduce.conv." in key for key in state):
-        return _from_deeplab(state, path)
-    stages = _IRN_STAGES if any(key.startswith("fc_edge") for key in state) else _STAGES
-    return {name: value for key, value in state.items() if (name := _torchvision_name(key, stages)) is not None}
+        found = _from_deeplab(state, path)
+    else:
+        stages = _IRN_STAGES if any(key.startswith("fc_edge") for key in state) else _STAGES
+        found = {name: value for key, value in state.items() if (name := _torchvision_name(key, stages)) is not None}
+    size = path.stat().st_size
+    for name, value in found.items():
+        if value.numel() * value.element_size() > size:  # by strides of 0
+            raise ValueError(f"load_checkpoint: expected tensors that the file holds, got {name} of "
+                             f"{tuple(value.shape)} in {path}'s {size} bytes; fetch it again")  # fmt: skip
+        if not torch.isfinite(value).all():
+            raise ValueError(f"load_checkpoint: expected finite weights, got NaN or infinity in {name} of {path}; "
+                             f"train or fetch it again")  # fmt: skip
+    return found
 
 
 def load_into(model: torch.nn.Module, state: dict[str, Tensor], *, classifier: bool = True) -> None:
@@ -95,8 +108,9 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
             size = int.from_bytes(file.read(8), "little")
             metadata = json.loads(file.read(min(size, path.stat().st_size))).get("__metadata__", {})
         return {str(key): str(value) for key, value in metadata.items()}
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"read_metadata: expected a safetensors file, got {path}: {error}") from error
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"read_metadata: expected a safetensors file, got {path}: {_first_line(error)}; make or fetch "
+                         f"it again") from error  # fmt: skip
 
 
 def save_checkpoint(
@@ -135,7 +149,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
             state[name] = flat.view(dtype).reshape(shape) if end > begin else flat.to(dtype).reshape(shape)
         return state
     except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
-        raise ValueError(f"load_checkpoint: expected a safetensors file, got {path}: {error}") from error
+        raise ValueError(f"load_checkpoint: expected a safetensors file, got {path}: {_first_line(error)}; make or "
+                         f"fetch it again") from error  # fmt: skip
 
 
 def _torchvision_name(name: str, stages: dict[str, str]) -> str | None:
@@ -174,6 +189,10 @@ def _from_deeplab(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
             raise ValueError(f"load_checkpoint: expected deeplab-pytorch's tensors, got {key} in {path}") from error
         found[name] = value.flip(1) if name == "conv1.weight" else value
     return found
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _some(names) -> str:

@@ -194,7 +194,6 @@ class _Training:
                 parameter.grad = torch.zeros_like(parameter)
         first = self._restore(unfinished) if goes_on else 0
         self.task.inspect(self.here)
-        self.out.mkdir(parents=True, exist_ok=True)
         begun(self.task.inputs)
         if self.here.rank == 0 and not goes_on:  # or another run's would be taken for this one's
             clear(self.out, self.task.checkpoint, *self.task.files)
@@ -317,18 +316,26 @@ class _Training:
     def _restore(self, path: Path) -> int:
         """The step to go on with."""
         self._refuse_another_run(path)
-        state = models.load_checkpoint(path)
+        with self._readable(path):
+            state, steps = models.load_checkpoint(path), int(models.read_metadata(path).get("steps", ""))
         self.task.fill({n.removeprefix("model."): value for n, value in state.items() if n.startswith("model.")})
         for name, p in self.task.model.named_parameters():
             if f"momentum.{name}" in state:
                 self.optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(state[f"momentum.{name}"])
-        steps = int(models.read_metadata(path)["steps"])
         log.info("going on after step %d of %d", steps, self.steps)
         return steps
 
+    @contextlib.contextmanager
+    def _readable(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"{self.task.name}: {error}; or remove {path}, and the training begins anew") from error
+
     def _refuse_another_run(self, path: Path) -> None:
-        known = models.read_metadata(path)
-        there = json.loads(known.get("training", "{}"))
+        with self._readable(path):
+            known = models.read_metadata(path)
+            there = json.loads(known.get("training", "{}"))
         found = configuration.differences(self.config, there, INDIFFERENT + self.task.indifferent)
         found += inputs.changed(self.task.inputs, known) + self.task.others(known)
         if found:
