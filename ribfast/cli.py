@@ -763,7 +763,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--masks", type=Path, metavar="FOLDER", help="a run's folder, or one of NAME.png")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="for evaluation.json (default: --maps or --masks)")
     parser.add_argument("--threshold-from", type=Path, metavar="FILE", help="evaluation.json of the split to choose on")
-    parser.add_argument("--json", action="store_true", help="print what evaluation.json holds")
+    parser.add_argument("--json", action="store_true", help="print the result for programs")
 
 
 def _evaluate(options: argparse.Namespace, settings) -> None:

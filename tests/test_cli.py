@@ -245,7 +245,7 @@ def test_from_pictures_to_an_evaluation(tmp_path, capsys):
     expected = {"made": 0, "kept": 5, "without_classes": 1, "elsewhere": 0, "failed": {}}
     assert json.loads(said.out) == expected and said.err == ""
     assert cli.main([*evaluate, "--thresholds", "0:1:0.1", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == result
+    assert json.loads(capsys.readouterr().out).items() <= result.items()
     shown = ["eval", "--data", spec, "--masks", str(tmp_path / "data" / "masks"), "--out", str(other / "masks")]
     assert cli.main(shown) == 0 and re.search(r"mean +100\.00\n", capsys.readouterr().out)
     assert json.loads((other / "masks" / "evaluation.json").read_text())["reported"] == {"miou": 1.0}
