@@ -1,4 +1,4 @@
-"""Runs the CPU benchmarks, ratios against plain torch and pydensecrf: benchmarks/results/cpu.json and the README.
+"""Runs the CPU benchmarks, ratios against plain torch and pydensecrf: benchmarks/results/cpu.json, and its tables.
 
 `python run_cpu.py -k rib` runs some of them and puts their rows in place of the old ones, on the same kind of machine.
 """
@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tables import README, with_table
+import tables
 
 from ribfast import info
 
@@ -75,8 +75,8 @@ def main() -> int:
         target = "" if row["target"] is None else f"{row['target']:.1f}"
         missed = "  MISSED" if row["target"] and row["ratio"] < row["target"] else ""
         print(f"{row['name']:<70} {row['ratio']:>7.2f} {target:>7}{missed}")
-    README.write_text(with_table(README.read_text()))
-    print(f"wrote {RESULT.relative_to(HERE.parent)} and its table in README.md")
+    tables.write()
+    print(f"wrote {RESULT.relative_to(HERE.parent)} and its tables in {' and '.join(tables.MADE)}")
     return 0
 
 

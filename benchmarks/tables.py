@@ -1,11 +1,25 @@
-"""The README's figures, made from benchmarks/results: `python benchmarks/tables.py` writes them in."""
+"""The figures of the README and of docs, made from benchmarks/results: `python benchmarks/tables.py` writes them in."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from statistics import mean, stdev
 
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
-BEGIN, END = "<!-- made from benchmarks/results/cpu.json -->\n", "<!-- end -->"
+ROOT = HERE.parent
+BEGIN, END = "<!-- made from benchmarks/results/{} -->\n", "<!-- end -->"
+SHORT = {  # of the README: a row's name -> what it is of, and against what
+    "rib_with_loading[resnet50-released-auto]": ("RIB, ResNet-50, released constants, from JPEG files to map files",
+                                                 "the released procedure, two threads"),
+    "rib_with_loading[resnet50-fast-auto]": ("the same, preset `fast`", "the same"),
+    "rib_with_loading[mobilenet_v2-fast-auto]": ("RIB, MobileNetV2, preset `fast`, likewise", "the same"),
+    "dense_crf[(3.0, 3.0)-(50.0, 5.0, 10.0)-2]": ("dense CRF, 2 labels, 375x500, 10 iterations",
+                                                  "pydensecrf2, one thread"),
+    "dense_crf[(3.0, 3.0)-(50.0, 5.0, 10.0)-21]": ("the same, 21 labels", "the same"),
+    "random_walk[1 thread]": ("IRN's random walk, 256 steps, 94x125, 2 classes",
+                              "the dense matrix (one squaring, times 8), one thread"),
+    "evaluate[npz-2 threads]": ("mIoU of 200 images at 30 thresholds", "IRN's files read for each, two threads"),
+}  # fmt: skip
 ROWS = {
     "gndrp_forward_backward[{}-(8, 20, 32, 32)-float32]": "`gndrp`, forward and backward, (8, 20, 32, 32)",
     "gndrp_forward_backward[{}-(2, 80, 63, 84)-float32]": "`gndrp`, forward and backward, (2, 80, 63, 84)",
@@ -53,9 +67,64 @@ TRAIN = {
 EVALUATE = {"npz": "npz, strided maps", "irn": "IRN's files"}
 
 
+def _results(name: str) -> dict:
+    return json.loads((HERE / "results" / name).read_text())
+
+
+def summary() -> str:
+    """The README's part of `table`."""
+    result = _results("cpu.json")
+    rows = {row["name"]: row for row in result["benchmarks"]}
+    lines = [f"On {result['machine']['cpu']} ({result['tier']}), torch {result['versions']['torch']}:\n",
+             "| | against | times faster |", "|---|---|---|"]  # fmt: skip
+    lines += [f"| {what} | {against} | {_rounded(rows[name]['ratio'])} |" for name, (what, against) in SHORT.items()]
+    return "\n".join(lines) + "\n"
+
+
+def quality() -> str:
+    """mIoU on real photographs, before a stage and after it."""
+    curves, masks = _results("quality.json")["rows"], _results("quality_masks.json")["rows"]
+    erasing, segmenters = _results("quality_eader.json")["rows"], _results("quality_segmentation.json")["rows"]
+
+    def curve(variant: str, step: int) -> dict[int, float]:
+        own = (row for row in curves if (row["network"], row["variant"]) == ("mobilenet_v2", variant))
+        return {row["seed"]: 100 * row["curve"][step]["miou"] for row in own}
+
+    def of_masks(method: str) -> dict[int, float]:
+        return {row["seed"]: 100 * row["miou"] for row in masks if row["method"] == method}
+
+    def of_cams(variant: str) -> dict[int, float]:
+        return {row["seed"]: 100 * row["miou"] for row in erasing if row["variant"] == variant}
+
+    def segmenter(variant: str) -> dict[int, float]:
+        own = (row for row in segmenters if row["variant"] == variant)
+        return {row["seed"]: 100 * row["miou"]["scales and CRF"] for row in own}
+
+    walk = "CAM + IRN walk of 64 steps"
+    rows = {
+        "CAM, to RIB's maps, released constants": (curve("released", 0), curve("released", 10)),
+        "the same, preset `fast`": (curve("fast", 0), curve("fast", 10)),
+        "the same, preset `paper`, K = 3": (curve("paper", 0), curve("paper", 3)),
+        "CAM, to CAM of a classifier trained by EADER": (of_cams("BCE"), of_cams("EADER, CAM")),
+        "CAM, to masks by the label CRF": (of_masks("CAM"), of_masks("CAM + CRF")),
+        "CAM, to masks by PPMG": (of_masks("CAM"), of_masks("CAM + PPMG")),
+        "CAM, to masks by IRN's walk of 64 steps": (of_masks("CAM"), of_masks(walk)),
+        "these masks, to a segmenter trained on such": (of_masks(walk), segmenter("masks")),
+        "the same segmenter, trained on ground truth": (None, segmenter("ground truth")),
+    }
+    lines = ["| from, to | before | after | gain |", "|---|---|---|---|"]
+    for what, (before, after) in rows.items():
+        cells = [f"{mean(after.values()):.1f} ({stdev(after.values()):.1f})", ""]
+        if before is not None:
+            gains = [after[seed] - before[seed] for seed in before]
+            cells[1] = f"{mean(gains):+.1f} ({stdev(gains):.1f})"
+        lines.append(f"| {what} | {'' if before is None else f'{mean(before.values()):.1f}'} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def table() -> str:
     """Ratios against plain torch in one run."""
-    result = json.loads((HERE / "results" / "cpu.json").read_text())
+    result = _results("cpu.json")
     rows = {row["name"]: row for row in result["benchmarks"]}
     lines = [
         f"Times faster than plain torch {result['versions']['torch']} in one run, on {result['machine']['cpu']} "
@@ -119,6 +188,9 @@ def table() -> str:
         one, two = (rows[f"evaluate[{format}-{threads}]"] for threads in ("1 thread", "2 threads"))
         lines.append(f"| {label} | {one['ratio']:.0f} | {two['ratio']:.0f} | {one['target']:.0f} | "
                      f"{one['largest_difference']:.1g} |")  # fmt: skip
+    short = [f"`{row['name']}` ({row['ratio']:.1f} of {row['target']:.0f})" for row in result["benchmarks"]
+             if row["target"] and "ratio" in row and row["ratio"] < row["target"]]  # fmt: skip
+    lines.append(f"\nShort of what is asked: {', '.join(short) or 'nothing'}.")
     return "\n".join(lines) + "\n"
 
 
@@ -136,11 +208,25 @@ def _rounded(ratio: float) -> str:
     return f"{ratio:,.0f}" if ratio >= 100 else f"{ratio:.1f}"
 
 
-def with_table(text: str) -> str:
-    """The README with its table made anew."""
-    head, rest = text.split(BEGIN)
-    return head + BEGIN + table() + END + rest.split(END, 1)[1]
+MADE = {  # file -> what is in it, by the results that it is made from
+    "README.md": {"cpu.json": summary, "quality*.json": quality},
+    "docs/performance.md": {"cpu.json": table},
+}
+
+
+def with_tables(text: str, made: dict[str, Callable[[], str]]) -> str:
+    """A file's text with its tables made anew."""
+    for name, make in made.items():
+        head, rest = text.split(BEGIN.format(name))
+        text = head + BEGIN.format(name) + make() + END + rest.split(END, 1)[1]
+    return text
+
+
+def write() -> None:
+    for name, made in MADE.items():
+        path = ROOT / name
+        path.write_text(with_tables(path.read_text(), made))
 
 
 if __name__ == "__main__":
-    README.write_text(with_table(README.read_text()))
+    write()
