@@ -91,7 +91,8 @@ def commands(folder: Path) -> dict[str, list[str]]:
     found = {
         "cam": ["--checkpoint", folder / "classifier.safetensors", "--scales", "1", "--device", "cpu"],
         "rib": ["--checkpoint", folder / "classifier.safetensors", "--scales", "1", "--loss-scales", "1", "--steps",
-                "2", "--n-others", "1", "--others-crop", "32", "--others-long-side", "40,48", "--cache-mib", "8", "--device", "cpu"],
+                "2", "--n-others", "1", "--others-crop", "32", "--others-long-side", "40,48", "--cache-mib", "8",
+                "--device", "cpu"],
         "masks": ["--maps", folder / "cam", "--preset", "crf", "--device", "cpu"],
         "predict": ["--checkpoint", folder / "segmenter.safetensors", "--no-mirror", "--device", "cpu"],
     }  # fmt: skip
