@@ -15,7 +15,9 @@ import logging
 import os
 import shlex
 import shutil
+import signal
 import sys
+import threading
 import time
 import typing
 from collections.abc import Callable
@@ -28,8 +30,8 @@ log = logging.getLogger("ribfast")
 # fields of how a run is put to work, which change no result
 INDIFFERENT = ("shard", "workers", "device", "batch", "cache_mib", "concurrency", "graphs")
 EXPECTED = (ValueError, OSError, ArithmeticError, MemoryError)  # said in a line; others are bugs and show where
-# exit codes beside 0 and argparse's 2: nothing more can be made; some images could not be; interrupted
-FAILED, INCOMPLETE, INTERRUPTED = 1, 3, 130
+# exit codes beside 0 and argparse's 2: nothing more can be made; some images could not be; interrupted, terminated
+FAILED, INCOMPLETE, INTERRUPTED, TERMINATED = 1, 3, 130, 143
 RESUMING = {"resume", "keep", "dry_run"}  # options of commands that go on with what is there
 
 
@@ -103,13 +105,14 @@ def main(argv: list[str] | None = None) -> int:
         _log_to_stderr("--quiet" in chosen.options),
     )
     _read_fields.cache_clear()
+    before = _heed_termination()
     try:
         options, settings = _parse(chosen.command, chosen.options)
         return COMMANDS[chosen.command].run(options, settings) or 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         again = "the same command" + " with --resume" * (getattr(options, "resume", True) is False)
         log.error("interrupted%s", f"; {again} goes on where it was" if RESUMING & vars(options).keys() else "")
-        return INTERRUPTED
+        return TERMINATED if stop.args == (signal.SIGTERM,) else INTERRUPTED
     except BrokenPipeError:  # whoever read standard output has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
@@ -121,6 +124,18 @@ def main(argv: list[str] | None = None) -> int:
         return FAILED
     finally:
         log.removeHandler(handler)
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _heed_termination():
+    """Schedulers and torchrun end processes by SIGTERM: as Ctrl-C, so that what they had in hand is free at once.
+    Returns what was done before; None in a thread, which cannot change that."""
+
+    def stop(number, frame):
+        raise KeyboardInterrupt(number)
+
+    return signal.signal(signal.SIGTERM, stop) if threading.current_thread() is threading.main_thread() else None
 
 
 def _parse(name: str, words: list[str]) -> tuple[argparse.Namespace, Any]:

@@ -43,7 +43,7 @@ class CamConfig:
     precision: Literal["float32", "bfloat16"] = "float32"  # of the network; maps are merged in float32
     format: Literal["npz", "irn", "pmm"] = "npz"  # of the files
     high_res: bool = False  # keep maps of the photograph's size in npz files too, not only at a quarter of it
-    shard: str | None = None  # i/n: the i-th of n shares, from 0; none: torchrun's, else everything
+    shard: str | None = None  # i/n: the i-th of n shares alone, from 0; none: all, with whoever shares OUT
     workers: int = 2  # threads that decode
     device: str = "auto"  # auto, cpu, cuda or cuda:N
 
@@ -288,7 +288,7 @@ class AdaptConfig(RIBConfig):
     steps_kept: bool = False  # keep the maps after each step too, in 8 bits, as the report shows them
     format: Literal["npz", "irn", "pmm"] = "npz"  # of the files
     high_res: bool = False  # keep maps of the photograph's size in npz files too, not only at a quarter of it
-    shard: str | None = None  # i/n: the i-th of n shares, from 0; none: torchrun's, else everything
+    shard: str | None = None  # i/n: the i-th of n shares alone, from 0; none: all, with whoever shares OUT
     workers: int | None = None  # threads that decode; None: 2, or, for a GPU, one for each core of its share, up to 16
     cache_mib: int = 1024  # of decoded images that are kept
     device: str = "auto"  # auto, cpu, cuda or cuda:N
@@ -414,7 +414,7 @@ class MasksConfig(masks.MaskConfig):
     """A method's constants, and how it is put to work."""
 
     batch: int = 8  # images at a time
-    shard: str | None = None  # i/n: the i-th of n shares, from 0; none: torchrun's, else everything
+    shard: str | None = None  # i/n: the i-th of n shares alone, from 0; none: all, with whoever shares OUT
     workers: int = 2  # threads that decode
     device: str = "auto"  # auto, cpu, cuda or cuda:N
 
@@ -497,7 +497,7 @@ class PredictConfig:
     largest: int = 1024
     precision: Literal["float32", "bfloat16"] = "float32"  # of the network; probabilities are float32
     batch: int = 4  # images at a time; those of one size go through the network together
-    shard: str | None = None  # i/n: the i-th of n shares, from 0; none: torchrun's, else everything
+    shard: str | None = None  # i/n: the i-th of n shares alone, from 0; none: all, with whoever shares OUT
     workers: int = 2  # threads that decode
     device: str = "auto"  # auto, cpu, cuda or cuda:N
 

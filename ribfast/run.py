@@ -5,7 +5,7 @@ Each stage is a command line, which can be run by itself: what it made before it
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -60,6 +60,21 @@ class RunConfig:
     @classmethod
     def coco(cls) -> "RunConfig":
         return cls(network="resnet50", size="published", rib="coco", masks="irn")
+
+    @classmethod
+    def released(cls) -> "RunConfig":
+        """As the authors' code runs, on VOC."""
+        return cls.voc()
+
+    @classmethod
+    def paper(cls) -> "RunConfig":
+        """With RIB's constants of the paper."""
+        return replace(cls.voc(), rib="paper")
+
+    @classmethod
+    def fast(cls) -> "RunConfig":
+        """The published networks and sizes; RIB approximated, in 16 bits."""
+        return replace(cls.voc(), rib="fast")
 
     @classmethod
     def drawn(cls) -> "RunConfig":

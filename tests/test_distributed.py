@@ -147,3 +147,14 @@ def test_run_shares_its_stages(tmp_path):
     assert [rank.returncode for rank in ranks] == [3, 3], said
     assert "predicted" in said[0][0] and said[1][0] == "" and (out / "report.html").is_file()
     assert len(Store(out / "predicted").mask_names()) == 8 and len(Store(out / "rib").names()) == 7
+
+
+def test_one_that_is_terminated_leaves_its_claims_to_others(given, tmp_path):
+    out = tmp_path / "out"
+    words = commands(given, out)[0]
+    code = "import os, signal, sys\nfrom ribfast import cli\n"
+    code += "cli._progress = lambda title='': lambda *facts: os.kill(os.getpid(), signal.SIGTERM)\n"
+    code += "sys.exit(cli.main(sys.argv[1:]))"
+    ended = subprocess.run([sys.executable, "-c", code, *words], env=environment(), stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 143 and "interrupted; the same command goes on where it was" in ended.stderr
+    assert 0 < len(Store(out / "cam").names()) < COUNT - 2 and not (out / "cam" / "claims").exists()

@@ -98,7 +98,8 @@ def test_each_stage_is_a_command(words, tmp_path, capsys):
 @pytest.mark.parametrize(
     "preset, masks, rib",
     [("light", "irn", "none"), ("light", "irn", "fast"), ("light", "ppmg", "paper"), ("light", "par", "released"),
-     ("voc", "irn", "released"), ("voc", "pamr", "none"), ("voc", "crf", "paper"), ("coco", "irn", "coco"),
+     ("voc", "irn", "released"), ("released", "irn", "released"), ("paper", "irn", "paper"), ("fast", "irn", "fast"),
+     ("voc", "pamr", "none"), ("voc", "crf", "paper"), ("coco", "irn", "coco"),
      ("coco", "threshold", "fast")],
 )  # fmt: skip
 def test_every_choice_is_one_that_commands_know(preset, masks, rib, tmp_path):
