@@ -18,7 +18,8 @@ from ribfast.data.decode import VOC_PALETTE
 from ribfast.store import Store
 
 PICTURE = Path(__file__).parents[1] / "docs" / "overview.png"
-SIDE, GAP, MARGIN, CAPTION = 248, 20, 12, 76  # of a panel, between two, around all, below each
+SIDE, GAP, MARGIN, CAPTION = 296, 20, 12, 76  # of a panel, between two, around all, below each
+STEP = 5  # between two shades, which keeps the file small
 INK, PALE, PAPER = (34, 34, 34), (110, 110, 110), (255, 255, 255)
 FONT = cv2.FONT_HERSHEY_DUPLEX
 
@@ -82,11 +83,10 @@ def draw(demo: Path, name: str | None) -> np.ndarray:
     labels = {stage: Store(demo / stage).load_mask(item.name) for stage in ("masks", "relabelled")}
     panels = [
         (image, "Photograph", f"labels: {', '.join(classes)}", "nothing else is known"),
-        (heat(image, cam("cam")), "CAM", "what tells the class apart:", "the head"),
+        (heat(image, cam("cam")), "CAM", "where the classifier looks:", "at what tells the class apart"),
         (heat(image, cam("rib")), "RIB's map", "the classifier adapted", "to this image"),
         (painted(image, labels["masks"]), "Mask", "of this map,", "refined by a CRF"),
         (painted(image, labels["relabelled"]), "Segmenter", "trained on such masks;", "is told no labels"),
-        (painted(image, source.mask(item)), "Ground truth", "never trained on", ""),
     ]
     width = 2 * MARGIN + len(panels) * SIDE + (len(panels) - 1) * GAP
     sheet = np.full((2 * MARGIN + SIDE + CAPTION, width, 3), PAPER, np.uint8)
@@ -103,7 +103,9 @@ def main() -> None:
     parser.add_argument("--image", metavar="NAME", help="of its pictures/train.txt")
     parser.add_argument("--out", type=Path, default=PICTURE, metavar="FILE")
     options = parser.parse_args()
-    cv2.imwrite(str(options.out), draw(options.demo, options.image)[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 9])
+    sheet = draw(options.demo, options.image) // STEP * STEP
+    sheet[sheet == 255 // STEP * STEP] = 255
+    cv2.imwrite(str(options.out), sheet[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 9])
 
 
 if __name__ == "__main__":

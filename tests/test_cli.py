@@ -146,9 +146,11 @@ def test_commands_list_themselves(capsys):
         assert stop.value.code == 0
 
 
-def test_readme_shows_options_that_exist(capsys):
-    text = (Path(cli.__file__).parents[1] / "README.md").read_text().replace("\\\n", " ")
-    shown = re.findall(r"^(?:torchrun .* -m )?ribfast ([a-z-]+) (.*)$", text, flags=re.M)
+def test_documents_show_options_that_exist(capsys):
+    root = Path(cli.__file__).parents[1]
+    text = "\n".join(path.read_text() for path in (root / "README.md", *(root / "docs").glob("*.md")))
+    text = text.replace("\\\n", " ")
+    shown = re.findall(r"^(?:\w+=\S+ |srun )*(?:torchrun .* -m )?ribfast ([a-z-]+) ?(.*)$", text, flags=re.M)
     assert {name for name, _ in shown} == set(cli.COMMANDS)
     for name, words in shown:
         with pytest.raises(SystemExit):
