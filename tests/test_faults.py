@@ -102,7 +102,7 @@ def test_run_goes_on_without_coco_s_bad_images(place, tmp_path, capsys):
     """p2 is none; p3 and p7, of both classes, share one with every other image, and fail to be adapted."""
     spec, run = faults.as_coco(place, tmp_path / "coco"), tmp_path / "run"
     (tmp_path / "coco" / "train2017" / "p2.png").write_bytes(b"nothing")
-    words = [*place.words("run", run, data=spec), "--set", "rib.disjoint=true", "--no-segmenter"]
+    words = [*place.words("run", run, data=spec), "--rib", "released", "--set", "rib.disjoint=true", "--no-segmenter"]
     for _ in range(2):
         assert cli.main(words) == cli.INCOMPLETE
         assert list(failures(run)) == ["p2"] and "p2.png" in failures(run)["p2"]
@@ -462,7 +462,9 @@ def test_maps_and_facts_that_are_cut_short_are_noticed(place, tmp_path, capsys):
 
 
 def test_adapting_goes_on_with_fewer_images_where_memory_runs_out(place, tmp_path, monkeypatch, capsys):
-    assert cli.main(place.words("rib", tmp_path / "whole")) == 0
+    few = tmp_path / "few.txt"
+    few.write_text("p0\np1\np2\np4\n")
+    assert cli.main(place.words("rib", tmp_path / "whole", split=few)) == 0
     begin, busy = slots.Slot.begin, set()
 
     def limited(slot, job):
@@ -473,7 +475,7 @@ def test_adapting_goes_on_with_fewer_images_where_memory_runs_out(place, tmp_pat
             raise torch.OutOfMemoryError("no memory")
 
     monkeypatch.setattr(slots.Slot, "begin", limited)
-    assert cli.main([*place.words("rib", tmp_path / "out"), "--concurrency", "4"]) == 0
+    assert cli.main([*place.words("rib", tmp_path / "out", split=few), "--concurrency", "4"]) == 0
     assert "memory ran out: from 3 images at once to 1" in capsys.readouterr().err
     assert faults.results(tmp_path / "out") == faults.results(tmp_path / "whole")
 
