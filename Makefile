@@ -18,7 +18,7 @@ endif
 
 SOURCES := setup.py pyproject.toml build_backend.py $(shell find csrc -type f)
 
-.PHONY: build demo test test-build test-tiers test-triton test-peers fuzz bench gpu lint clean
+.PHONY: build demo test test-build test-tiers test-triton test-peers test-faults fuzz bench gpu lint clean
 
 build: $(INSTALLED)
 
@@ -49,6 +49,10 @@ test-triton: build  ## the Triton kernels in their interpreter, and compiled for
 
 test-peers: build  ## against pydensecrf, where it is installed, with other random cases on every run
 	$(PYTHON) -m pytest tests -m peers -s $(PYTEST_ARGS)
+
+test-faults: build  ## bad images, full disks, kills at any moment, hostile files: the quick ones and those of minutes
+	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest $(SIDE_BY_SIDE) tests/test_faults.py tests/test_faults_slow.py \
+	    -m "faults or not faults" $(PYTEST_ARGS)
 
 fuzz: build  ## random calls of every operator, valid and invalid, in a build with AddressSanitizer
 	$(PYTHON) benchmarks/fuzz.py $(FUZZ_ARGS)

@@ -194,6 +194,15 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def many() -> str:
+    """What an image costs among ten thousand."""
+    lines = ["| | milliseconds | growth | MiB | growth, MiB |", "|---|---|---|---|---|"]
+    for stage, row in _results("many.json")["stages"].items():
+        lines.append(f"| `{stage}` | {row['milliseconds']:.2f} | {row['growth']:.2f} | {row['mib']:.0f} | "
+                     f"{row['growth_mib']:.1f} |")  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
 def _on_threads(rows: dict[str, dict], labels: dict[str, str]) -> list[str]:
     """A line for each pattern of a row's name: its ratios on one thread and on two."""
     lines = []
@@ -210,7 +219,7 @@ def _rounded(ratio: float) -> str:
 
 MADE = {  # file -> what is in it, by the results that it is made from
     "README.md": {"cpu.json": summary, "quality*.json": quality},
-    "docs/performance.md": {"cpu.json": table},
+    "docs/performance.md": {"cpu.json": table, "many.json": many},
 }
 
 

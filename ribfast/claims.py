@@ -45,21 +45,31 @@ class Claims:
             if self._make(path):
                 with self._lock:
                     self._held[name] = found
+                if len(found) > 2:
+                    log.warning("taking up %s, with which %d processes died", name, len(found) - 1)
                 return True
             if not self._is_void(path):
                 return False
 
     def release(self, name: str) -> None:
+        """Of what is done, or is left to others."""
         with self._lock:
             paths = self._held.pop(name)
         for path in paths:
             path.unlink(missing_ok=True)
 
+    def is_alive(self) -> bool:
+        """Whether a living process has a claim here."""
+        return any(not self._is_void(generations[-1]) for generations in self._all().values())
+
     def clear(self) -> None:
         """Removes those that are void, of things that are made."""
-        for path in self.folder.glob("*.*") if self.folder.is_dir() else ():
-            if not path.name.startswith(".") and self._is_void(path):
-                path.unlink(missing_ok=True)
+        for generations in self._all().values():
+            if self._is_void(generations[-1]):
+                for path in generations:
+                    path.unlink(missing_ok=True)
+        for probe in self.folder.glob(".*") if self.folder.is_dir() else ():
+            probe.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Releases all, and removes the folder, if nobody has a claim."""
@@ -74,6 +84,20 @@ class Claims:
     def _path(self, name: str, generation: int) -> Path:
         return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.{generation}"
 
+    def _all(self) -> dict[str, list[Path]]:
+        """The files of each claim, in order."""
+        found = {}
+        for path in sorted(self._entries(), key=lambda path: int(path.suffix[1:])):
+            found.setdefault(path.stem, []).append(path)
+        return found
+
+    def _entries(self) -> list[Path]:
+        try:
+            names = os.listdir(self.folder)
+        except FileNotFoundError:  # the last one who was here has just gone
+            return []
+        return [self.folder / name for name in names if name.rpartition(".")[2].isdecimal() and name[0] != "."]
+
     def _make(self, path: Path) -> bool:
         with files.explained(path):
             while True:
@@ -81,11 +105,18 @@ class Claims:
                     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
                     break
                 except FileNotFoundError:  # nobody is here yet, or the last one has just gone
-                    self.folder.mkdir(parents=True, exist_ok=True)
+                    try:
+                        os.makedirs(self.folder)
+                    except FileExistsError:
+                        if self.folder.exists() and not self.folder.is_dir():
+                            raise
                 except FileExistsError:
                     return False
             try:
                 os.write(descriptor, self._owner)
+            except BaseException:
+                path.unlink(missing_ok=True)
+                raise
             finally:
                 os.close(descriptor)
         if self._thread is None:
@@ -106,23 +137,27 @@ class Claims:
             machine = process = None
         here = json.loads(self._owner)
         if machine is not None and machine == here[0]:
-            return process != _process(process[0])
+            return _is_gone(*process)
         probe = self.folder / f".{os.urandom(8).hex()}"
         try:
             probe.touch()
             return probe.stat().st_mtime - touched > PATIENCE
-        except FileNotFoundError:  # the folder went, and the claim with it
+        except FileNotFoundError:  # the folder went, and the claim with it; or another cleared it
             return False
         finally:
             probe.unlink(missing_ok=True)
 
     def _live(self) -> None:
         while not self._stop.wait(PATIENCE / 6):
-            with self._lock:
-                held = [path for paths in self._held.values() for path in paths[-1:]]
-            for path in held:
-                with contextlib.suppress(OSError):  # released meanwhile, or the next time
-                    os.utime(path)
+            self._touch()
+
+    def _touch(self) -> None:
+        """A sign of life."""
+        with self._lock:
+            held = [path for paths in self._held.values() for path in paths[-1:]]
+        for path in held:
+            with contextlib.suppress(OSError):  # released meanwhile, or the next time
+                os.utime(path)
 
 
 class Work:
@@ -184,27 +219,31 @@ def _chain(first, others: Iterator) -> Iterator:
     yield from others
 
 
-def _this_process() -> tuple[str, list]:
-    """(the machine and its processes' numbering, this process)"""
+def _this_process() -> tuple[str, tuple[int, int | None]]:
+    """(the machine and its processes' numbering, (this process's number, when it began))"""
     machine = socket.gethostname()
     with contextlib.suppress(OSError):
         machine += " " + Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
-    return machine, _process(os.getpid())
+    return machine, (os.getpid(), _began(os.getpid()))
 
 
-def _process(number: int) -> list | None:
-    """[its number, when it began]; None: there is none."""
-    if not os.path.isdir("/proc/self"):
-        try:
-            os.kill(number, 0)
-        except ProcessLookupError:
-            return None
-        except PermissionError:
-            pass
-        return [number, None]
+def _is_gone(number: int, began: int | None) -> bool:
+    """Of a process of this machine; its number may be another's now."""
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # another user's
+        pass
+    now = _began(number)
+    return now is not None and now != began
+
+
+def _began(number: int) -> int | None:
+    """When a process did, in ticks; 0 if it has ended and nobody has asked how; None: this machine does not say."""
     try:
         with open(f"/proc/{number}/stat", encoding="utf-8", errors="replace") as file:
             fields = file.read().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
+    except OSError:
         return None
-    return None if fields[0] in "ZX" else [number, int(fields[19])]
+    return 0 if fields[0] in "ZX" else int(fields[19])

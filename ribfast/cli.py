@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -306,9 +306,10 @@ def refuse_another_command(options: argparse.Namespace, keep: bool = False) -> N
 
 
 def _refuse_unknown_results(options: argparse.Namespace) -> None:
-    from .store import Store
+    from .store import CONFIG, Store
 
-    if options.out.is_dir() and Store(options.out).has_results():
+    # looked for once more: another process may have begun this run meanwhile
+    if options.out.is_dir() and Store(options.out).has_results() and CONFIG not in os.listdir(options.out):
         raise ValueError(
             f"expected an empty --out or a run's, got {options.out}, with maps or masks and no "
             f"config.json that says whose; choose another --out, or say --keep to add to them"
@@ -340,10 +341,12 @@ def _short(value) -> str:
 
 
 def _clear(options: argparse.Namespace, settings) -> None:
+    from .claims import Claims
     from .processes import rank_and_world
-    from .store import Store
+    from .store import CLAIMS, Store
 
-    if getattr(settings, "shard", None) is not None or rank_and_world()[1] > 1:
+    several = getattr(settings, "shard", None) is not None or rank_and_world()[1] > 1
+    if several or Claims(options.out / CLAIMS).is_alive():
         raise ValueError(f"expected one process for --overwrite, got several, which would remove one another's files; "
                          f"remove {options.out} and run without it")  # fmt: skip
     Store(options.out).clear()
@@ -693,6 +696,7 @@ def _run(options: argparse.Namespace, settings, **drawn) -> int:
     from .data import open_source
     from .processes import processes, together
     from .run import ALONE, Given, has_masks, only, sound, stages, without_failed
+    from .store import CLAIMS
 
     source = open_source(options.data, options.split)
     if options.validation is not None:
@@ -709,15 +713,29 @@ def _run(options: argparse.Namespace, settings, **drawn) -> int:
             print("ribfast", stage.command, shlex.join(stage.words))
         return 0
     lines()  # whose errors come before anything is written
-    named = {name: value for name in ("weights", "classifier") if (value := getattr(options, name)) is not None}
-    begin(options, settings, INDIFFERENT, images=source.digest(), fields=given.fields, **named, **drawn)
-    with processes(settings.device) as here:
+    with processes(settings.device) as here, _alone(options.out / CLAIMS, here):
 
-        def by_the_first(work: Callable, *arguments, **more):
-            return together(here, work(*arguments, **more) if here.rank == 0 else None)[0]
+        def shared(makes: bool, work: Callable, *arguments, **more) -> list:
+            """What each process that makes it has made. An error of one is everybody's: none waits for another."""
+            made, error = None, None
+            try:
+                made = work(*arguments, **more) if makes else None
+            except EXPECTED as own:
+                error = own
+            found = together(here, (made, None if error is None else str(error)))
+            if error is not None:
+                raise error
+            for _, reason in found:
+                if reason is not None:
+                    raise ValueError(reason)
+            return [each for each, _ in found]
 
+        named = {name: value for name in ("weights", "classifier") if (value := getattr(options, name)) is not None}
+        inputs = {"images": source.digest(), "fields": given.fields, **named, **drawn}
+        shared(True, begin, options, settings, INDIFFERENT, **inputs)
         looking = _progress("looking at the images")
-        listed = by_the_first(sound, source, options.out, settings.workers, progress=looking)
+        first = here.rank == 0
+        listed = shared(first, sound, source, options.out, settings.workers, progress=looking)[0]
         if listed is not None:
             given = only(given, "split", listed)
         incomplete, found, compared = listed is not None, lines(), []
@@ -725,20 +743,35 @@ def _run(options: argparse.Namespace, settings, **drawn) -> int:
             stage, own, its_settings = found[number]
             log.info("[%d/%d] %s: ribfast %s %s", number + 1, len(found), stage.name, stage.command,
                      shlex.join(stage.words))  # fmt: skip
-            makes = here.rank == 0 or stage.command not in ALONE
+            makes = first or stage.command not in ALONE
             with contextlib.redirect_stdout(io.StringIO()) if options.json else contextlib.nullcontext():
-                fails = makes and bool(COMMANDS[stage.command].run(own, its_settings))
-            if any(together(here, fails)):
+                codes = shared(makes, COMMANDS[stage.command].run, own, its_settings)
+            if any(codes):
                 incomplete = True
                 images = open_source(own.data, own.split)
-                given = by_the_first(without_failed, given, options.out, stage.name, images, own)
+                given = shared(first, without_failed, given, options.out, stage.name, images, own)[0]
                 found = lines()
             if stage.command == "eval":
                 compared.append(own.maps or own.masks)
-        if here.rank == 0:
+        if first:
             _print_stages(compared, options.out / "report.html", complete=not incomplete, as_json=options.json)
         together(here)  # one that ends with an exit code ends the others
     return INCOMPLETE if incomplete else 0
+
+
+@contextlib.contextmanager
+def _alone(folder: Path, here) -> Iterator[None]:
+    """No other `run` in the same OUT meanwhile, which would train the same networks into the same files."""
+    from .claims import Claims
+
+    claims = Claims(folder)
+    try:
+        if here.rank == 0 and not claims.take("run"):
+            raise ValueError(f"expected one run in {folder.parent}, got another that is at it ({folder} says whose "
+                             f"claim); wait for it, or choose another --out")  # fmt: skip
+        yield
+    finally:
+        claims.close()
 
 
 def _print_stages(folders: list[Path], report: Path, *, complete: bool, as_json: bool) -> None:

@@ -28,9 +28,10 @@ from .metrics import Confusion, Counts, PerImage, ThresholdSweep, bootstrap_inte
 from .processes import choose_device, choose_shard, processes, together
 from .rib import RIBConfig
 from .segment import label_probabilities
-from .store import Maps, Store
+from .store import CLAIMS, Maps, Store
 
 log = logging.getLogger("ribfast")
+LACKING = (ValueError, RuntimeError, MemoryError)  # what an image raises that cannot be made; a lack of memory any
 
 
 @dataclass(frozen=True)
@@ -87,17 +88,21 @@ class Made:
 class _Stage:
     """A source's images on their way into a store, in units that this process and others beside it take up.
 
-    units: numbers of images that are made together. skipped: those without classes. is_there: of a name.
+    what: "maps" or "masks" are made. units: numbers of images that are made together. skipped: those without classes.
     """
 
     def __init__(
-        self, source: data.Source, store: Store, what: str, units: Sequence[Sequence[int]], is_there: Callable, config,
+        self, source: data.Source, store: Store, what: str, units: Sequence[Sequence[int]], config,
         progress: Callable[[int, int, str], None] | None, skipped: Sequence[int] = (),
     ):  # fmt: skip
-        self.source, self.store, self.is_there, self.progress = source, store, is_there, progress
+        self.source, self.store, self.progress = source, store, progress
+        self.is_there, self.place = {
+            "maps": (store.__contains__, store.path), "masks": (store.has_mask, store.mask_path)
+        }[what]  # fmt: skip
         self._facts, self._reasons = store.follow()
         names = [source[number].name for unit in units for number in unit]
-        self._missing = {name for name in names if not is_there(name)}
+        self._missing = {name for name in names if not self.is_there(name)}
+        units = [unit for unit in units if any(source[number].name in self._missing for number in unit)]
         self.result = Made(kept=len(names) - len(self._missing), without_classes=len(skipped))
         self.total = len(names) + len(skipped)
         self._failures, self._unit, self._open = store.failures(), {}, {}
@@ -108,7 +113,7 @@ class _Stage:
             if known.get(name) != {"skipped": "no classes"}:
                 store.record(name, skipped="no classes")
         self.work = Work(
-            store.folder / "claims", units, lambda unit: f"{what} {source[unit[0]].name}", self._left,
+            store.folder / CLAIMS, units, lambda unit: f"{what} {source[unit[0]].name}", self._left,
             (0, 1) if config.shard is not None else (index, count),
         )  # fmt: skip
 
@@ -119,10 +124,10 @@ class _Stage:
         self.work.close()
         if kind is None:
             self._look()
+            if self._elsewhere or not (self.result.made or self.result.failed):
+                self._report("")
             self.result.elsewhere = len(self._elsewhere - self._failed.keys())
             self.result.failed = self._failed | self.result.failed
-            if not self.result.made and not self.result.failed:
-                self._report("")
 
     def rounds(self) -> Iterator[Iterator[tuple[Sequence[int], list[int]]]]:
         """Units, with the images of them that are to be made; each of these is to `end` before the next round."""
@@ -155,12 +160,19 @@ class _Stage:
             names = [self.source[number].name for number in left]
             self._unit |= dict.fromkeys(names, unit)
             self._mine |= {*names}
+            self._elsewhere -= {*names}  # whoever recorded them died before they were there
             yield unit, left
 
     def _left(self, unit: Sequence[int]) -> list[int]:
-        self._look()
-        named = ((number, self.source[number].name) for number in unit)
-        return [number for number, name in named if name not in self._failed and not self.is_there(name)]
+        named = [(number, self.source[number].name) for number in unit]
+        left = [(number, name) for number, name in named if not self.is_there(name)]
+        if left:
+            self._look()
+        for _, name in left:
+            if name in self._elsewhere:  # a network's file system may remember that it was not there
+                with contextlib.suppress(FileNotFoundError):
+                    os.listdir(self.place(name).parent)
+        return [number for number, name in left if name not in self._failed and not self.is_there(name)]
 
     def _look(self) -> None:
         """What became of images elsewhere."""
@@ -215,15 +227,21 @@ def make_cams(
         for item, size, views in data.prefetch(load, numbers, workers=config.workers, ahead=max(2, config.workers)):
             if size is None:
                 yield item, views
-            elif config.crop:
-                yield item, None, *_crop_cams(model, views, item.classes, config)
-            else:
-                yield item, None, *_cams(model, views, item.classes, size, device, config.precision)
+                continue
+            try:
+                if config.crop:
+                    found = _crop_cams(model, views, item.classes, config)
+                else:
+                    found = _cams(model, views, item.classes, size, device, config.precision)
+            except LACKING as error:
+                yield item, _reason(error)
+                continue
+            yield item, None, *found
 
     def keep(item: data.Item, cam, high_res) -> None:
         _keep(store, item.name, item.classes, cam, high_res, seconds=_since(start))
 
-    with _Stage(source, store, "maps", units, store.__contains__, config, progress, skipped) as stage:
+    with _Stage(source, store, "maps", units, config, progress, skipped) as stage:
         for begun in stage.rounds():
             _save_all(stage, maps(number for _, left in begun for number in left), keep, ahead=4)
     return stage.result
@@ -242,15 +260,25 @@ def _save_all(stage: _Stage, made: Iterator[tuple], keep: Callable, *, ahead: in
 
     def save(one: tuple) -> tuple[str, str | None]:
         item, error, *found = one
+        if error is None:
+            try:
+                keep(item, *found)
+                stage.mend(item.name)
+            except ValueError as unfit:  # what was made
+                error = str(unfit)
         if error is not None:
             stage.store.fail(item.name, error)
-        else:
-            keep(item, *found)
-            stage.mend(item.name)
         return item.name, error
 
     for name, error in data.prefetch(save, made, workers=1, ahead=ahead):
         stage.end(name, error)
+
+
+def _reason(error: Exception) -> str:
+    """Of an image that cannot be made; what was taken for it is free for the next."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _keep(store: Store, name: str, keys, cam, high_res, **facts) -> None:
@@ -366,8 +394,11 @@ def adapt_maps(
             if steps is not None:  # before the maps, as the facts
                 store.save_steps(name, found.keys, steps)
             facts = {"steps": found.steps, "stopped": found.stopped, "seconds": _since(start)}
-            _keep(store, name, found.keys, found.cam, found.high_res, **facts)
-            stage.mend(name)
+            try:
+                _keep(store, name, found.keys, found.cam, found.high_res, **facts)
+                stage.mend(name)
+            except ValueError as unfit:
+                return name, str(unfit)
         return name, found.error
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -376,7 +407,7 @@ def adapt_maps(
     threads = ThreadPoolExecutor(workers, "ribfast-rib")
     blocks = _share(draws.blocks, config)
     try:
-        with _Stage(source, store, "rib", blocks, store.__contains__, config, progress, skipped) as stage:
+        with _Stage(source, store, "maps", blocks, config, progress, skipped) as stage:
             for begun in stage.rounds():
                 with rib.keep_pages():
                     for name, error in data.prefetch(save, results(begun), workers=1, ahead=1):
@@ -474,7 +505,7 @@ def make_masks(
         return [torch.zeros(image.shape[:2], dtype=torch.uint8) if own is None else next(found)
                 for _, (image, own) in block]  # fmt: skip
 
-    result = _label_all(source, store, config, load, label, ValueError, progress, together=False)
+    result = _label_all(source, store, config, load, label, progress, together=False)
     result.without_classes = len(without_classes)
     return result
 
@@ -539,8 +570,7 @@ def predict_masks(
     def label(block: list[tuple]) -> list[Tensor]:
         return _predict(model, [image for _, image in block], [item.classes for item, _ in block], config)
 
-    lacking = (ValueError, RuntimeError, MemoryError)  # a lack of memory is any of these
-    return _label_all(source, store, config, source.image, label, lacking, progress, together=True)
+    return _label_all(source, store, config, source.image, label, progress, together=True)
 
 
 def train_cycle(
@@ -632,17 +662,15 @@ def _predict(model, images: list[np.ndarray], classes: list[tuple[int, ...]], co
             for own, size in zip(labels, sizes, strict=True)]  # fmt: skip
 
 
-def _label_all(
-    source, store: Store, config, load: Callable, label: Callable, expected, progress, *, together: bool
-) -> Made:
+def _label_all(source, store: Store, config, load: Callable, label: Callable, progress, *, together: bool) -> Made:
     """Masks of the images that have none yet: `load` of each item, by threads, then `label` of some of these together,
-    [(item, loaded), ...] -> masks; one after another where that raises one of `expected`.
+    [(item, loaded), ...] -> masks; one after another where that raises one of LACKING.
 
     together: a mask may differ in its last bits with those that are labelled beside it, so these are the same whoever
     makes it, and whatever is there already.
     """
-    numbers, size = _share([*range(len(source))], config), config.batch if together else 1
-    units = [tuple(numbers[i : i + size]) for i in range(0, len(numbers), size)]
+    size = config.batch if together else 1
+    units = _share([tuple(range(len(source)))[i : i + size] for i in range(0, len(source), size)], config)
     known, start = store.metrics(), time.perf_counter()
 
     def read(place: tuple) -> tuple:
@@ -656,10 +684,8 @@ def _label_all(
     def labelled(block: list[tuple]) -> list[tuple]:
         try:
             return [(item, None, mask.cpu().numpy()) for (item, _), mask in zip(block, label(block), strict=True)]
-        except expected as error:
-            failure = (str(error).splitlines() or [type(error).__name__])[0]
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        except LACKING as error:
+            failure = _reason(error)
         return [(block[0][0], failure)] if len(block) == 1 else [made for one in block for made in labelled([one])]
 
     def made(begun: Iterator) -> Iterator[tuple]:
@@ -678,7 +704,7 @@ def _label_all(
         store.record(item.name, **known.get(item.name, {}) | {"mask_seconds": _since(start)})
         store.save_mask(item.name, mask)
 
-    with _Stage(source, store, "masks", units, store.has_mask, config, progress) as stage:
+    with _Stage(source, store, "masks", units, config, progress) as stage:
         for begun in stage.rounds():
             _save_all(stage, made(begun), keep, ahead=config.batch)
     return stage.result

@@ -3,6 +3,8 @@
 import contextlib
 import datetime
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -54,7 +56,8 @@ def processes(device: str = "auto") -> Iterator[Processes]:
     (rank, world), chosen = rank_and_world(), choose_device(device)
     joins = world > 1 and not distributed.is_initialized()
     if joins:
-        distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=WAIT)
+        with _signals_end_this():
+            distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=WAIT)
     try:
         yield Processes(rank, world, chosen)
     finally:
@@ -66,5 +69,20 @@ def together(here: Processes, value=None) -> list:
     """Each process's value, once all of them are here."""
     values = [value] * here.world
     if here.world > 1:
-        distributed.all_gather_object(values, value)
+        with _signals_end_this():
+            distributed.all_gather_object(values, value)
     return values
+
+
+@contextlib.contextmanager
+def _signals_end_this() -> Iterator[None]:
+    """While it waits for others, which may take hours, in code where Python's handlers of signals do not run."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not Python's

@@ -33,6 +33,7 @@ from .data.decode import VOC_PALETTE, read_mask
 SUFFIXES = {"npz": ".npz", "irn": ".npy", "pmm": ".npy"}
 CONFIG, METRICS, FAILURES = "config.json", "metrics.jsonl", "failures.jsonl"
 EVALUATION = "evaluation.json"
+CLAIMS = "claims"  # a folder, while several processes share the images, of who makes which
 _STALE = 3600  # seconds: no file takes that long to write, so its writer was killed
 
 
@@ -227,7 +228,7 @@ class Store:
         for base, suffixes in ((self._maps, {*SUFFIXES.values()}), (self._steps, {".npz"}), (self.masks, {".png"})):
             for path in _walk(base):
                 if path.suffix in suffixes:
-                    path.unlink()
+                    path.unlink(missing_ok=True)
         for name in (METRICS, FAILURES, EVALUATION, CONFIG):
             (self.folder / name).unlink(missing_ok=True)
 

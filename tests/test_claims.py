@@ -1,5 +1,6 @@
 """Claims of units of work: one process each, taken up again from the dead."""
 
+import errno
 import json
 import os
 import subprocess
@@ -15,7 +16,7 @@ from ribfast.claims import Claims, Work
 
 @pytest.fixture
 def dead(tmp_path):
-    """The folder, with claims of a process that is gone, and was in the midst of a third."""
+    """The folder, with claims of a process that is gone."""
     code = f"""
 import os
 from pathlib import Path
@@ -67,7 +68,7 @@ def test_claims_of_the_dead_are_taken_up_by_one(dead):
     assert not dead.exists()
 
 
-def test_another_machine_is_dead_when_it_gives_no_sign(dead, monkeypatch):
+def test_another_machine_is_dead_when_it_gives_no_sign(dead):
     """Its processes' numbers say nothing here."""
     for path in dead.iterdir():
         path.write_text(json.dumps(["elsewhere", [os.getpid(), 1]]))
@@ -77,19 +78,24 @@ def test_another_machine_is_dead_when_it_gives_no_sign(dead, monkeypatch):
     os.utime(path, (time.time() - claims.PATIENCE - 5,) * 2)
     assert own.take("a") and not Claims(dead).take("a")
     own.close()
-    # and one that lives says so
-    monkeypatch.setattr(claims, "PATIENCE", 0.6)
-    other, own = Claims(dead), Claims(dead)
-    other._owner = json.dumps(["elsewhere", [1, 1]]).encode()
-    assert other.take("c")
-    until = time.monotonic() + 1.5
-    while time.monotonic() < until:
-        assert not own.take("c")
-        time.sleep(0.05)
-    other._stop.set()
-    other._thread.join()
-    time.sleep(0.8)
-    assert own.take("c")
+
+
+def test_a_process_gives_signs_of_life(tmp_path, monkeypatch):
+    own = Claims(tmp_path)
+    own._owner = json.dumps(["elsewhere", [1, 1]]).encode()
+    assert own.take("a")
+    os.utime(own._path("a", 0), (time.time() - 1000,) * 2)
+    own._touch()
+    assert not Claims(tmp_path).take("a")
+    own.close()
+    monkeypatch.setattr(claims, "PATIENCE", 0.06)
+    again = Claims(tmp_path)
+    assert again.take("c")  # a thread touches it
+    path = again._path("c", 0)
+    os.utime(path, (time.time() - 1000,) * 2)
+    while path.stat().st_mtime < time.time() - 500:
+        time.sleep(0.01)
+    again.close()
 
 
 def test_a_claim_that_was_never_written_whole_ends_too(tmp_path):
@@ -139,27 +145,77 @@ def test_what_is_there_in_part_and_what_failed(tmp_path):
 
 def test_the_last_one_takes_up_what_the_dead_had(dead, caplog):
     """And waits for what others have in hand, without taking it."""
-    made, names, other = set(), {"a": (0, 1), "b": (2,)}, Claims(dead)
+    made, names, other, ready = set(), {"a": (0, 1), "b": (2,), "c": (3,)}, Claims(dead), threading.Event()
     assert other.take("c")
     work = Work(
-        dead, [(0, 1), (2,), (3,)], {(0, 1): "a", (2,): "b", (3,): "c"}.get, lambda u: [t for t in u if t not in made]
+        dead,
+        [*names.values()],
+        {unit: name for name, unit in names.items()}.get,
+        lambda unit: [thing for thing in unit if thing not in made],
     )
 
     def finish():
-        time.sleep(0.5)
-        assert made == {0, 1, 2}
+        ready.wait()
         made.add(3)
         other.release("c")
 
     thread, found = threading.Thread(target=finish), []
     thread.start()
-    for units in work.rounds():
-        for unit, left in units:
-            found.append(unit)
-            made.update(left)
-            work.release(unit)
+    with caplog.at_level("INFO", "ribfast"):
+        for units in work.rounds():
+            for unit, left in units:
+                found.append(unit)
+                made.update(left)
+                work.release(unit)
+            if len(found) == 2:
+                threading.Timer(1.0, ready.set).start()  # it waits meanwhile
     thread.join()
-    assert found == [*names.values()]
+    assert found == [(0, 1), (2,)] and "waiting for 1 that other processes have in hand" in caplog.text
     work.close()
     other.close()
     assert not dead.exists()
+
+
+def test_what_the_dead_left_of_things_that_are_made_is_cleared_and_the_livings_not(dead):
+    """A process that took up NAME as NAME.1 has it whoever clears."""
+    own, other = Claims(dead), Claims(dead)
+    assert own.take("a") and own._path("a", 0).exists() and own.is_alive()
+    other.clear()
+    assert own._path("a", 0).exists() and own._path("a", 1).exists() and not own._path("b", 0).exists()
+    assert not other.take("a")
+    own.close()
+    assert not dead.exists() and not other.is_alive()
+
+
+def test_a_claim_that_cannot_be_written_is_none(tmp_path, monkeypatch):
+    def full(descriptor, content):
+        raise OSError(errno.ENOSPC, "full")
+
+    own = Claims(tmp_path / "claims")
+    with monkeypatch.context() as patch:
+        patch.setattr(claims.os, "write", full)
+        with pytest.raises(OSError, match="no space left"):
+            own.take("a")
+    assert own.take("a")
+
+
+def test_all_leave_at_once(tmp_path):
+    """The folder goes and comes while others look into it."""
+    failures = []
+
+    def come_and_go(number):
+        try:
+            for turn in range(300):
+                own = Claims(tmp_path / "claims")
+                own.take(f"{number} {turn}")
+                own.clear()
+                own.close()
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=come_and_go, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures

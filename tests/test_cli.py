@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ribfast import cli, config, data, models
+from ribfast.claims import Claims
 from ribfast.store import Store
 
 
@@ -227,6 +228,10 @@ def test_from_pictures_to_an_evaluation(tmp_path, capsys):
     capsys.readouterr()
     assert cli.main([*cam, "--overwrite", "--shard", "0/2"]) == 1
     assert "expected one process for --overwrite" in capsys.readouterr().err and len(Store(maps).names()) == 5
+    other = Claims(maps / "claims")
+    assert other.take("of a process that is at it") and cli.main([*cam, "--overwrite"]) == 1
+    assert "expected one process for --overwrite" in capsys.readouterr().err and len(Store(maps).names()) == 5
+    other.close()
     assert cli.main([*cam[:-1], "1", "--overwrite"]) == 0 and "5 made, 0 there before" in capsys.readouterr().err
     assert "before" not in json.loads((maps / "config.json").read_text())
     assert len((maps / "metrics.jsonl").read_text().splitlines()) == 6

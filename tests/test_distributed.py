@@ -111,7 +111,7 @@ def test_those_that_die_lose_what_they_had_in_hand(given, alone, tmp_path):
     path, out = tmp_path / "commands.json", tmp_path / "out"
     path.write_text(json.dumps(commands(given, out)))
     ranks = [
-        subprocess.Popen([sys.executable, RANKS, path, "1:1:2", "2:3:1"], text=True, stderr=subprocess.PIPE,
+        subprocess.Popen([sys.executable, RANKS, path, "1:1", "2:3"], text=True, stderr=subprocess.PIPE,
                          env=environment(RANK=str(rank), WORLD_SIZE="3", LOCAL_RANK=str(rank)))
         for rank in range(3)
     ]  # fmt: skip
@@ -123,7 +123,8 @@ def test_those_that_die_lose_what_they_had_in_hand(given, alone, tmp_path):
 def test_torchrun_starts_the_dead_again(given, alone, tmp_path):
     path, out = tmp_path / "commands.json", tmp_path / "out"
     path.write_text(json.dumps(commands(given, out)[:1]))
-    torchrun("--max-restarts", "1", RANKS, path, "0:0:3")
+    torchrun("--max-restarts", "1", RANKS, path, "0:0")
+    assert path.with_suffix(".again").exists()
     found = {name: content for name, content in alone.items() if name.startswith("cam/")}
     assert results(out) == found and not (out / "cam" / "claims").exists()
 

@@ -197,7 +197,7 @@ def small(words):
         sets = [f"{stage}.{field}={value}" for stage, own in found.items() for field, value in own.items()]
         own = [word for each in sets for word in ("--set", each)] + ["--workers", "1"]
         own += SOME_STAGES if name == "demo" or "--set" in rest else ()
-        return [*network, *own, *(["--pictures", "4"] if name == "demo" else [])]
+        return [*network, *own, *(["--pictures", "4"] if name == "demo" and "--data" not in rest else [])]
     chosen = fields(name) | (fields("eader") if "eader" in rest else {})
     if name == "cam" and "pmm" in rest:
         chosen |= {"crop": "32", "stride": "16"}

@@ -102,7 +102,7 @@ def test_run_goes_on_without_coco_s_bad_images(place, tmp_path, capsys):
     """p2 is none; p3 and p7, of both classes, share one with every other image, and fail to be adapted."""
     spec, run = faults.as_coco(place, tmp_path / "coco"), tmp_path / "run"
     (tmp_path / "coco" / "train2017" / "p2.png").write_bytes(b"nothing")
-    words = [*place.words("run", run, data=spec), "--set", "rib.disjoint=true", "--no-segmenter"]
+    words = [*place.words("run", run, data=spec), "--rib", "released", "--set", "rib.disjoint=true", "--no-segmenter"]
     for _ in range(2):
         assert cli.main(words) == cli.INCOMPLETE
         assert list(failures(run)) == ["p2"] and "p2.png" in failures(run)["p2"]
@@ -182,6 +182,7 @@ def test_tables_that_are_wrong(table, kind, command, capsys, tmp_path):
 
 
 WRITING = ("cam", "rib", "masks", "predict", *TRAINING, "report", "export")
+SLOW = ("rib", "predict", "train-irn", "train-seg")  # to run twice
 
 
 def out_of(command, folder):
@@ -201,7 +202,7 @@ def fill_up(monkeypatch, number):
     monkeypatch.setattr(os, "fsync", full)
 
 
-@pytest.mark.parametrize("command", WRITING)
+@pytest.mark.parametrize("command", [pytest.param(c, marks=[pytest.mark.faults] * (c in SLOW)) for c in WRITING])
 def test_a_full_disk_is_said_and_the_command_goes_on_after(place, command, tmp_path, monkeypatch, capsys):
     words = place.words(command, out_of(command, tmp_path / "cut"))
     again = [*words, "--resume"] if command in TRAINING else words
@@ -257,8 +258,9 @@ READERS = {  # of each network, the commands
 COMMANDS = [(command, network) for network, commands in READERS.items() for command in commands]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("command, network", COMMANDS)
+@pytest.mark.parametrize(
+    "command, network, value", [*((*each, float("nan")) for each in COMMANDS), ("cam", "checkpoint", float("inf"))]
+)
 def test_weights_that_are_not_finite(place, command, network, value, tmp_path, capsys):
     wrong, whole = tmp_path / "wrong.safetensors", place.networks[network]
     state = models.load_checkpoint(whole)
@@ -316,8 +318,8 @@ def test_hostile_safetensors(place, command, network, kind, tmp_path, capsys):
     assert str(path) in line and line.startswith(f"ribfast {command}: ") and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("form", ["torch", "legacy", "pickle", "wrapped"])
-@pytest.mark.parametrize("command, network", COMMANDS)
+@pytest.mark.parametrize("command, network, form", [*((*each, "torch") for each in COMMANDS), *(
+    ("cam", "checkpoint", form) for form in ("legacy", "pickle", "wrapped"))])  # fmt: skip
 def test_checkpoints_run_nothing(place, command, network, form, tmp_path, capsys):
     path, harmed = tmp_path / "hostile.pth", tmp_path / "harmed"
     thing = Hostile(os.system, f"touch {harmed}")
@@ -332,15 +334,15 @@ def test_checkpoints_run_nothing(place, command, network, form, tmp_path, capsys
     assert not harmed.exists()
 
 
-@pytest.mark.parametrize("name", ["classes", "crop"])
-@pytest.mark.parametrize("text", ["3", "[1, 2]", "{", "", "[" * 100_000, "-5", "900000000"])
+@pytest.mark.parametrize("name, text", [
+    ("classes", "3"), ("classes", "[1, 2]"), ("classes", "[" * 100_000), ("crop", "much"), ("crop", "900000000"),
+])  # fmt: skip
 def test_hostile_metadata(place, name, text, tmp_path, capsys):
     network, command = ("irn", "masks irn") if name == "crop" else ("checkpoint", "cam")
     path, whole = tmp_path / "hostile.safetensors", place.networks[network]
     models.save_checkpoint(path, models.load_checkpoint(whole), models.read_metadata(whole) | {name: text})
-    known = name == "crop" and text == "3"
-    assert cli.main(place.words(command, tmp_path / "out", **{network: path})) == (0 if known else cli.FAILED)
-    assert known or re.search(rf"expected .*, got .* in {path}; train it again", capsys.readouterr().err)
+    assert cli.main(place.words(command, tmp_path / "out", **{network: path})) == cli.FAILED
+    assert re.search(rf"expected .*, got .* in {path}; train it again", capsys.readouterr().err)
 
 
 def test_tensors_larger_than_their_file(place, tmp_path, capsys):
@@ -414,7 +416,7 @@ def interrupted(words, monkeypatch):
         assert cli.main(words) == cli.INTERRUPTED
 
 
-@pytest.mark.parametrize("command", ["train-classifier", "train-seg"])
+@pytest.mark.parametrize("command", ["train-classifier", pytest.param("train-seg", marks=pytest.mark.faults)])
 def test_resumed_trainings_notice_what_is_cut_short(place, command, tmp_path, monkeypatch, capsys):
     out, whole = tmp_path / "out", tmp_path / "whole"
     assert cli.main(place.words(command, whole)) == 0
@@ -432,7 +434,7 @@ def test_resumed_trainings_notice_what_is_cut_short(place, command, tmp_path, mo
     state.write_bytes(content)
     journal.write_bytes(journal.read_bytes()[:-20])
     assert cli.main([*words, "--resume"]) == 0
-    assert f"passed over line {journal.read_bytes().count(b'epoch') and ''}" in capsys.readouterr().err
+    assert re.search(r"passed over line \d of .*metrics.jsonl, which is no whole record", capsys.readouterr().err)
     assert faults.results(out) == faults.results(whole)
     (checkpoint,) = out.glob("*.safetensors")
     checkpoint.write_bytes(checkpoint.read_bytes()[:-5])
@@ -460,7 +462,9 @@ def test_maps_and_facts_that_are_cut_short_are_noticed(place, tmp_path, capsys):
 
 
 def test_adapting_goes_on_with_fewer_images_where_memory_runs_out(place, tmp_path, monkeypatch, capsys):
-    assert cli.main(place.words("rib", tmp_path / "whole")) == 0
+    few = tmp_path / "few.txt"
+    few.write_text("p0\np1\np2\np4\n")
+    assert cli.main(place.words("rib", tmp_path / "whole", split=few)) == 0
     begin, busy = slots.Slot.begin, set()
 
     def limited(slot, job):
@@ -471,12 +475,12 @@ def test_adapting_goes_on_with_fewer_images_where_memory_runs_out(place, tmp_pat
             raise torch.OutOfMemoryError("no memory")
 
     monkeypatch.setattr(slots.Slot, "begin", limited)
-    assert cli.main([*place.words("rib", tmp_path / "out"), "--concurrency", "4"]) == 0
+    assert cli.main([*place.words("rib", tmp_path / "out", split=few), "--concurrency", "4"]) == 0
     assert "memory ran out: from 3 images at once to 1" in capsys.readouterr().err
     assert faults.results(tmp_path / "out") == faults.results(tmp_path / "whole")
 
 
-def test_scan_finds_everything_at_once(mixed, own, capsys):
+def test_scan_finds_everything_at_once(mixed, capsys):
     assert cli.main([*mixed.words("scan"), "--json"]) == cli.INCOMPLETE
     facts = json.loads(capsys.readouterr().out)
     assert facts["images"] == len(faults.PLAIN + faults.ODD + faults.BAD)

@@ -10,6 +10,7 @@ import pytest
 from trainings import weights as weights
 
 from ribfast import cli, run
+from ribfast.claims import Claims
 from ribfast.store import Store, open_masks
 
 SMALL = {
@@ -160,6 +161,14 @@ def test_a_trained_classifier_and_data_without_masks(words, tmp_path, weights, c
         "cam", "masks", "predicted", "segmenter"]  # fmt: skip
     assert open_masks(tmp_path / "other" / "predicted").load_mask("p1").shape == (64, 64)
     assert len(list((tmp_path / "other" / "predicted" / "masks").iterdir())) == 2
+
+
+def test_one_run_at_a_time(words, tmp_path, capsys):
+    other = Claims(tmp_path / "run" / "claims")
+    assert other.take("run")
+    assert cli.main(words) == 1
+    assert "expected one run in" in capsys.readouterr().err and not (tmp_path / "run" / "config.json").exists()
+    other.close()
 
 
 def test_refuses(words, tmp_path, capsys):
