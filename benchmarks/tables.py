@@ -105,10 +105,12 @@ def quality() -> str:
         "CAM, to RIB's maps, released constants": (curve("released", 0), curve("released", 10)),
         "the same, preset `fast`": (curve("fast", 0), curve("fast", 10)),
         "the same, preset `paper`, K = 3": (curve("paper", 0), curve("paper", 3)),
+        "the same, preset `paper`, K = 10": (curve("paper", 0), curve("paper", 10)),
         "CAM, to CAM of a classifier trained by EADER": (of_cams("BCE"), of_cams("EADER, CAM")),
         "CAM, to masks by the label CRF": (of_masks("CAM"), of_masks("CAM + CRF")),
         "CAM, to masks by PPMG": (of_masks("CAM"), of_masks("CAM + PPMG")),
-        "CAM, to masks by IRN's walk of 64 steps": (of_masks("CAM"), of_masks(walk)),
+        "CAM, to masks by IRN's walk": (of_masks("CAM"), of_masks("CAM + IRN walk")),
+        "the same, of 64 steps in place of 256": (of_masks("CAM"), of_masks(walk)),
         "these masks, to a segmenter trained on such": (of_masks(walk), segmenter("masks")),
         "the same segmenter, trained on ground truth": (None, segmenter("ground truth")),
     }

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import re
 import shlex
 import shutil
@@ -257,7 +256,6 @@ def check_script(block, folder, monkeypatch):
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_line_runs(document, here, monkeypatch):
     monkeypatch.setattr(cli, "Progress", lambda title="": lambda *said: None)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
     for folder, kind in GIVEN.get(document, {}).items():
         made_before(kind, here / folder)
     for block in blocks((ROOT / document).read_text()):
