@@ -270,6 +270,17 @@ def test_every_line_runs(document, here, monkeypatch):
                 raise
 
 
+def test_no_line_stands_elsewhere():
+    """In blocks that are not run: of no language, or another."""
+    for document in DOCUMENTS:
+        for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / document).read_text(), flags=re.S | re.M):
+            assert language in ("", "bash", "cpp", "python"), (document, language)
+            assert language == "bash" or not re.search(r"^\W*(ribfast|torchrun|make|pip) ", block, re.M), (
+                document,
+                block,
+            )
+
+
 def told_presets(text):
     """command, and its method where it names one -> the presets of the tables of methods.md, which begin so."""
     found = {}
