@@ -1,6 +1,8 @@
 """Every command line that the README and docs show runs, in their order, on data and networks that are small."""
 
+import contextlib
 import importlib
+import io
 import json
 import re
 import shlex
@@ -49,7 +51,7 @@ TRAINED = {"train-classifier", "train-irn", "train-seg", "run"}  # whose --netwo
 GIVEN = {"docs/data.md": {"masks": "voc", "crf": "photos"}}
 # of runs beside those that show a preset, which run whole
 SOME_STAGES = ("--rib", "none", "--masks", "crf", "--no-segmenter", "--no-relabel")
-SLURM = {"SLURM_NNODES": "1", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "head": "node1"}
+SLURM = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "head": "node1"}
 
 
 def picture(rng, boxes):
@@ -212,6 +214,19 @@ def run(words, *more):
     assert cli.main([*words, *([] if name in PLAIN else small(words)), *more]) == 0
 
 
+def check_batches(words, world):
+    """Of the trainings that a line starts, which so many processes share."""
+    started = [words]
+    if words[0] == "run":
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            assert cli.main([*words, "--dry-run"]) == 0
+        started = [shlex.split(line)[1:] for line in said.getvalue().splitlines()]
+    for name, *rest in started:
+        if name in TRAINED:
+            _, settings = cli._parse(name, rest)
+            assert settings.batch % world == 0, f"{name}: {settings.batch} images for {world} processes"
+
+
 def check_line(line, monkeypatch, variables=None):
     words = shlex.split(line, comments=True)
     while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
@@ -227,6 +242,7 @@ def check_line(line, monkeypatch, variables=None):
             found = get_args_parser().parse_args(rest)
             assert found.module and found.training_script == "ribfast"
             words = found.training_script_args
+            check_batches(words, int(found.nnodes.partition(":")[0]) * int(found.nproc_per_node))
             run(words, *(SOME_STAGES if words[0] == "run" else ()))
         case ["make", *targets]:
             subprocess.run(["make", "-n", "-C", str(ROOT), *targets], check=True, capture_output=True)
