@@ -1,9 +1,9 @@
 """docs/overview.png: one picture's way through the stages, from the folder that `ribfast demo` wrote.
 
-    python benchmarks/overview.py DEMO [--image NAME] [--class NAME]
+    python benchmarks/overview.py DEMO [--image NAME] [--out FILE]
 
-Without --image: the picture among those of one class on which RIB's map gains most over the CAM, at the thresholds that
-are best for either on all of them.
+Without --image: of the pictures of one class the one with the largest sum of RIB's gain over the CAM, at the thresholds
+that are best for either on all pictures, and of both masks' IoU.
 """
 
 import argparse
@@ -32,15 +32,15 @@ def chosen(demo: Path, source: data.Source) -> str:
     """The picture that shows best what the stages do, by ground truth."""
     at = {name: json.loads((demo / name / "evaluation.json").read_text())["best"]["threshold"]
           for name in ("cam", "rib")}  # fmt: skip
-    gains = {}
+    scores = {}
     for item in source:
         if len(item.classes) == 1:
             truth = source.mask(item) == item.classes[0] + 1
             found = [iou(Store(demo / name).load(item.name).high_res[0] > at[name], truth) for name in ("cam", "rib")]
             masks = [iou(Store(demo / name).load_mask(item.name) == item.classes[0] + 1, truth)
                      for name in ("masks", "relabelled")]  # fmt: skip
-            gains[item.name] = found[1] - found[0] + sum(masks)
-    return max(gains, key=gains.get)
+            scores[item.name] = found[1] - found[0] + sum(masks)
+    return max(scores, key=scores.get)
 
 
 def heat(image: np.ndarray, cam: np.ndarray) -> np.ndarray:

@@ -133,6 +133,36 @@ def test_pages_are_linked_from_the_readme_and_link_back():
         assert "(../README.md)" in path.read_text().split("\n\n")[1]
 
 
+def test_the_picture_is_made_from_a_demo(tmp_path):
+    """Of the one image whose map in `rib` covers its object."""
+    import cv2
+    import numpy as np
+
+    from ribfast import data
+    from ribfast.data import synthetic
+    from ribfast.store import Store
+
+    overview = script("overview")
+    committed = cv2.imread(str(overview.PICTURE))
+    assert overview.PICTURE.stat().st_size < 200_000 and 1400 < committed.shape[1] < 1800
+    synthetic.draw(tmp_path / "pictures", training=8, validation=0)
+    source = data.open_source(f"folder:{tmp_path / 'pictures'}", "train")
+    single = [item for item in source if len(item.classes) == 1]
+    for item in source:
+        truth = source.mask(item)
+        for name in ("cam", "rib"):
+            good = name == "rib" and item is single[-1]
+            maps = np.stack([(truth == number + 1) * np.float32(good) for number in item.classes])
+            Store(tmp_path / name, high_res=True).save(item.name, item.classes, maps[:, ::4, ::4], maps)
+        for name in ("masks", "relabelled"):
+            Store(tmp_path / name).save_mask(item.name, truth)
+    for name in ("cam", "rib"):
+        (tmp_path / name / "evaluation.json").write_text('{"best": {"threshold": 0.5}}')
+    assert len(single) > 1 and overview.chosen(tmp_path, source) == single[-1].name
+    sheet = overview.draw(tmp_path, None)
+    assert sheet.shape == committed.shape and not np.array_equal(sheet, overview.draw(tmp_path, single[0].name))
+
+
 def test_code_that_is_quoted_is_there():
     """A block under a line that names its file."""
     quoted = re.findall(
