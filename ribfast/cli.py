@@ -694,7 +694,7 @@ def _run(options: argparse.Namespace, settings, **drawn) -> int:
     """The stages' commands; their images that fail are left out and said in the exit code. Of several processes the
     first one does alone what is not shared, and all begin a stage together."""
     from .data import open_source
-    from .processes import processes, together
+    from .processes import processes, rank_and_world, together
     from .run import ALONE, Given, has_masks, only, sound, stages, without_failed
     from .store import CLAIMS
 
@@ -712,7 +712,11 @@ def _run(options: argparse.Namespace, settings, **drawn) -> int:
         for stage, *_ in lines():
             print("ribfast", stage.command, shlex.join(stage.words))
         return 0
-    lines()  # whose errors come before anything is written
+    world = rank_and_world()[1]
+    for stage, _, own in lines():  # whose errors come before anything is written
+        if stage.command.startswith("train-") and own.batch % world:
+            raise ValueError(f"expected batches that {world} processes can share, got {own.batch} of {stage.name}; say "
+                             f"--set {stage.name}.batch=N")  # fmt: skip
     with processes(settings.device) as here, _alone(options.out / CLAIMS, here):
 
         def shared(makes: bool, work: Callable, *arguments, **more) -> list:

@@ -171,13 +171,20 @@ def test_one_run_at_a_time(words, tmp_path, capsys):
     other.close()
 
 
-def test_refuses(words, tmp_path, capsys):
+def test_refuses(words, tmp_path, monkeypatch, capsys):
     for word in ("rib", "rib.lr", "walk.lr=1", ".lr=1", "rib.=1"):
         assert cli.main([*words, "--set", word]) == 1
         assert "expected --set STAGE.FIELD=VALUE with a stage of classifier, cam, rib" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:  # before anything is made
         cli.main([*words, "--set", "segmenter.lr=much"])
     assert stopped.value.code == 2 and "ribfast train-seg: error: argument --lr" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "3")
+        assert cli.main(words) == 1
+    assert (
+        "batches that 3 processes can share, got 4 of classifier; say --set classifier.batch=N"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="a cycle with a segmenter"):
         run.RunConfig(cycle=True, segmenter=False)
