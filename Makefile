@@ -18,7 +18,7 @@ endif
 
 SOURCES := setup.py pyproject.toml build_backend.py $(shell find csrc -type f)
 
-.PHONY: build demo test test-build test-tiers test-triton test-peers test-faults fuzz bench gpu lint clean
+.PHONY: build demo test test-build test-tiers test-triton test-peers test-faults test-processes fuzz bench gpu lint clean
 
 build: $(INSTALLED)
 
@@ -38,7 +38,7 @@ demo: build  ## the whole pipeline on pictures that are drawn, to demo/report.ht
 test: build
 	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest $(SIDE_BY_SIDE) $(PYTEST_ARGS)
 
-test-build: build  ## what takes minutes to compile: each CUDA source by itself, and a wheel from the sdist
+test-build: build  ## what takes minutes to compile: CUDA sources together and by themselves, CPU tiers, a wheel from the sdist
 	$(PYTHON) -m pytest tests/test_cuda_compile.py tests/test_packaging.py -m slow $(PYTEST_ARGS)
 
 test-tiers: build  ## the operators' tests under each CPU tier
@@ -49,6 +49,9 @@ test-triton: build  ## the Triton kernels in their interpreter, and compiled for
 
 test-peers: build  ## against pydensecrf, where it is installed, with other random cases on every run
 	$(PYTHON) -m pytest tests -m peers -s $(PYTEST_ARGS)
+
+test-processes: build  ## images and trainings shared by several processes, some of which die
+	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest $(SIDE_BY_SIDE) tests -m processes $(PYTEST_ARGS)
 
 test-faults: build  ## bad images, full disks, kills at any moment, hostile files: the quick ones and those of minutes
 	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest $(SIDE_BY_SIDE) tests/test_faults.py tests/test_faults_slow.py \

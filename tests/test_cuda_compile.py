@@ -49,6 +49,7 @@ def together(tmp_path_factory):
     return compile_source(source, folder)
 
 
+@pytest.mark.slow
 def test_compile_together(together):
     code, output = together
     assert code == 0, output[-4000:]
@@ -56,6 +57,7 @@ def test_compile_together(together):
     assert not spills(output)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("header", HEADERS, ids=lambda path: path.name)
 def test_every_kernel_is_compiled_for_every_architecture(together, header):
     text = header.read_text()

@@ -14,6 +14,7 @@ import torch
 from ribfast import cli, models
 from ribfast.store import Store
 
+pytestmark = pytest.mark.processes
 RANKS = Path(__file__).with_name("ranks.py")
 COUNT = 17
 

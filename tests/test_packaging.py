@@ -156,6 +156,7 @@ def test_unknown_cuda_choice_is_refused():
     assert "RIBFAST_CUDA: expected auto, 0 or 1, got 'yes'" in refused_build("yes")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tier", ["default", "avx2", "avx512"])
 def test_tiers_emit_no_weak_symbols(tier, tmp_path):
     """The linker keeps one copy of a weak symbol: an AVX-512 one could then be called on any processor."""

@@ -169,6 +169,7 @@ def test_measured_statistics_normalise_every_layer():
             assert (output.var((0, 2, 3)) - 1).abs().max() < 0.05
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("frozen", [True, False])
 def test_two_processes_share_each_batch(source, weights, tmp_path, frozen):
     with socket.socket() as s:

@@ -209,6 +209,7 @@ def test_resumed_training_equals_an_uninterrupted_one(source, weights, tmp_path)
     assert strip[0] == strip[1]
 
 
+@pytest.mark.processes
 def test_two_processes_share_each_batch(source, weights, tmp_path):
     """Through the command, whose losses are those of one process."""
     with socket.socket() as s:

@@ -250,6 +250,7 @@ train_irn(data.open_source(spec), labels, SMALL, out, weights=weights)
 """
 
 
+@pytest.mark.processes
 @pytest.mark.filterwarnings("ignore:.broadcast_buffers:FutureWarning")
 def test_two_processes_share_each_batch(source, labels, weights, tmp_path, monkeypatch):
     with socket.socket() as s:

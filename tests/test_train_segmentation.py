@@ -151,6 +151,7 @@ def test_parts_of_a_batch_add_up(source, weights, tmp_path, balanced):
         torch.testing.assert_close(four[name], value, rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.processes
 def test_two_processes_share_each_batch(source, weights, tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
