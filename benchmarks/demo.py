@@ -3,6 +3,7 @@
     python benchmarks/demo.py FOLDER [--seeds 0 1 2]
 
 Each seed draws pictures and trains networks of its own, in a folder of its own; one that is there is not made again.
+Prints the README's table of them.
 """
 
 import argparse
@@ -36,6 +37,18 @@ def measure(out: Path, seed: int) -> dict:
     return json.loads(kept.read_text("utf-8"))
 
 
+def table() -> str:
+    """Markdown: points of mIoU by seed and stage, and their means."""
+    rows = json.loads(RESULTS.read_text("utf-8"))["rows"]
+    rows = [{"seed": "mean", **{name: sum(row[name] for row in rows) / len(rows) for name in STAGES}}, *rows]
+    lines = ["| seed | CAM | RIB | RIB's gain | CRF | PPMG | segmenter | segmenter, unseen |", "|---" * 8 + "|"]
+    for row in [*rows[1:], rows[0]]:
+        cells = [f"{row[name]:.1f}" for name in STAGES]
+        cells.insert(2, f"{row['rib'] - row['cam']:+.1f}")
+        lines.append(f"| {row['seed']} | {' | '.join(cells)} |")
+    return "".join(f"{line}\n" for line in lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
@@ -50,6 +63,7 @@ def main() -> None:
     versions = {"ribfast": __version__, "torch": torch.__version__, "python": platform.python_version()}
     rows = [measure(options.folder / f"seed-{seed}", seed) for seed in options.seeds]
     RESULTS.write_text(json.dumps({"machine": machine, "versions": versions, "rows": rows}, indent=1) + "\n", "utf-8")
+    print(table())
 
 
 def _processor() -> str:

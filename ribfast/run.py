@@ -120,19 +120,22 @@ def stages(given: Given, config: RunConfig, masked: bool) -> list[Stage]:
 
     if given.classifier is None:
         own = {
-            "tiny": ["--lr", "0.05", "--epochs", "20", "--long-side", "80,112", "--crop", "96", "--preset", "paper"],
+            "tiny": ["--lr", "0.03", "--batch", "8", "--epochs", "14", "--long-side", "80,112", "--crop", "96",
+                     "--preset", "paper"],
             "small": ["--lr", "0.03" if c.network == "mobilenet_v2" else "0.01", "--epochs", "8", "--long-side",
                       "224,384", "--crop", "288", "--preset", "paper"],
         }.get(c.size, [])  # fmt: skip
         own += ["--no-frozen-trunk"] * (given.weights is None and c.size == "tiny")
         add("classifier", "train-classifier", *images, *network, *own, *start, "--seed", c.seed, *works, "--resume")
-    maps = add("cam", "cam", *images, "--checkpoint", classifier, *works)
+    own = ["--scales", "1.0,2.0"] if c.size == "tiny" else []
+    maps = add("cam", "cam", *images, "--checkpoint", classifier, *own, *works)
     compare("maps", maps)
     if c.rib != "none":
         own = {
-            "tiny": ["--others-crop", "96", "--others-long-side", "80,112", "--n-others", "8"],
+            "tiny": [*own, "--loss-scales", "1.0", "--lr", "6e-4", "--classifier-lr-scale", "1", "--tau", "0.3",
+                     "--explode-area", "0.4", "--others-crop", "96", "--others-long-side", "80,112", "--n-others", "8"],
             "small": ["--others-crop", "192", "--others-long-side", "154,269", "--n-others", "8"],
-        }.get(c.size, [])
+        }.get(c.size, [])  # fmt: skip
         if c.network == "mobilenet_v2":  # whose maps hardly move at the rate of ResNet-50
             own += ["--lr", "3e-5"]
         words = [*images, "--checkpoint", classifier, "--preset", c.rib, *own, "--seed", c.seed, "--steps-kept"]

@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -45,6 +46,16 @@ def test_the_toy_experiment_is_told_as_it_was_measured():
         shown[name] = [mean("layer", layer, "", region) for region in REGIONS]
     for name, values in shown.items():
         assert f"| {name} | {' | '.join(f'{value:.2f}' for value in values)} |" in text
+
+
+def test_the_demo_is_told_as_it_was_measured():
+    demo, text = script("demo"), (ROOT / "README.md").read_text()
+    section = text.partition("### The demo")[2].partition("\n#")[0]
+    assert demo.table() in section, "put in what `table()` of benchmarks/demo.py says"
+    rows = json.loads(demo.RESULTS.read_text())["rows"]
+    gains = [row["rib"] - row["cam"] for row in rows]
+    assert len(rows) >= 3 and f"{sum(gains) / len(gains):.1f} points of mIoU" in section
+    assert f"{max(row['seconds'] for row in rows)} seconds" in section
 
 
 def test_named_files_and_targets_exist():
