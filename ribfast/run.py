@@ -120,8 +120,8 @@ def stages(given: Given, config: RunConfig, masked: bool) -> list[Stage]:
 
     if given.classifier is None:
         own = {
-            "tiny": ["--lr", "0.03", "--batch", "8", "--epochs", "14", "--long-side", "80,112", "--crop", "96",
-                     "--preset", "paper"],
+            "tiny": ["--lr", "0.01", "--classifier-lr-scale", "3", "--batch", "8", "--epochs", "10",
+                     "--long-side", "80,112", "--crop", "96", "--preset", "paper"],
             "small": ["--lr", "0.03" if c.network == "mobilenet_v2" else "0.01", "--epochs", "8", "--long-side",
                       "224,384", "--crop", "288", "--preset", "paper"],
         }.get(c.size, [])  # fmt: skip
