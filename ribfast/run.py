@@ -127,12 +127,12 @@ def stages(given: Given, config: RunConfig, masked: bool) -> list[Stage]:
         }.get(c.size, [])  # fmt: skip
         own += ["--no-frozen-trunk"] * (given.weights is None and c.size == "tiny")
         add("classifier", "train-classifier", *images, *network, *own, *start, "--seed", c.seed, *works, "--resume")
-    own = ["--scales", "1.0,2.0"] if c.size == "tiny" else []
-    maps = add("cam", "cam", *images, "--checkpoint", classifier, *own, *works)
+    scales = ["--scales", "1.0,2.0"] if c.size == "tiny" else []
+    maps = add("cam", "cam", *images, "--checkpoint", classifier, *scales, *works)
     compare("maps", maps)
     if c.rib != "none":
         own = {
-            "tiny": [*own, "--loss-scales", "1.0", "--lr", "6e-4", "--classifier-lr-scale", "1", "--tau", "0.3",
+            "tiny": [*scales, "--loss-scales", "1.0", "--lr", "6e-4", "--classifier-lr-scale", "1", "--tau", "0.3",
                      "--explode-area", "0.4", "--others-crop", "96", "--others-long-side", "80,112", "--n-others", "8"],
             "small": ["--others-crop", "192", "--others-long-side", "154,269", "--n-others", "8"],
         }.get(c.size, [])  # fmt: skip
@@ -167,11 +167,10 @@ def stages(given: Given, config: RunConfig, masked: bool) -> list[Stage]:
             *(["--cycle"] * c.cycle), "--seed", c.seed, *works, "--resume")  # fmt: skip
         checkpoint = here / "segmenter" / CHECKPOINTS["segmenter"]
         shown = ["--data", given.data, "--split", given.validation] if given.validation else images
-        own = ["--scales", "1.0,1.5", "--crf"] if c.size == "tiny" else []
-        network = ["--checkpoint", checkpoint, *own]
+        words = ["--checkpoint", checkpoint, *(["--scales", "1.0,1.5", "--crf"] if c.size == "tiny" else []), *works]
         if c.relabel and given.validation:
-            compare("masks", add("relabelled", "predict", *images, *network, *works))
-        predicted = add("predicted", "predict", *shown, *network, *works)
+            compare("masks", add("relabelled", "predict", *images, *words))
+        predicted = add("predicted", "predict", *shown, *words)
         compare("masks", predicted, *shown)
     names = {stage.name for stage in found} - ({"predicted"} if given.validation else set())  # those are other images
     compared = [name for name in ("cam", "rib", "masks", *c.compared, "relabelled", "predicted") if name in names]
