@@ -136,19 +136,22 @@ def stages(given: Given, config: RunConfig, masked: bool) -> list[Stage]:
 
     if given.classifier is None:
         own = {
-            "tiny": ["--lr", "0.05", "--epochs", "20", "--long-side", "80,112", "--crop", "96", "--preset", "paper"],
+            "tiny": ["--lr", "0.02", "--classifier-lr-scale", "3", "--batch", "8", "--epochs", "18",
+                     "--long-side", "80,112", "--crop", "96", "--preset", "paper"],
             "small": ["--lr", "0.03" if c.network == "mobilenet_v2" else "0.01", "--epochs", "8", "--long-side",
                       "224,384", "--crop", "288", "--preset", "paper"],
         }.get(c.size, [])  # fmt: skip
         own += ["--no-frozen-trunk"] * (given.weights is None and c.size == "tiny")
         add("classifier", "train-classifier", *images, *network, *own, *start, "--seed", c.seed, *works, "--resume")
-    maps = add("cam", "cam", *images, "--checkpoint", classifier, *works)
+    scales = ["--scales", "1.0,2.0"] if c.size == "tiny" else []
+    maps = add("cam", "cam", *images, "--checkpoint", classifier, *scales, *works)
     compare("maps", maps)
     if c.rib != "none":
         own = {
-            "tiny": ["--others-crop", "96", "--others-long-side", "80,112", "--n-others", "8"],
+            "tiny": [*scales, "--loss-scales", "1.0", "--lr", "6e-4", "--classifier-lr-scale", "1", "--tau", "0.3",
+                     "--explode-area", "0.4", "--others-crop", "96", "--others-long-side", "80,112", "--n-others", "8"],
             "small": ["--others-crop", "192", "--others-long-side", "154,269", "--n-others", "8"],
-        }.get(c.size, [])
+        }.get(c.size, [])  # fmt: skip
         if c.network == "mobilenet_v2":  # whose maps hardly move at the rate of ResNet-50
             own += ["--lr", "3e-5"]
         words = [*images, "--checkpoint", classifier, "--preset", c.rib, *own, "--seed", c.seed, "--steps-kept"]
@@ -163,22 +166,27 @@ def stages(given: Given, config: RunConfig, masked: bool) -> list[Stage]:
         add("irn", "train-irn", *words, *works, "--resume")
         irn = ["--irn", str(here / "irn" / CHECKPOINTS["irn"])]
     preset = {"irn": "irn" if c.rib == "none" else "coco" if c.rib == "coco" else "rib"}.get(c.masks, c.masks)
-    masks = add("masks", "masks", *images, "--maps", maps, "--preset", preset, *irn, *works)
+    own = {"ppmg": ["--power", "3"]} if c.size == "tiny" else {}
+    words = [*images, "--maps", maps, "--preset", preset, *own.get(c.masks, []), *irn]
+    masks = add("masks", "masks", *words, *works)
     compare("masks", masks)
     for method in c.compared:
-        compare("masks", add(method, "masks", *images, "--maps", maps, "--preset", method, *works))
+        words = [*images, "--maps", maps, "--preset", method, *own.get(method, [])]
+        compare("masks", add(method, "masks", *words, *works))
     if c.segmenter:
         preset = "coco" if c.rib == "coco" else "voc" if c.size == "published" else "light"
-        own = ["--steps", "160", "--crop", "97", "--save-every", "40"] if c.size == "tiny" else []
+        own = ["--steps", "160", "--lr", "0.01", "--head-lr-scale", "3", "--frozen", "0", "--rescale", "0.8,1.25",
+               "--crop", "97", "--save-every", "80"] if c.size == "tiny" else []  # fmt: skip
         looks = ["--validation", given.validation] if given.validation and masked else []
         start = start or ["--weights", str(classifier)]
         add("segmenter", "train-seg", *images, "--masks", masks, "--preset", preset, *network, *own, *start, *looks,
             *(["--cycle"] * c.cycle), "--seed", c.seed, *works, "--resume")  # fmt: skip
         checkpoint = here / "segmenter" / CHECKPOINTS["segmenter"]
         shown = ["--data", given.data, "--split", given.validation] if given.validation else images
+        words = ["--checkpoint", checkpoint, *(["--scales", "1.0,1.5", "--crf"] if c.size == "tiny" else []), *works]
         if c.relabel and given.validation:
-            compare("masks", add("relabelled", "predict", *images, "--checkpoint", checkpoint, *works))
-        predicted = add("predicted", "predict", *shown, "--checkpoint", checkpoint, *works)
+            compare("masks", add("relabelled", "predict", *images, *words))
+        predicted = add("predicted", "predict", *shown, *words)
         compare("masks", predicted, *shown)
     names = {stage.name for stage in found} - ({"predicted"} if given.validation else set())  # those are other images
     compared = [name for name in ("cam", "rib", "masks", *c.compared, "relabelled", "predicted") if name in names]

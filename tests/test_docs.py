@@ -112,6 +112,16 @@ def anchors(path):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def test_the_demo_is_told_as_it_was_measured():
+    demo, text = script("demo"), (ROOT / "docs" / "methods.md").read_text()
+    section = text.partition("### The demo")[2].partition("\n#")[0]
+    assert demo.table() in section, "put in what `table()` of benchmarks/demo.py says"
+    rows = json.loads(demo.RESULTS.read_text())["rows"]
+    gains = [row["rib"] - row["cam"] for row in rows]
+    assert len(rows) >= 3 and f"{sum(gains) / len(gains):.1f} points of mIoU" in section
+    assert f"{min(rows, key=lambda row: row['load'][0])['seconds']} seconds" in section
+
+
 def test_named_files_and_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
     for path in DOCUMENTS:

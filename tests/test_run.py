@@ -100,8 +100,8 @@ def test_each_stage_is_a_command(words, tmp_path, capsys):
     "preset, masks, rib",
     [("light", "irn", "none"), ("light", "irn", "fast"), ("light", "ppmg", "paper"), ("light", "par", "released"),
      ("voc", "irn", "released"), ("released", "irn", "released"), ("paper", "irn", "paper"), ("fast", "irn", "fast"),
-     ("voc", "pamr", "none"), ("voc", "crf", "paper"), ("coco", "irn", "coco"),
-     ("coco", "threshold", "fast")],
+     ("voc", "pamr", "none"), ("voc", "crf", "paper"), ("coco", "irn", "coco"), ("coco", "threshold", "fast"),
+     ("drawn", "crf", "fast"), ("drawn", "irn", "none"), ("shown", "par", "paper")],
 )  # fmt: skip
 def test_every_choice_is_one_that_commands_know(preset, masks, rib, tmp_path):
     settings = cli.config.make(run.RunConfig, {"masks": masks, "rib": rib, "cycle": True}, preset)
