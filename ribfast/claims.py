@@ -68,8 +68,9 @@ class Claims:
             if self._is_void(generations[-1]):
                 for path in generations:
                     path.unlink(missing_ok=True)
-        for probe in self.folder.glob(".*") if self.folder.is_dir() else ():
-            probe.unlink(missing_ok=True)
+        for name in self._names():
+            if name.startswith("."):  # a probe of a process that was killed
+                (self.folder / name).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Releases all, and removes the folder, if nobody has a claim."""
@@ -87,16 +88,16 @@ class Claims:
     def _all(self) -> dict[str, list[Path]]:
         """The files of each claim, in order."""
         found = {}
-        for path in sorted(self._entries(), key=lambda path: int(path.suffix[1:])):
+        names = [name for name in self._names() if not name.startswith(".")]
+        for path in sorted(map(self.folder.joinpath, names), key=lambda path: int(path.suffix[1:])):
             found.setdefault(path.stem, []).append(path)
         return found
 
-    def _entries(self) -> list[Path]:
+    def _names(self) -> list[str]:
         try:
-            names = os.listdir(self.folder)
+            return os.listdir(self.folder)
         except FileNotFoundError:  # the last one who was here has just gone
             return []
-        return [self.folder / name for name in names if name.rpartition(".")[2].isdecimal() and name[0] != "."]
 
     def _make(self, path: Path) -> bool:
         with files.explained(path):

@@ -100,10 +100,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
     parser.add_argument("options", nargs=argparse.REMAINDER, metavar="...", help="its options")
     chosen = parser.parse_args(argv)
-    options, handler = (
-        argparse.Namespace(debug="--debug" in chosen.options),
-        _log_to_stderr("--quiet" in chosen.options),
-    )
+    options = argparse.Namespace(debug="--debug" in chosen.options)
+    handler = _log_to_stderr("--quiet" in chosen.options)
     _read_fields.cache_clear()
     before = _heed_termination()
     try:
