@@ -196,6 +196,13 @@ def test_two_processes_share_each_batch(source, weights, tmp_path, frozen):
     assert both[0] == pytest.approx(both[1], rel=1e-3)
 
 
+def test_an_empty_validation_is_named(source, tmp_path):
+    nothing = dataclasses.replace(source, items=())
+    with pytest.raises(ValueError, match="expected at least one image, got none; fill the list"):
+        train_classifier(source, SMALL, tmp_path, validation=nothing)
+    assert not list(tmp_path.iterdir())
+
+
 def test_bfloat16_and_fewer_images_than_a_batch(source, tmp_path):
     config = dataclasses.replace(SMALL, network="mobilenet_v2", tensorflow_padding=True, batch=100, epochs=1)
     config = dataclasses.replace(config, precision="bfloat16", normalization="symmetric")

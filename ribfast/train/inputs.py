@@ -42,12 +42,12 @@ def look(
 ) -> data.Scan:
     """Decodes every image and mask and raises all that is wrong with them, in all processes, each of which looks at its
     share. labels: None: the source's own masks. masked: False: none at all."""
-    items = source[here.rank :: here.world]
+    items, first = source[here.rank :: here.world], here.rank == 0  # which also says that there are none at all
     share = dataclasses.replace(source, items=items)
     if not masked:
         bare = tuple(dataclasses.replace(item, mask=None) for item in items)
         share = dataclasses.replace(source, items=bare, drawings={})
-    mine = data.scan(share, labels, required=masked, workers=workers, progress=progress) if items else None
+    mine = data.scan(share, labels, required=masked, workers=workers, progress=progress) if items or first else None
     parts = [part for part in together(here, mine) if part is not None]
     found = dataclasses.replace(
         parts[0], images=len(source), masks=sum(part.masks for part in parts),
