@@ -210,12 +210,12 @@ def _add_config(
     parser: argparse.ArgumentParser, kind: type, methods: tuple[str, ...] = (), preset: str | None = None
 ) -> None:
     group = parser.add_argument_group("configuration", "preset, then --config, then single fields")
-    names = config.presets(kind)
+    names, preset = config.presets(kind), _preset(kind, preset)
     if names:
-        shown = f"{', '.join(names)} (default: {preset or names[0]})"
+        shown = f"{', '.join(names)} (default: {preset})"
         group.add_argument("--preset", choices=names, help=shown)
     group.add_argument("--config", type=Path, metavar="FILE", help="JSON of fields, such as a run's config.json")
-    said, base = config.comments(kind), _default(kind, preset)
+    said, base = config.comments(kind), config.make(kind, preset=preset)
     for name, hint in config.hints(kind).items():
         option, default = "--" + name.replace("_", "-"), getattr(base, name)
         if name == "method" and methods:  # of which a class has one
@@ -231,10 +231,9 @@ def _add_config(
             group.add_argument(option, type=_parser(hint), metavar=metavar, **common)
 
 
-def _default(kind: type, preset: str | None):
-    """What runs when nothing is said."""
-    preset = preset or next(iter(config.presets(kind)), None)
-    return kind() if preset is None else getattr(kind, preset)()
+def _preset(kind: type, default: str | None) -> str | None:
+    """What is taken where options name none: the command's own, else the first."""
+    return default or next(iter(config.presets(kind)), None)
 
 
 def _parser(hint):
@@ -248,11 +247,9 @@ def _parser(hint):
 
 
 def _make_config(kind: type, options: argparse.Namespace, default: str | None = None):
-    """default: the preset where options name none; None: the first."""
     values = _read_fields(options.config) if options.config is not None else {}
     values = values | {name.removeprefix("field_"): v for name, v in vars(options).items() if name.startswith("field_")}
-    preset = getattr(options, "preset", None) or default or next(iter(config.presets(kind)), None)
-    return config.make(kind, values, preset)
+    return config.make(kind, values, getattr(options, "preset", None) or _preset(kind, default))
 
 
 def begin(

@@ -98,7 +98,7 @@ def test_classes_that_are_known_are_not_lost_to_others(tmp_path, monkeypatch):
     def sure(model, images, **options):
         return [logits.softmax(0)[:, None, None].expand(3, *image.shape[:2]).clone() for image in images]
 
-    monkeypatch.setattr(pipeline, "label_probabilities", sure)
+    monkeypatch.setattr(pipeline.predict, "label_probabilities", sure)
     for crf in (False, True):
         predict_masks(first, model, Store(tmp_path / str(crf)), PredictConfig(known=True, crf=crf))
         assert (Store(tmp_path / str(crf)).load_mask("p0") == 1).all()
@@ -112,7 +112,7 @@ def test_one_photograph_ends_nothing(checkpoint, folder, tmp_path, monkeypatch):
             raise RuntimeError("CUDA out of memory. Tried to allocate\nmore")
         return label_probabilities(model, images, **options)
 
-    monkeypatch.setattr(pipeline, "label_probabilities", short_of_memory)
+    monkeypatch.setattr(pipeline.predict, "label_probabilities", short_of_memory)
     store = Store(tmp_path / "out")
     made = predict_masks(source, model, store)
     assert (made.made, made.failed) == (4, {"p4": "CUDA out of memory. Tried to allocate"})

@@ -1,0 +1,119 @@
+"""Class activation maps of a trained classifier."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from .. import data, models
+from ..cams import CROP_SCALES, merge_cams, multi_crop_cams, shrink_cams
+from ..processes import choose_device, choose_shard
+from ..store import Store
+from .stage import LACKING, Made, Stage, check_classes, keep_maps, own_share, reason_of, save_all, since
+
+
+@dataclass(frozen=True)
+class CamConfig:
+    """The defaults are IRN's and RIB's."""
+
+    scales: tuple[float, ...] = (1.0, 0.5, 1.5, 2.0)  # each of the original photograph, with its mirror
+    crop: int = 0  # PMM's: each scale in overlapping crops of this side, without mirrors; 0: whole
+    stride: int = 300  # from one crop to the next
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the network; maps are merged in float32
+    format: Literal["npz", "irn", "pmm"] = "npz"  # of the files
+    high_res: bool = False  # keep maps of the photograph's size in npz files too, not only at a quarter of it
+    shard: str | None = None  # i/n: the i-th of n shares alone, from 0; none: all, with whoever shares OUT
+    workers: int = 2  # threads that decode
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+
+    def __post_init__(self):
+        if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
+            raise ValueError(f"CamConfig: expected scales above 0, got {self.scales}")
+        if self.crop and not 0 < self.stride <= self.crop:
+            raise ValueError(f"CamConfig: expected 0 < stride <= crop, got stride {self.stride} and crop {self.crop}")
+        if self.workers < 0:
+            raise ValueError(f"CamConfig: expected workers of at least 0, got {self.workers}")
+        choose_shard(self.shard)
+
+    @classmethod
+    def released(cls) -> "CamConfig":
+        return cls()
+
+    @classmethod
+    def pmm(cls) -> "CamConfig":
+        return cls(scales=CROP_SCALES, crop=448)
+
+
+def make_cams(
+    source: data.Source,
+    model: models.CamClassifier,
+    store: Store,
+    config: CamConfig | None = None,
+    *,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Made:
+    """Class activation maps of each image's classes, merged over scales and mirrors, into the store.
+
+    What is there already is left alone, so a run that was cut off goes on. An image that cannot be read is recorded
+    as a failure and does not stop the others; it is tried again the next time. One without classes is recorded as
+    skipped in the store's metrics.
+    """
+    config = config or CamConfig()
+    check_classes("make_cams", source, model)
+    device, start = choose_device(config.device), time.perf_counter()
+    model = model.to(device, memory_format=torch.channels_last).eval()
+    units = own_share([(number,) for number, item in enumerate(source) if item.classes], config)
+    skipped = own_share([number for number, item in enumerate(source) if not item.classes], config)
+
+    def load(number: int):
+        item = source[number]
+        try:
+            image = source.image(item)
+        except (OSError, ValueError) as error:
+            return item, None, str(error)
+        if config.crop:
+            return item, image.shape[:2], image
+        return item, image.shape[:2], data.make_views(image, config.scales, data.NORMALIZATIONS[model.normalization])
+
+    def maps(numbers: Iterator[int]) -> Iterator[tuple]:
+        for item, size, views in data.prefetch(load, numbers, workers=config.workers, ahead=max(2, config.workers)):
+            if size is None:
+                yield item, views
+                continue
+            try:
+                if config.crop:
+                    found = _crop_cams(model, views, item.classes, config)
+                else:
+                    found = _cams(model, views, item.classes, size, device, config.precision)
+            except LACKING as error:
+                yield item, reason_of(error)
+                continue
+            yield item, None, *found
+
+    def keep(item: data.Item, cam, high_res) -> None:
+        keep_maps(store, item.name, item.classes, cam, high_res, seconds=since(start))
+
+    with Stage(source, store, "maps", units, config, progress, skipped) as stage:
+        for begun in stage.rounds():
+            save_all(stage, maps(number for _, left in begun for number in left), keep, ahead=4)
+    return stage.result
+
+
+@torch.inference_mode()
+def _cams(model, views, classes, size, device, precision):
+    maps = []
+    for view in views:
+        view = view.to(device, memory_format=torch.channels_last, non_blocking=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            maps.append(model(view).float())
+    return merge_cams(maps, classes, size)
+
+
+def _crop_cams(model, image, classes, config: CamConfig):
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        high_res = multi_crop_cams(model, image, classes, scales=config.scales, crop=config.crop, stride=config.stride)
+    return shrink_cams(high_res), high_res
