@@ -14,21 +14,19 @@ import json
 import logging
 import os
 import shlex
-import shutil
 import signal
 import sys
 import threading
-import time
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from . import __version__, config, files
+from . import __version__, config
+from .begin import INDIFFERENT, begin, refuse_another_command, run_of
+from .progress import Progress
 
 log = logging.getLogger("ribfast")
-# fields of how a run is put to work, which change no result
-INDIFFERENT = ("shard", "workers", "device", "batch", "cache_mib", "concurrency", "graphs")
 EXPECTED = (ValueError, OSError, ArithmeticError, MemoryError)  # said in a line; others are bugs and show where
 # exit codes beside 0 and argparse's 2: nothing more can be made; some images could not be; interrupted, terminated
 FAILED, INCOMPLETE, INTERRUPTED, TERMINATED = 1, 3, 130, 143
@@ -45,46 +43,6 @@ class Command:
     arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace, Any], int | None]
     preset: str | None = None  # what runs when nothing is said; None: the configuration's first
-
-
-class Progress:
-    """A bar on a terminal; elsewhere a line now and then. Its time begins with the first call, which says the title."""
-
-    def __init__(self, stream=None, every: float = 30.0, title: str = ""):
-        self.stream, self.title = stream or sys.stderr, title
-        self.terminal = self.stream.isatty()
-        self.wait = 0.1 if self.terminal else every
-        self.first = None
-
-    def __call__(self, done: int, total: int, text: str = "") -> None:
-        now = time.monotonic()
-        if self.first is None:
-            self.start = self.shown = now
-            self.first = done  # a run that goes on does not begin at 0
-            if self.title:
-                log.info("%s", self.title)
-        if now - self.shown < self.wait and (done < total or not self.terminal):
-            return
-        self.shown = now
-        each = (now - self.start) / max(1, done - self.first)
-        pace = f"{_pace(each)}, {_duration(each * (total - done))} left"
-        if not self.terminal:
-            log.info("%d of %d, %s: %s", done, total, pace, text)
-            return
-        filled = 24 * done // max(1, total)
-        line = f"[{'#' * filled}{'.' * (24 - filled)}] {done}/{total} {pace}  {text}"
-        self.stream.write("\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1] + "\n" * (done == total))
-        self.stream.flush()
-
-
-def _pace(each: float) -> str:
-    """Of so many seconds each."""
-    return f"{each:.1f} s each" if each >= 1 else f"{1 / max(each, 1e-6):.3g} a second"
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -252,101 +210,6 @@ def _make_config(kind: type, options: argparse.Namespace, default: str | None = 
     return config.make(kind, values, getattr(options, "preset", None) or _preset(kind, default))
 
 
-def begin(
-    options: argparse.Namespace, settings, indifferent: tuple[str, ...] | None = None, write: bool = True, **inputs
-) -> None:
-    """Writes OUT/config.json: the configuration, the inputs (files by their digests) and the command line.
-
-    An OUT that another command began is refused. indifferent: the fields that do not change results; with it, an OUT
-    whose config.json differs in others, or was made from other inputs, or that holds results and no config.json, is
-    refused, for its files would be taken for this run's; unless --keep says that they may (what OUT began with stays in
-    its config.json, under `before`), or --overwrite that they go, which this command alone may have made. write=False:
-    refuses, and does nothing else.
-    """
-    path = options.out / "config.json"
-    refuse_another_command(options, keep=indifferent is not None)
-    inputs = {name: files.digest(value) if isinstance(value, Path) else value for name, value in inputs.items()}
-    before = {}
-    if indifferent is not None and not path.is_file() and not getattr(options, "keep", False):
-        _refuse_unknown_results(options)
-    if indifferent is not None and getattr(options, "overwrite", False):
-        _clear(options, settings)
-    elif indifferent is not None and path.is_file():
-        there = _read_run(path)
-        found = config.differences(settings, there.get("config", {}), indifferent)
-        others = {"command": options.command, **inputs}
-        known = {"command": there.get("command", options.command), **there.get("inputs", {})}
-        found += [f"{name} (here {_short(value)}, there {_short(known[name])})" for name, value in others.items()
-                  if known.get(name, value) != value]  # fmt: skip
-        if found and not getattr(options, "keep", False):
-            advice = ", or say --keep to mix both" * hasattr(options, "keep")
-            advice += ", or --overwrite to make all anew" * hasattr(options, "overwrite")
-            raise ValueError(f"expected to go on in {options.out} as it began, got another {', '.join(found)}; choose "
-                             f"another --out{advice}")  # fmt: skip
-        before = {"before": [*there.pop("before", []), *([there] if found else [])]}
-    if write:  # each process, before its first result: nobody waits for the one that writes it
-        words = {name: v for name, v in vars(options).items() if not name.startswith("field_") and v is not None}
-        before = {name: value for name, value in before.items() if value}
-        config.write(path, settings, command=options.command, ribfast=__version__, options=words, inputs=inputs,
-                     **before)  # fmt: skip
-
-
-def refuse_another_command(options: argparse.Namespace, keep: bool = False) -> None:
-    """keep: --keep may say otherwise."""
-    path = options.out / "config.json"
-    there = _read_run(path).get("command", options.command) if path.is_file() else options.command
-    if there != options.command and not (keep and getattr(options, "keep", False)):
-        raise ValueError(f"expected an --out of its own, or one that `{options.command}` began, got {options.out}, "
-                         f"which `{there}` began; choose another --out")  # fmt: skip
-
-
-def _refuse_unknown_results(options: argparse.Namespace) -> None:
-    from .store import CONFIG, Store
-
-    # looked for once more: another process may have begun this run meanwhile
-    if options.out.is_dir() and Store(options.out).has_results() and CONFIG not in os.listdir(options.out):
-        raise ValueError(
-            f"expected an empty --out or a run's, got {options.out}, with maps or masks and no "
-            f"config.json that says whose; choose another --out, or say --keep to add to them"
-        )
-
-
-def _run_of(folder: Path) -> dict:
-    """What tells the run in a folder from others: its command, configuration and inputs; nothing if there is none."""
-    path = folder / "config.json"
-    if not path.is_file():
-        return {}
-    there = _read_run(path)
-    settings = {name: value for name, value in there.get("config", {}).items() if name not in INDIFFERENT}
-    return {"command": there.get("command"), "config": settings, "inputs": there.get("inputs", {})}
-
-
-def _read_run(path: Path) -> dict:
-    try:
-        there = json.loads(path.read_text("utf-8"))
-    except ValueError:
-        there = None
-    if not isinstance(there, dict):
-        raise ValueError(f"expected a run's configuration in {path}, got no JSON object; remove that folder")
-    return there
-
-
-def _short(value) -> str:
-    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)  # digests
-
-
-def _clear(options: argparse.Namespace, settings) -> None:
-    from .claims import Claims
-    from .processes import rank_and_world
-    from .store import CLAIMS, Store
-
-    several = getattr(settings, "shard", None) is not None or rank_and_world()[1] > 1
-    if several or Claims(options.out / CLAIMS).is_alive():
-        raise ValueError(f"expected one process for --overwrite, got several, which would remove one another's files; "
-                         f"remove {options.out} and run without it")  # fmt: skip
-    Store(options.out).clear()
-
-
 def _data_arguments(parser: argparse.ArgumentParser, none: str = "") -> None:
     """none: what is taken without --data, which may then be missing."""
     text = "folder:PATH, voc:PATH or coco:PATH" + f" (default: {none})" * bool(none)
@@ -496,7 +359,7 @@ def _masks(options: argparse.Namespace, settings) -> int:
     network = None if options.irn is None else open_irn(options.irn)
     choose_device(settings.device)  # or an error, before anything is written
     inputs = {} if options.irn is None else {"irn": options.irn}
-    begin(options, settings, INDIFFERENT, maps=str(maps.folder.resolve()), run=_run_of(maps.folder),
+    begin(options, settings, INDIFFERENT, maps=str(maps.folder.resolve()), run=run_of(maps.folder),
           images=source.digest(), **inputs)  # fmt: skip
     store = Store(options.out)
     return _report(options, make_masks(source, maps, store, settings, network=network, progress=_progress()))
@@ -529,7 +392,7 @@ def _export(options: argparse.Namespace, settings) -> None:
     source, masks = open_source(options.data, options.split), open_masks(options.masks)
 
     def start(write: bool = True) -> None:
-        begin(options, settings, INDIFFERENT, write, masks=str(masks.folder.resolve()), run=_run_of(masks.folder),
+        begin(options, settings, INDIFFERENT, write, masks=str(masks.folder.resolve()), run=run_of(masks.folder),
               images=source.digest())  # fmt: skip
 
     start(write=False)

@@ -9,7 +9,7 @@ import pictures
 import pytest
 import torch
 
-from ribfast import cli, config, data, models
+from ribfast import cli, config, data, models, progress
 from ribfast.claims import Claims
 from ribfast.store import Store
 
@@ -177,15 +177,15 @@ class Screen:
 
 def test_progress_is_a_bar_on_terminals_alone(caplog):
     screen = Screen(True)
-    bar = cli.Progress(screen)
+    bar = progress.Progress(screen)
     for done in range(1, 101):
         bar(done, 100, "loss 0.1")
     assert re.search(r"\] 100/100 \S+ a second, 0:00 left  loss 0.1\n$", screen.text)
     assert screen.text.count("\r") < 50
-    assert (cli._pace(0.02), cli._pace(2.0)) == ("50 a second", "2.0 s each")
+    assert (progress._pace(0.02), progress._pace(2.0)) == ("50 a second", "2.0 s each")
     screen = Screen(False)
     with caplog.at_level("INFO", "ribfast"):
-        now_and_then = cli.Progress(screen, every=0)
+        now_and_then = progress.Progress(screen, every=0)
         now_and_then(3, 10, "a")
     assert screen.text == "" and re.search(r"3 of 10, \S+ a second, 0:00 left: a", caplog.text)
 

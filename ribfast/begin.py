@@ -1,0 +1,106 @@
+"""What a folder of results began with: its config.json, and what is refused in it."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from . import __version__, config, files
+
+# fields of how a run is put to work, which change no result
+INDIFFERENT = ("shard", "workers", "device", "batch", "cache_mib", "concurrency", "graphs")
+
+
+def begin(
+    options: argparse.Namespace, settings, indifferent: tuple[str, ...] | None = None, write: bool = True, **inputs
+) -> None:
+    """Writes OUT/config.json: the configuration, the inputs (files by their digests) and the command line.
+
+    An OUT that another command began is refused. indifferent: the fields that do not change results; with it, an OUT
+    whose config.json differs in others, or was made from other inputs, or that holds results and no config.json, is
+    refused, for its files would be taken for this run's; unless --keep says that they may (what OUT began with stays in
+    its config.json, under `before`), or --overwrite that they go, which this command alone may have made. write=False:
+    refuses, and does nothing else.
+    """
+    path = options.out / "config.json"
+    refuse_another_command(options, keep=indifferent is not None)
+    inputs = {name: files.digest(value) if isinstance(value, Path) else value for name, value in inputs.items()}
+    before = {}
+    if indifferent is not None and not path.is_file() and not getattr(options, "keep", False):
+        _refuse_unknown_results(options)
+    if indifferent is not None and getattr(options, "overwrite", False):
+        _clear(options, settings)
+    elif indifferent is not None and path.is_file():
+        there = _read_run(path)
+        found = config.differences(settings, there.get("config", {}), indifferent)
+        others = {"command": options.command, **inputs}
+        known = {"command": there.get("command", options.command), **there.get("inputs", {})}
+        found += [f"{name} (here {_short(value)}, there {_short(known[name])})" for name, value in others.items()
+                  if known.get(name, value) != value]  # fmt: skip
+        if found and not getattr(options, "keep", False):
+            advice = ", or say --keep to mix both" * hasattr(options, "keep")
+            advice += ", or --overwrite to make all anew" * hasattr(options, "overwrite")
+            raise ValueError(f"expected to go on in {options.out} as it began, got another {', '.join(found)}; choose "
+                             f"another --out{advice}")  # fmt: skip
+        before = {"before": [*there.pop("before", []), *([there] if found else [])]}
+    if write:  # each process, before its first result: nobody waits for the one that writes it
+        words = {name: v for name, v in vars(options).items() if not name.startswith("field_") and v is not None}
+        before = {name: value for name, value in before.items() if value}
+        config.write(path, settings, command=options.command, ribfast=__version__, options=words, inputs=inputs,
+                     **before)  # fmt: skip
+
+
+def refuse_another_command(options: argparse.Namespace, keep: bool = False) -> None:
+    """keep: --keep may say otherwise."""
+    path = options.out / "config.json"
+    there = _read_run(path).get("command", options.command) if path.is_file() else options.command
+    if there != options.command and not (keep and getattr(options, "keep", False)):
+        raise ValueError(f"expected an --out of its own, or one that `{options.command}` began, got {options.out}, "
+                         f"which `{there}` began; choose another --out")  # fmt: skip
+
+
+def _refuse_unknown_results(options: argparse.Namespace) -> None:
+    from .store import CONFIG, Store
+
+    # looked for once more: another process may have begun this run meanwhile
+    if options.out.is_dir() and Store(options.out).has_results() and CONFIG not in os.listdir(options.out):
+        raise ValueError(
+            f"expected an empty --out or a run's, got {options.out}, with maps or masks and no "
+            f"config.json that says whose; choose another --out, or say --keep to add to them"
+        )
+
+
+def run_of(folder: Path) -> dict:
+    """What tells the run in a folder from others: its command, configuration and inputs; nothing if there is none."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    there = _read_run(path)
+    settings = {name: value for name, value in there.get("config", {}).items() if name not in INDIFFERENT}
+    return {"command": there.get("command"), "config": settings, "inputs": there.get("inputs", {})}
+
+
+def _read_run(path: Path) -> dict:
+    try:
+        there = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        there = None
+    if not isinstance(there, dict):
+        raise ValueError(f"expected a run's configuration in {path}, got no JSON object; remove that folder")
+    return there
+
+
+def _short(value) -> str:
+    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)  # digests
+
+
+def _clear(options: argparse.Namespace, settings) -> None:
+    from .claims import Claims
+    from .processes import rank_and_world
+    from .store import CLAIMS, Store
+
+    several = getattr(settings, "shard", None) is not None or rank_and_world()[1] > 1
+    if several or Claims(options.out / CLAIMS).is_alive():
+        raise ValueError(f"expected one process for --overwrite, got several, which would remove one another's files; "
+                         f"remove {options.out} and run without it")  # fmt: skip
+    Store(options.out).clear()
