@@ -38,8 +38,9 @@ demo: build  ## the whole pipeline on pictures that are drawn, to demo/report.ht
 test: build
 	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest $(SIDE_BY_SIDE) $(PYTEST_ARGS)
 
-test-build: build  ## what takes minutes to compile: CUDA sources together and by themselves, CPU tiers, a wheel from the sdist
-	$(PYTHON) -m pytest tests/test_cuda_compile.py tests/test_packaging.py -m slow $(PYTEST_ARGS)
+test-build: build  ## what takes minutes: CUDA sources, Triton's kernels, CPU tiers, a wheel from the sdist
+	$(PYTHON) -m pytest tests/test_cuda_compile.py tests/test_triton_compile.py tests/test_packaging.py -m slow \
+	    $(PYTEST_ARGS)
 
 test-tiers: build  ## the operators' tests under each CPU tier
 	$(PYTHON) -m pytest tests/test_backends.py -k tier $(PYTEST_ARGS)

@@ -15,7 +15,7 @@ from ribfast import cli, data, models
 PLAIN = [f"p{i}" for i in range(9)]
 ODD = [name.rpartition(".")[0] for name in broken.odd()]
 BAD = [name.rpartition(".")[0] for name in broken.bad()]
-TRAINED = "--network resnet18 --batch 4 --device cpu"
+TRAINED = "--network resnet10 --batch 4 --device cpu"
 CLASSIFIER = f"{TRAINED} --epochs 2 --crop 64 --long-side 48,72"
 RIB = "--scales 1.0 --loss-scales 1.0 --steps 2 --n-others 2 --no-disjoint --others-crop 40 --others-long-side 32,48"
 SMALL = {  # of run's stages
@@ -33,12 +33,12 @@ class Place:
         self.folder, self.photos = folder, folder / "photos"
         self.data = pictures.draw(self.photos, len(PLAIN))
         torch.manual_seed(0)
-        trained = models.cam_classifier("resnet18", 2)
+        trained = models.cam_classifier("resnet10", 2)
         state = {name: value for name, value in trained.state_dict().items() if not name.endswith("batches_tracked")}
         # features that neither vanish nor explode
         state |= {name: value * 0.6 for name, value in state.items() if name.endswith("bn2.weight")}
         trained.classes = pictures.CLASSES
-        segmenter, irn = models.segmenter("resnet18", 2), models.irn_network("resnet18")
+        segmenter, irn = models.segmenter("resnet10", 2), models.irn_network("resnet10")
         segmenter.classes, irn.crop = pictures.CLASSES, 64
         backbone = {name: value for name, value in state.items() if not name.startswith("classifier")}
         self.networks = {name: folder / f"{name}.safetensors" for name in ("weights", "checkpoint", "irn", "segmenter")}
@@ -72,7 +72,7 @@ class Place:
             "export": "--data {data} --masks {masks}",
             "eval": "--data {data} --maps {maps}",
             "scan": "--data {data}",
-            "run": "--data {data} --weights {weights} --network resnet18 --device cpu --seed 3 "
+            "run": "--data {data} --weights {weights} --network resnet10 --device cpu --seed 3 "
             + " ".join(f"--set {stage}.{field}" for stage, fields in SMALL.items() for field in fields.split()),
         }[command].format(**known)  # fmt: skip
         line += f" --split {given['split']}" if "split" in given else ""

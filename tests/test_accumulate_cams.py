@@ -12,7 +12,7 @@ CASES = {  # size, padded
     "plain": ((63, 129), None),
     "padded": ((61, 93), (64, 96)),
     "one row": ((1, 40), None),
-    "one column": ((40, 1), (48, 16)),
+    "one column": ((20, 1), (32, 16)),
     "one pixel": ((1, 1), None),
 }
 
@@ -144,11 +144,11 @@ def test_no_classes(device, shape):
 
 @pytest.mark.parametrize("relu", [True, False])
 def test_nan_stays_in_its_class(device, relu):
-    maps = scales((30, 40), FACTORS, 3, torch.float32, device)
-    clean = ops.accumulate_cams(maps, (30, 40), relu=relu)
+    maps = scales((20, 40), FACTORS, 3, torch.float32, device)
+    clean = ops.accumulate_cams(maps, (20, 40), relu=relu)
     maps[2][1, 1, 1, 1] = math.nan
-    merged = ops.accumulate_cams(maps, (30, 40), relu=relu)
-    expected = reference.accumulate_cams(maps, (30, 40), relu=relu)
+    merged = ops.accumulate_cams(maps, (20, 40), relu=relu)
+    expected = reference.accumulate_cams(maps, (20, 40), relu=relu)
     assert torch.equal(merged.isnan(), expected.isnan()) and merged[1].isnan().any()
     assert torch.equal(merged[[0, 2]], clean[[0, 2]])
 

@@ -193,7 +193,7 @@ def test_progress_is_a_bar_on_terminals_alone(caplog):
 def test_from_pictures_to_an_evaluation(tmp_path, capsys):
     torch.manual_seed(0)
     spec, out = pictures.draw(tmp_path / "data", 6), tmp_path / "trained"
-    small = "--network resnet18 --epochs 1 --batch 5 --long-side 48,64 --crop 48 --lr 0.001 --workers 1 --device cpu"
+    small = "--network resnet10 --epochs 1 --batch 5 --long-side 48,64 --crop 48 --lr 0.001 --workers 1 --device cpu"
     assert cli.main(["train-classifier", "--data", spec, "--out", str(out), *small.split()]) == 0
     written = json.loads((out / "config.json").read_text())
     assert written["config"]["long_side"] == [48, 64] and written["command"] == "train-classifier"
@@ -279,7 +279,7 @@ def test_open_classifier(tmp_path):
         with torch.device("meta"):
             names = dict.fromkeys(models.cam_classifier(name, 3).state_dict())
         assert models._network(names, path) == name
-    for name in ("resnet18", "mobilenet_v2"):
+    for name in ("resnet10", "mobilenet_v2"):
         models.save_checkpoint(path, models.cam_classifier(name, 3).state_dict())
         model = models.open_classifier(path)
         assert (model.name, model.n_classes, model.normalization, model.classes) == (name, 3, "imagenet", None)

@@ -59,11 +59,11 @@ def test_from_nothing_to_a_report(tmp_path, monkeypatch, capsys):
 
 def test_of_photographs_it_is_run(tmp_path, weights, capsys):
     photos = pictures.draw(tmp_path / "photos", 9)
-    given = [*words(tmp_path / "demo"), "--data", photos, "--weights", str(weights), "--network", "resnet18"]
+    given = [*words(tmp_path / "demo"), "--data", photos, "--weights", str(weights), "--network", "resnet10"]
     given += ["--set", "rib.disjoint=false"]
     assert cli.main([*given, "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    settings = cli.config.make(run.RunConfig, {"network": "resnet18", "workers": 1}, "shown")
+    settings = cli.config.make(run.RunConfig, {"network": "resnet10", "workers": 1}, "shown")
     fields = {stage: dict(field.split("=") for field in text.split()) for stage, text in TINY.items()}
     fields["rib"]["disjoint"] = "false"
     expected = run.stages(

@@ -26,7 +26,7 @@ def given(tmp_path_factory):
     photos = pictures.draw(folder / "photos", COUNT, (48, 60))
     (folder / "photos" / "images" / "p6.png").write_bytes(b"nothing")
     torch.manual_seed(0)
-    classifier, segmenter = models.cam_classifier("resnet18", 2), models.segmenter("resnet18", 2)
+    classifier, segmenter = models.cam_classifier("resnet10", 2), models.segmenter("resnet10", 2)
     for model, tensors in ((classifier, classifier.state_dict()), (segmenter, segmenter.tensors())):
         model.classes = pictures.CLASSES
         models.save_checkpoint(folder / f"{model.kind}.safetensors", tensors, model.metadata())
@@ -134,7 +134,7 @@ def test_run_shares_its_stages(tmp_path):
     """From labels to predictions and a report, by two processes, an image among those that cannot be read."""
     photos, out, path = pictures.draw(tmp_path / "photos", 9), tmp_path / "out", tmp_path / "commands.json"
     (tmp_path / "photos" / "images" / "p2.png").write_bytes(b"nothing")
-    words = ["run", "--data", photos, "--out", str(out), "--network", "resnet18", "--device", "cpu"]
+    words = ["run", "--data", photos, "--out", str(out), "--network", "resnet10", "--device", "cpu"]
     words += ["--set", "classifier.epochs=1", "--set", "classifier.batch=4", "--set", "classifier.crop=64"]
     words += ["--set", "cam.scales=1.0", "--set", "rib.steps=2", "--set", "rib.n_others=2"]
     words += ["--set", "rib.disjoint=false", "--set", "rib.others_crop=64", "--set", "rib.others_long_side=64,72"]

@@ -264,11 +264,11 @@ COMMANDS = [(command, network) for network, commands in READERS.items() for comm
 def test_weights_that_are_not_finite(place, command, network, value, tmp_path, capsys):
     wrong, whole = tmp_path / "wrong.safetensors", place.networks[network]
     state = models.load_checkpoint(whole)
-    state["layer3.1.conv2.weight"][5, 4, 1, 2] = value
+    state["layer3.0.conv2.weight"][5, 4, 1, 2] = value
     models.save_checkpoint(wrong, state, models.read_metadata(whole))
     assert cli.main(place.words(command, tmp_path / "out", **{network: wrong})) == cli.FAILED
     said = capsys.readouterr().err.splitlines()[-1]
-    assert f"expected finite weights, got NaN or infinity in layer3.1.conv2.weight of {wrong}; train or" in said
+    assert f"expected finite weights, got NaN or infinity in layer3.0.conv2.weight of {wrong}; train or" in said
     assert not [*tmp_path.rglob("out/*.safetensors")] and not (tmp_path / "out" / "maps").exists()
 
 

@@ -65,7 +65,7 @@ def benchmarks(monkeypatch):
 def test_every_row_of_rib_is_measured(benchmarks):
     """On the CPU and small; a row that fails on a GPU alone says how."""
     gpu_rib = benchmarks("gpu_rib")
-    case = gpu_rib.Case(torch.device("cpu"), (32, 40), 32, 2, 3, "resnet18")
+    case = gpu_rib.Case(torch.device("cpu"), (32, 40), 32, 2, 3, "resnet10")
     rows = gpu_rib.measure(lambda name, row: None, case, case, networks=(), at_once=(1,), workers=1)
     assert not [(name, row) for name, row in rows.items() if "error" in row]
     assert {"matrix", "released", "exact", "fast with loading", "graphs on, float32"} <= set(rows)
@@ -74,7 +74,7 @@ def test_every_row_of_rib_is_measured(benchmarks):
 
 def test_steps_of_segmentation_are_measured(benchmarks):
     gpu_train, rows = benchmarks("gpu_train"), []
-    small = dict(network="resnet18", batch=2, crop=33, steps=4, workers=1, device="cpu")
+    small = dict(network="resnet10", batch=2, crop=33, steps=4, workers=1, device="cpu")
     ways = {"plain": SegmentationConfig(**small), "graphs": SegmentationConfig(**small, graphs=True)}
     gpu_train.measure(rows.append, ways, images=4, size=(40, 48), warm=1)
     assert [row["way"] for row in rows] == ["plain", "graphs"] and rows[0]["step_ms"] > 0 < rows[0]["tflops"]
@@ -85,7 +85,7 @@ def test_steps_of_segmentation_are_measured(benchmarks):
 def test_steps_of_erasing_are_measured(benchmarks):
     gpu_train, rows = benchmarks("gpu_train"), []
     ways = [("bfloat16", "cam"), ("float32", "gradcam")]
-    gpu_train.measure_erasing(rows.append, "cpu", "resnet18", images=2, crop=33, rounds=1, ways=ways)
+    gpu_train.measure_erasing(rows.append, "cpu", "resnet10", images=2, crop=33, rounds=1, ways=ways)
     assert [row["way"] for row in rows] == ["bfloat16, cam", "float32, gradcam"] and len(gpu_train.ERASING) == 4
     for row in rows:
         assert row["losses"] == pytest.approx(row["plain_losses"], rel=1e-4 if "float32" in row["way"] else 0.1)

@@ -117,7 +117,7 @@ def test_16_bits_stay_close(golden_model, precision):
         assert np.corrcoef(maps.cpu().numpy().ravel(), numbers[f"raw{i}"].ravel())[0, 1] > 0.999
 
 
-def small_model(name="resnet18", classes=4, **options):
+def small_model(name="resnet10", classes=4, **options):
     """With statistics that do something."""
     torch.manual_seed(3)
     model = models.cam_classifier(name, classes, **options)

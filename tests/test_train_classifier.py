@@ -17,27 +17,27 @@ from trainings import weights as weights
 from ribfast import data, metrics, models
 from ribfast.train import ClassifierConfig, train_classifier
 
-SMALL = ClassifierConfig("resnet18", 2, 4, lr=0.003, momentum=0.9, long_side=(48, 72), crop=64, workers=2, device="cpu")
+SMALL = ClassifierConfig("resnet10", 2, 4, lr=0.003, momentum=0.9, long_side=(48, 72), crop=64, workers=2, device="cpu")
 
 
 def test_loss_falls_and_the_checkpoint_tells_what_it_is(source, weights, tmp_path):
     seen, few = [], dataclasses.replace(source, items=source[:4])
-    config = dataclasses.replace(SMALL, epochs=14, batch=9, lr=0.1, long_side=(64, 64), normalization="symmetric")
+    config = dataclasses.replace(SMALL, epochs=14, batch=9, lr=0.2, long_side=(64, 64), normalization="symmetric")
     path = train_classifier(
         source, config, tmp_path, weights=weights, validation=few, progress=lambda *facts: seen.append(facts[:2])
     )
     steps = [line for line in lines(tmp_path) if "loss" in line]
     assert [line["step"] for line in steps] == list(range(14)) and seen == [(i + 1, 14) for i in range(14)]
     assert steps[-1]["loss"] < 0.7 * steps[0]["loss"]
-    assert steps[4]["lr"] == pytest.approx(0.1 * (1 - 4 / 14) ** 0.9)
+    assert steps[4]["lr"] == pytest.approx(0.2 * (1 - 4 / 14) ** 0.9)
     checks = [line for line in lines(tmp_path) if "validation_map" in line]
     assert len(checks) == 14 and checks[-1]["validation_loss"] < checks[0]["validation_loss"]
     model = models.open_classifier(path)
-    assert (model.name, model.classes, model.normalization) == ("resnet18", pictures.CLASSES, "symmetric")
+    assert (model.name, model.classes, model.normalization) == ("resnet10", pictures.CLASSES, "symmetric")
     start = models.load_checkpoint(weights)
     moved = {name for name, value in model.state_dict().items() if name in start and not value.equal(start[name])}
     assert all(name.startswith(("layer3", "layer4")) for name in moved) and "layer3.0.bn1.weight" in moved
-    assert "layer4.1.bn2.running_mean" not in moved
+    assert "layer4.0.bn2.running_mean" not in moved
     scores = torch.stack([model(data.make_views(source.image(i), (1.0,), data.SYMMETRIC)[0]).mean((0, 2, 3))
                           for i in few]).detach()  # fmt: skip
     loss = F.multilabel_soft_margin_loss(scores, few.labels().float()).item()
@@ -50,10 +50,10 @@ def test_steps_are_those_of_plain_sgd(source, weights, tmp_path):
     """Written out for one epoch of two steps, with the photographs whole."""
     config = dataclasses.replace(SMALL, epochs=1, long_side=(64, 64), flip=False, lr=0.01)
     path = train_classifier(source, config, tmp_path, weights=weights)
-    model = models.cam_classifier("resnet18", 2)
+    model = models.cam_classifier("resnet10", 2)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        weight = models.cam_classifier("resnet18", 2).classifier.weight.detach()
+        weight = models.cam_classifier("resnet10", 2).classifier.weight.detach()
     models.load_into(model, models.load_checkpoint(weights) | {"classifier.weight": weight})
     images = torch.stack([data.make_views(source.image(i), (1.0,))[0][0] for i in source])
     order, labels, momenta = np.random.default_rng([0, 0]).permutation(9), source.labels().float(), {}
@@ -144,7 +144,7 @@ def test_whole_training_from_weights_keeps_their_statistics(source, weights, tmp
     found = models.load_checkpoint(train_classifier(source, config, tmp_path, weights=weights))
     start = models.load_checkpoint(weights)
     moved = {name for name in found if name in start and not found[name].equal(start[name])}
-    assert {"conv1.weight", "layer1.0.bn1.weight", "layer4.1.conv2.weight"} <= moved
+    assert {"conv1.weight", "layer1.0.bn1.weight", "layer4.0.conv2.weight"} <= moved
     assert not any("running" in name for name in moved)
 
 
@@ -176,7 +176,7 @@ def test_two_processes_share_each_batch(source, weights, tmp_path, frozen):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     command = [sys.executable, "-m", "ribfast", "train-classifier", "--data", f"folder:{source[0].image.parents[1]}"]
-    command += ["--weights", str(weights), "--out", str(tmp_path / "two"), "--network", "resnet18", "--epochs", "2"]
+    command += ["--weights", str(weights), "--out", str(tmp_path / "two"), "--network", "resnet10", "--epochs", "2"]
     command += ["--batch", "4", "--lr", "0.003", "--momentum", "0.9", "--long-side", "48,72", "--crop", "64"]
     command += ["--device", "cpu", "--workers", "1", *(["--no-frozen-trunk"] * (not frozen))]
     environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
@@ -224,7 +224,7 @@ def test_refuses_what_cannot_train(source, weights, tmp_path):
         train_classifier(source, SMALL, tmp_path, validation=dataclasses.replace(source, classes=("disc", "square")))
     with pytest.raises(FloatingPointError, match=r"expected a finite loss, got (nan|inf) in step \d; lower lr"):
         train_classifier(source, dataclasses.replace(SMALL, lr=1e9), tmp_path, weights=weights)
-    with pytest.raises(ValueError, match="a resnet18, got a checkpoint without"):
+    with pytest.raises(ValueError, match="a resnet10, got a checkpoint without"):
         other = tmp_path / "other.safetensors"
         models.save_checkpoint(other, models.cam_classifier("mobilenet_v2", 2).state_dict())
         train_classifier(source, SMALL, tmp_path, weights=other)

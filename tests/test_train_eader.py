@@ -22,8 +22,8 @@ from ribfast.train import ClassifierConfig, EaderConfig, loop, train_classifier,
 from ribfast.train.adversarial import EaderTask
 from ribfast.train.classifier import ClassifierTask
 
-SMALL = EaderConfig("resnet18", 2, 4, lr=0.003, long_side=(48, 72), crop=64, localiser_steps=2, adversary_steps=1,
-                    workers=2, device="cpu")  # fmt: skip
+SMALL = EaderConfig("resnet10", 2, 4, adversary="resnet10", lr=0.003, long_side=(48, 72), crop=64, localiser_steps=2,
+                    adversary_steps=1, workers=2, device="cpu")  # fmt: skip
 HERE = Processes(0, 1, torch.device("cpu"))
 
 
@@ -78,7 +78,7 @@ def test_what_attention_and_size_change(source, weights):
     (cam, grads), (gradcam, others) = found.values()
     for name in cam:
         assert cam[name].item() == pytest.approx(gradcam[name].item(), rel=1e-5)
-    torch.testing.assert_close(grads["localiser.layer4.1.conv2.weight"], others["localiser.layer4.1.conv2.weight"],
+    torch.testing.assert_close(grads["localiser.layer4.0.conv2.weight"], others["localiser.layer4.0.conv2.weight"],
                                rtol=1e-3, atol=1e-6)  # fmt: skip
     difference = grads["localiser.classifier.weight"] - others["localiser.classifier.weight"]
     assert difference.abs().max() > 0.01 * grads["localiser.classifier.weight"].abs().max()
@@ -131,7 +131,7 @@ def test_nothing_runs_that_the_loss_does_not_need(source, weights):
         task.model.zero_grad()
 
 
-@pytest.mark.parametrize("networks", [("resnet18", "resnet18"), ("resnet18", "mobilenet_v2")], ids="-".join)
+@pytest.mark.parametrize("networks", [("resnet10", "resnet10"), ("resnet10", "mobilenet_v2")], ids="-".join)
 def test_steps_are_those_of_plain_sgd(source, weights, tmp_path, networks, device):
     """Written out for four steps: two of the localiser, one of the adversary, one of the localiser, each moved by its
     own momentum alone."""
@@ -197,9 +197,9 @@ def test_resumed_training_equals_an_uninterrupted_one(source, weights, tmp_path)
     with pytest.raises(ValueError, match=r"another attention \(here gradcam, there cam\)"):
         train_eader(source, dataclasses.replace(config, attention="gradcam"), broken, **given, resume=True)
     with pytest.raises(ValueError, match=r"another .*method \(here bce, there eader\)"):
-        train_classifier(source, ClassifierConfig("resnet18", device="cpu"), broken, resume=True)
+        train_classifier(source, ClassifierConfig("resnet10", device="cpu"), broken, resume=True)
     other = tmp_path / "other.safetensors"
-    models.save_checkpoint(other, models.cam_classifier("resnet18", 2).state_dict())
+    models.save_checkpoint(other, models.cam_classifier("resnet10", 2).state_dict())
     with pytest.raises(ValueError, match="another adversary_weights"):
         train_eader(source, config, broken, weights=weights, adversary_weights=other, resume=True)
     found = models.load_checkpoint(train_eader(source, config, broken, **given, resume=True))
@@ -215,7 +215,8 @@ def test_two_processes_share_each_batch(source, weights, tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [sys.executable, "-m", "ribfast", "train-classifier", "--method", "eader", "--network", "resnet18"]
+    command = [sys.executable, "-m", "ribfast", "train-classifier", "--method", "eader", "--network", "resnet10"]
+    command += ["--adversary", "resnet10"]
     command += ["--data", f"folder:{source[0].image.parents[1]}", "--weights", str(weights)]
     command += ["--adversary-weights", str(weights), "--out", str(tmp_path / "two"), "--epochs", "2", "--batch", "4"]
     command += ["--lr", "0.003", "--long-side", "48,72", "--crop", "64", "--localiser-steps", "2"]
@@ -242,12 +243,12 @@ def test_two_processes_share_each_batch(source, weights, tmp_path):
 def test_the_result_is_an_ordinary_checkpoint(source, weights, tmp_path):
     config = dataclasses.replace(SMALL, normalization="symmetric", precision="bfloat16", batch=100, localiser_steps=1)
     path = train_eader(source, config, tmp_path / "trained", weights=weights, validation=source)
-    plain = train_classifier(source, ClassifierConfig("resnet18", 1, 4, long_side=(48, 72), crop=64, device="cpu"),
+    plain = train_classifier(source, ClassifierConfig("resnet10", 1, 4, long_side=(48, 72), crop=64, device="cpu"),
                              tmp_path / "plain", weights=weights)  # fmt: skip
     trained, other = models.load_checkpoint(path), models.load_checkpoint(plain)
     assert {n: (t.shape, t.dtype) for n, t in trained.items()} == {n: (t.shape, t.dtype) for n, t in other.items()}
     model = models.open_classifier(path)
-    assert (model.name, model.classes, model.normalization) == ("resnet18", source.classes, "symmetric")
+    assert (model.name, model.classes, model.normalization) == ("resnet10", source.classes, "symmetric")
     store = Store(tmp_path / "maps")
     pipeline.make_cams(source, model, store, pipeline.CamConfig(scales=(1.0,), device="cpu"))
     assert store.names() == [item.name for item in source if item.classes]
@@ -290,7 +291,7 @@ def test_refuses_what_cannot_train(source, weights, tmp_path):
         train_eader(dataclasses.replace(source, items=unlabelled), SMALL, tmp_path)
     other = tmp_path / "other.safetensors"
     models.save_checkpoint(other, models.cam_classifier("mobilenet_v2", 2).state_dict())
-    with pytest.raises(ValueError, match="a resnet18, got a checkpoint without"):
+    with pytest.raises(ValueError, match="a resnet10, got a checkpoint without"):
         train_eader(source, SMALL, tmp_path, weights=weights, adversary_weights=other)
     with pytest.raises(
         ValueError, match=r"more steps than the localiser's first turn of 200, got 4, .*lower localiser"
@@ -302,12 +303,12 @@ def test_refuses_what_cannot_train(source, weights, tmp_path):
         train_eader(source, ClassifierConfig(), tmp_path)
     pixels = tmp_path / "symmetric.safetensors"
     models.save_checkpoint(
-        pixels, models.load_checkpoint(weights), {"network": "resnet18", "normalization": "symmetric"}
+        pixels, models.load_checkpoint(weights), {"network": "resnet10", "normalization": "symmetric"}
     )
     with pytest.raises(ValueError, match=r"adversary_normalization imagenet, .* set adversary_normalization to that"):
         train_eader(source, SMALL, tmp_path, weights=weights, adversary_weights=pixels)
     models.save_checkpoint(pixels, models.load_checkpoint(weights), {"network": "resnet50"})
-    with pytest.raises(ValueError, match=r"expected weights for adversary resnet18, .* set adversary to that"):
+    with pytest.raises(ValueError, match=r"expected weights for adversary resnet10, .* set adversary to that"):
         train_eader(source, SMALL, tmp_path, weights=weights, adversary_weights=pixels)
     for field, value in {"attention": "grad-cam", "regulariser": "Mean", "adversary_normalization": "caffe"}.items():
         with pytest.raises(ValueError, match=f"EaderConfig: {field}: expected one of"):
@@ -331,7 +332,7 @@ def test_presets():
 
 def test_the_command_s_methods(source, weights, tmp_path, capsys):
     begin = ["train-classifier", "--data", f"folder:{source[0].image.parents[1]}", "--device", "cpu", "--crop", "64"]
-    small = ["--network", "resnet18", "--epochs", "1", "--batch", "4", "--long-side", "48,72"]
+    small = ["--network", "resnet10", "--epochs", "1", "--batch", "4", "--long-side", "48,72"]
     turns = ["--localiser-steps", "1"]
     out = ["--out", str(tmp_path / "a")]
     assert main([*begin, *small, *out, *turns, "--method", "eader", "--preset", "paper", "--attention", "gradcam"]) == 0

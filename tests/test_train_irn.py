@@ -18,7 +18,7 @@ from ribfast.masks import boundaries
 from ribfast.train import IrnConfig, train_irn
 from ribfast.train.irn import irn_losses
 
-SMALL = IrnConfig("resnet18", 2, 4, lr=0.02, momentum=0.9, rescale=(0.5, 0.8), crop=32, radius=4, workers=2,
+SMALL = IrnConfig("resnet10", 2, 4, lr=0.02, momentum=0.9, rescale=(0.5, 0.8), crop=32, radius=4, workers=2,
                   device="cpu")  # fmt: skip
 
 
@@ -135,7 +135,7 @@ def test_steps_are_those_of_plain_sgd(source, labels, weights, tmp_path):
     path = train_irn(source, labels, config, tmp_path, weights=weights)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = models.irn_network("resnet18").train()
+        model = models.irn_network("resnet10").train()
     model.fill(models.load_checkpoint(weights), branches=False)
     images = torch.stack([data.make_views(source.image(i), (1.0,))[0][0] for i in source])
     reduced = torch.stack([torch.from_numpy(labels[i.name][2::4, 2::4].copy()) for i in source])
@@ -304,7 +304,7 @@ def test_refuses_what_cannot_train(source, labels, weights, tmp_path):
     with pytest.raises(FloatingPointError, match=r"train_irn: expected (a finite loss|finite weights), got .* lower"):
         train_irn(source, labels, dataclasses.replace(SMALL, lr=1e30), tmp_path, weights=weights)
     other = tmp_path / "classifier.safetensors"
-    classifier = models.cam_classifier("resnet18", 2)
+    classifier = models.cam_classifier("resnet10", 2)
     classifier.normalization = "symmetric"
     models.save_checkpoint(other, classifier.state_dict(), classifier.metadata())
     with pytest.raises(ValueError, match=r"weights for normalization imagenet, got .*, trained with symmetric; set"):

@@ -66,8 +66,13 @@ print(json.dumps({"kernels": kernels, "cubins": cubins}))
 """
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
-@pytest.mark.parametrize("architecture", [80, 90])
+KINDS = [(architecture, dtype) for architecture in (80, 90) for dtype in ("float32", "float16", "bfloat16", "float64")]
+QUICK = (80, "float32"), (90, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    "architecture, dtype", [pytest.param(*kind, marks=[pytest.mark.slow] * (kind not in QUICK)) for kind in KINDS]
+)
 def test_compiles(architecture, dtype, tmp_path):
     env = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "RIBFAST_BACKEND")}
     child = subprocess.run(
