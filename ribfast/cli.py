@@ -165,10 +165,11 @@ def _sentence(text: str) -> str:
 
 
 def _add_config(
-    parser: argparse.ArgumentParser, kind: type, methods: tuple[str, ...] = (), preset: str | None = None
+    parser: argparse.ArgumentParser, kind: type, methods: tuple[str, ...] = (), default: str | None = None
 ) -> None:
+    """methods: of whose classes kind is one. default: the command's own preset."""
     group = parser.add_argument_group("configuration", "preset, then --config, then single fields")
-    names, preset = config.presets(kind), _preset(kind, preset)
+    names, preset = config.presets(kind), _preset(kind, default)
     if names:
         shown = f"{', '.join(names)} (default: {preset})"
         group.add_argument("--preset", choices=names, help=shown)
@@ -237,7 +238,7 @@ def _train_classifier(options: argparse.Namespace, settings) -> None:
     training = functools.partial(train_classifier, source, settings)
     if settings.method == "eader":
         training = functools.partial(train_eader, source, settings, adversary_weights=options.adversary_weights)
-    _train(options, settings, functools.partial(training, validation=validation, scanned=_stage("scan")))
+    _train(options, settings, functools.partial(training, validation=validation, scanned=_stage_progress("scan")))
 
 
 def _train(options: argparse.Namespace, settings, training: Callable[..., Path]) -> None:
@@ -416,7 +417,7 @@ def _train_irn(options: argparse.Namespace, settings) -> None:
     from .train import train_irn
 
     source, labels = open_source(options.data, options.split), open_masks(options.labels).masks
-    _train(options, settings, functools.partial(train_irn, source, labels, settings, scanned=_stage("scan")))
+    _train(options, settings, functools.partial(train_irn, source, labels, settings, scanned=_stage_progress("scan")))
 
 
 def _segmenter_arguments(parser: argparse.ArgumentParser) -> None:
@@ -447,19 +448,19 @@ def _train_seg(options: argparse.Namespace, settings) -> None:
     labels = None if options.masks is None else open_masks(options.masks).masks
     given = dict(source=source, config=settings, labels=labels, validation=validation)
     if not options.cycle:
-        _train(options, settings, lambda **more: train_segmenter(**given, **more, scanned=_stage("scan")))
+        _train(options, settings, lambda **more: train_segmenter(**given, **more, scanned=_stage_progress("scan")))
         return
     prediction = None
     if options.prediction is not None:
         prediction = config.make(PredictConfig, config.read(options.prediction), "multi")
 
     def cycle(progress, **more) -> Path:
-        return train_cycle(**given, **more, prediction=prediction, progress=_stage)
+        return train_cycle(**given, **more, prediction=prediction, progress=_stage_progress)
 
     _train(options, settings, cycle)
 
 
-def _stage(name: str) -> Progress | None:
+def _stage_progress(name: str) -> Progress | None:
     titles = {"scan": "looking at the data", "first": "training on these masks", "masks": "predicting the "
               "training images", "scan again": "looking at what was predicted", "last": "training on it"}  # fmt: skip
     return _progress(titles[name])

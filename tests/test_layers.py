@@ -111,6 +111,19 @@ def test_training_and_adapting_see_what_they_are_made_of():
             assert foreign(path, allowed) == [], path.name
 
 
+def test_stages_see_all_but_commands_and_the_report():
+    below = ["cams", "claims", "config", "data", "files", "masks", "metrics", "models", "ops", "processes", "rib"]
+    below += ["segment", "store", "train"]
+    allowed = ["torch", "numpy", *(f"ribfast.{name}" for name in below), *sys.stdlib_module_names]
+    paths = set((PACKAGE / "pipeline").glob("*.py"))
+    for path in paths - {PACKAGE / "pipeline" / "__init__.py"}:  # and of one another what they share, or go on with
+        others = ["stage", "predict"] if path.name == "cycle.py" else ["stage"]
+        assert foreign(path, [*allowed, *(f"ribfast.pipeline.{name}" for name in others)]) == [], path.name
+    users = {PACKAGE / "cli.py", *(PACKAGE / "report").glob("*.py")}
+    for path in set(PACKAGE.rglob("*.py")) - paths - users:
+        assert not [m for m in imports(path) if f"{m}.".startswith("ribfast.pipeline.")], path
+
+
 def test_the_report_sees_what_a_run_left():
     below = [f"ribfast.{name}" for name in ("__version__", "cams", "data", "files", "metrics", "pipeline", "store")]
     paths = list((PACKAGE / "report").glob("*.py"))
@@ -136,12 +149,17 @@ def test_single_modules():
         foreign(PACKAGE / "toy.py", ["torch", "numpy", "cv2", "ribfast.files", "ribfast.toy_figure", *standard]) == []
     )
     assert foreign(PACKAGE / "toy_figure.py", ["numpy", "cv2", "ribfast.toy", *standard]) == []
+    assert foreign(PACKAGE / "progress.py", standard) == []
+    below = [f"ribfast.{name}" for name in ("__version__", "claims", "config", "files", "processes", "store")]
+    assert foreign(PACKAGE / "begin.py", [*below, *standard]) == []
     assert foreign(PACKAGE / "cli.py", ["ribfast", *standard]) == []  # torch only where a command needs it
 
 
 def test_nobody_imports_the_commands():
     for path in set(PACKAGE.rglob("*.py")) - {PACKAGE / "__main__.py"}:
         assert not [m for m in imports(path) if m.startswith("ribfast.cli")], path.name
+        if path.name != "cli.py":
+            assert not [m for m in imports(path) if m.startswith(("ribfast.begin", "ribfast.progress"))], path.name
 
 
 def test_kernels_are_free_of_torch():

@@ -10,7 +10,7 @@ import pictures
 import pytest
 import torch
 from torch.nn import functional as F
-from trainings import lines
+from trainings import backbone, lines
 from trainings import source as source
 from trainings import weights as weights
 
@@ -46,14 +46,16 @@ def test_loss_falls_and_the_checkpoint_tells_what_it_is(source, weights, tmp_pat
     assert checks[-1]["validation_map"] == pytest.approx(precision)
 
 
-def test_steps_are_those_of_plain_sgd(source, weights, tmp_path):
+@pytest.mark.parametrize("network", ["resnet10", "resnet18"])  # the deeper with identity shortcuts
+def test_steps_are_those_of_plain_sgd(source, network, tmp_path):
     """Written out for one epoch of two steps, with the photographs whole."""
-    config = dataclasses.replace(SMALL, epochs=1, long_side=(64, 64), flip=False, lr=0.01)
+    weights = backbone(network, tmp_path / "backbone.safetensors")
+    config = dataclasses.replace(SMALL, network=network, epochs=1, long_side=(64, 64), flip=False, lr=0.01)
     path = train_classifier(source, config, tmp_path, weights=weights)
-    model = models.cam_classifier("resnet10", 2)
+    model = models.cam_classifier(network, 2)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        weight = models.cam_classifier("resnet10", 2).classifier.weight.detach()
+        weight = models.cam_classifier(network, 2).classifier.weight.detach()
     models.load_into(model, models.load_checkpoint(weights) | {"classifier.weight": weight})
     images = torch.stack([data.make_views(source.image(i), (1.0,))[0][0] for i in source])
     order, labels, momenta = np.random.default_rng([0, 0]).permutation(9), source.labels().float(), {}

@@ -16,12 +16,15 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A backbone whose features neither vanish nor explode."""
+    return backbone("resnet10", tmp_path_factory.mktemp("weights") / "backbone.safetensors")
+
+
+def backbone(name, path):
+    """One whose features neither vanish nor explode."""
     torch.manual_seed(0)
-    state = models.cam_classifier("resnet10", 1).state_dict()
+    state = models.cam_classifier(name, 1).state_dict()
     state = {name: value for name, value in state.items() if not name.startswith("classifier")}
     state |= {name: value * 0.6 for name, value in state.items() if name.endswith("bn2.weight")}
-    path = tmp_path_factory.mktemp("weights") / "backbone.safetensors"
     models.save_checkpoint(path, state)
     return path
 

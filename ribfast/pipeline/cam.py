@@ -12,7 +12,7 @@ from .. import data, models
 from ..cams import CROP_SCALES, merge_cams, multi_crop_cams, shrink_cams
 from ..processes import choose_device, choose_shard
 from ..store import Store
-from .stage import LACKING, Made, Stage, check_classes, keep_maps, own_share, reason_of, save_all, since
+from .stage import LACKING, Made, Stage, check_classes, keep_maps, own_share, reason_of, save_all, seconds_since
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def make_cams(
             yield item, None, *found
 
     def keep(item: data.Item, cam, high_res) -> None:
-        keep_maps(store, item.name, item.classes, cam, high_res, seconds=since(start))
+        keep_maps(store, item.name, item.classes, cam, high_res, seconds=seconds_since(start))
 
     with Stage(source, store, "maps", units, config, progress, skipped) as stage:
         for begun in stage.rounds():

@@ -13,7 +13,7 @@ import numpy as np
 from .. import data
 from ..metrics import Confusion, Counts, PerImage, ThresholdSweep, bootstrap_interval
 from ..store import Store
-from .stage import some
+from .stage import first_few
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def _refuse_missing(items: list[data.Item], what: str, folder: Path, is_there: C
     missing = [item.name for item in items if not is_there(item)]
     if missing:
         raise FileNotFoundError(f"evaluate: expected {what} of {len(items)} images in {folder}, got none of "
-                                f"{some(missing)}; make them first")  # fmt: skip
+                                f"{first_few(missing)}; make them first")  # fmt: skip
 
 
 @contextlib.contextmanager

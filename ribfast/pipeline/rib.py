@@ -17,7 +17,7 @@ from ..cams import strided_cams
 from ..processes import choose_device, choose_shard
 from ..rib import RIBConfig
 from ..store import Store
-from .stage import Made, Stage, check_classes, keep_maps, own_share, since
+from .stage import Made, Stage, check_classes, keep_maps, own_share, seconds_since
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def adapt_maps(
         if found.error is None:
             if steps is not None:  # before the maps, as the facts
                 store.save_steps(name, found.keys, steps)
-            facts = {"steps": found.steps, "stopped": found.stopped, "seconds": since(start)}
+            facts = {"steps": found.steps, "stopped": found.stopped, "seconds": seconds_since(start)}
             try:
                 keep_maps(store, name, found.keys, found.cam, found.high_res, **facts)
                 stage.mend(name)

@@ -25,12 +25,12 @@ LACKING = (ValueError, RuntimeError, MemoryError)  # what an image raises that c
 def check_classes(stage: str, source: data.Source, model: models.CamClassifier | models.Segmenter) -> None:
     """Refuses a network of other classes than the data's."""
     if model.n_classes != len(source.classes) or model.classes not in (None, source.classes):
-        has, kind = some(model.classes) if model.classes else model.n_classes, model.kind
-        raise ValueError(f"{stage}: expected a {kind} of the data's classes ({some(source.classes)}), got one "
+        has, kind = first_few(model.classes) if model.classes else model.n_classes, model.kind
+        raise ValueError(f"{stage}: expected a {kind} of the data's classes ({first_few(source.classes)}), got one "
                          f"of {has}; train one on this data")  # fmt: skip
 
 
-def some(names) -> str:
+def first_few(names) -> str:
     """The first of them, and how many more."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
@@ -225,7 +225,7 @@ def label_all(source, store: Store, config, load: Callable, label: Callable, pro
 
     def keep(item: data.Item, mask: np.ndarray) -> None:
         """With the facts of the image's maps, which may be in the same store."""
-        store.record(item.name, **known.get(item.name, {}) | {"mask_seconds": since(start)})
+        store.record(item.name, **known.get(item.name, {}) | {"mask_seconds": seconds_since(start)})
         store.save_mask(item.name, mask)
 
     with Stage(source, store, "masks", units, config, progress) as stage:
@@ -252,5 +252,5 @@ def reason_of(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def since(start: float) -> float:
+def seconds_since(start: float) -> float:
     return round(time.perf_counter() - start, 3)
