@@ -86,6 +86,11 @@ def explained(path: Path) -> Iterator[None]:
         raise OSError(error.errno, said) from error
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, as a reason within another's line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def _free(path: Path) -> str:
     """`N bytes free` on the disk that the path is, or would be, on."""
     for folder in path.parents:

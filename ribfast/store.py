@@ -385,7 +385,7 @@ def _arrays(path: Path, op: str, *names: str, optional: str | None = None) -> li
     except OSError:
         raise
     except Exception as error:  # a broken archive can raise any
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = files.first_line(error)
         listed = f"{', '.join(names[:-1])} and {names[-1]}"
         raise ValueError(f"Store.{op}: expected arrays {listed} in an .npz, got {path}: {reason}; remove it "
                          f"and make it again") from error  # fmt: skip
@@ -524,6 +524,6 @@ def _read(path: Path) -> dict:
     except OSError:
         raise
     except Exception as error:  # a pickle can raise any
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = files.first_line(error)
         raise ValueError(f"Store.load: expected a dict of maps as np.save writes it, got {path}: {reason}; "
                          f"remove it and make it again") from error  # fmt: skip

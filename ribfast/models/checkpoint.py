@@ -44,7 +44,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
         except Exception as error:  # torch raises many kinds, says more than one line, and advises to run the code
             reason = "it holds more than tensors, or is cut short; save a state dict alone"
             if type(error).__name__ != "UnpicklingError":
-                reason = _first_line(error)
+                reason = files.first_line(error)
             raise ValueError(f"load_checkpoint: expected a state dict of tensors alone (.pth as torch.save writes it, "
                              f"or .safetensors), got {path}: {reason}") from error  # fmt: skip
     for wrapper in ("state_dict", "model"):
@@ -109,8 +109,8 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
             metadata = json.loads(file.read(min(size, path.stat().st_size))).get("__metadata__", {})
         return {str(key): str(value) for key, value in metadata.items()}
     except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"read_metadata: expected a safetensors file, got {path}: {_first_line(error)}; make or fetch "
-                         f"it again") from error  # fmt: skip
+        raise ValueError(f"read_metadata: expected a safetensors file, got {path}: {files.first_line(error)}; make or "
+                         f"fetch it again") from error  # fmt: skip
 
 
 def save_checkpoint(
@@ -149,8 +149,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
             state[name] = flat.view(dtype).reshape(shape) if end > begin else flat.to(dtype).reshape(shape)
         return state
     except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
-        raise ValueError(f"load_checkpoint: expected a safetensors file, got {path}: {_first_line(error)}; make or "
-                         f"fetch it again") from error  # fmt: skip
+        raise ValueError(f"load_checkpoint: expected a safetensors file, got {path}: {files.first_line(error)}; make "
+                         f"or fetch it again") from error  # fmt: skip
 
 
 def _torchvision_name(name: str, stages: dict[str, str]) -> str | None:
@@ -189,10 +189,6 @@ def _from_deeplab(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
             raise ValueError(f"load_checkpoint: expected deeplab-pytorch's tensors, got {key} in {path}") from error
         found[name] = value.flip(1) if name == "conv1.weight" else value
     return found
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _some(names) -> str:

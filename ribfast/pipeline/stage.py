@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .. import data, models
+from .. import data, files, models
 from ..claims import Work
 from ..processes import choose_shard
 from ..store import CLAIMS, Store
@@ -249,7 +249,7 @@ def reason_of(error: Exception) -> str:
     """Of an image that cannot be made; what was taken for it is free for the next."""
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return files.first_line(error)
 
 
 def seconds_since(start: float) -> float:
