@@ -77,11 +77,13 @@ class Browser:
         """What a function's body returns, or what its promise is fulfilled with."""
         return self._ask("POST", "/execute/sync", script=script, args=list(arguments))
 
-    def until(self, script, *arguments, seconds=20):
-        """Runs it until what it returns is true, and returns that."""
+    def until(self, script, *arguments, seconds=60, said=None):
+        """Runs it until what it returns is true, and returns that. said: a script whose answer a failure shows."""
         end = time.monotonic() + seconds
         while not (found := self.run(script, *arguments)):
-            assert time.monotonic() < end, f"never true: {script}"
+            if time.monotonic() > end:
+                facts = self.run(said) if said else ""
+                raise AssertionError(f"never true: {script.strip()} {facts} {self.log()}")
             time.sleep(0.02)
         return found
 

@@ -100,9 +100,14 @@ def show(chromium, path):
     chromium.scheme("light")
     chromium.log()
     chromium.open(path.as_uri())
-    chromium.run("document.getElementById('tools').scrollIntoView()")
-    chromium.until("return Boolean(cards[0].pixels)")
+    chromium.until("document.getElementById('gallery').scrollIntoView(); return Boolean(cards[0].pixels)", said=WHERE)
     return chromium
+
+
+WHERE = """
+    const {near, pixels, element} = cards[0], place = element.getBoundingClientRect();
+    return {near, pixels: Boolean(pixels), top: place.top, bottom: place.bottom, height: innerHeight, width: innerWidth,
+            scrolled: scrollY, seen: document.visibilityState}"""
 
 
 def slide(window, name, value):
@@ -394,6 +399,20 @@ def test_two_hundred_images_are_small_and_drawn_where_they_are_looked_at(chromiu
     chromium.run("scrollTo(0, document.getElementById('cards').lastChild.offsetTop)")
     chromium.until("return Boolean(cards[199].pixels && !cards[0].pixels)")
     assert chromium.run(pixels) < 30 and not chromium.log()
+
+
+def test_pictures_that_fail_to_decode_are_tried_again(shown):
+    shown.run("""
+        const decoder = createImageBitmap;
+        let left = 3;
+        window.createImageBitmap = (...given) => left-- > 0 ? Promise.reject(new Error('none')) : decoder(...given);
+        cards[0].show(false);
+        cards[0].show(true)""")
+    assert not shown.run("return cards[0].pixels")
+    shown.until("return Boolean(cards[0].pixels)")
+    said = [entry["message"] for entry in shown.log()]
+    assert len(said) == 1 and "p0: Error: none; tried again in a second" in said[0]
+    assert shown.run("return cards[0].figures.get('photo').canvas.width") == 64
 
 
 def test_two_hundred_photographs_stay_below_15_megabytes(tmp_path):

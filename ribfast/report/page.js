@@ -318,15 +318,16 @@ function drawConfiguration() {
 
 // ---- the gallery
 
+/** By createImageBitmap: an image element decodes for a frame of the page, which may be dropped, and then fails. */
 async function decode(kind, text, [height, width] = []) {
-  const picture = new Image();
-  picture.src = `data:image/${kind};base64,${text}`;
-  await picture.decode();
+  const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+  const picture = await createImageBitmap(new Blob([bytes], { type: `image/${kind}` }));
   const canvas = el("canvas");
-  canvas.width = width ?? picture.naturalWidth;
-  canvas.height = height ?? picture.naturalHeight;
+  canvas.width = width ?? picture.width;
+  canvas.height = height ?? picture.height;
   const context = canvas.getContext("2d", { willReadFrequently: true });
   context.drawImage(picture, 0, 0);
+  picture.close();
   return context.getImageData(0, 0, canvas.width, canvas.height).data;
 }
 async function decodeGrey(text) {
@@ -404,19 +405,30 @@ class Card {
       return;
     }
     if (this.pixels) return;
-    const { photo, truth, stages, size } = this.facts;
-    const [pixels, known, maps, masks] = await Promise.all([
-      decode("jpeg", photo, size),
-      truth && decodeGrey(truth),
-      Promise.all(stages.map(async (own) => own.maps && summed(await decodeGrey(own.maps), own.counts.length))),
-      Promise.all(stages.map((own) => own.labels && decodeGrey(own.labels))),
-    ]);
+    let found;
+    try {
+      found = await this.decoded();
+    } catch (error) {  // a browser short of memory, say
+      console.warn(`${this.facts.name}: ${error}; tried again in a second`);
+      setTimeout(() => this.near && this.show(true), 1000);
+      return;
+    }
     if (!this.near || this.pixels) return;
+    const [pixels, known, maps, masks] = found;
     this.pixels = { photo: pixels, maps };
     this.draw("photo", (out) => out.set(pixels));
     if (known) this.drawLabels("truth", known);
     masks.forEach((mask, index) => mask && this.drawLabels(`masks-${index}`, mask));
     this.paint();
+  }
+  decoded() {
+    const { photo, truth, stages, size } = this.facts;
+    return Promise.all([
+      decode("jpeg", photo, size),
+      truth && decodeGrey(truth),
+      Promise.all(stages.map(async (own) => own.maps && summed(await decodeGrey(own.maps), own.counts.length))),
+      Promise.all(stages.map((own) => own.labels && decodeGrey(own.labels))),
+    ]);
   }
   /** What the sliders change. */
   paint() {
