@@ -13,6 +13,12 @@ import urllib.request
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 MISSING = None if CHROMIUM and DRIVER else "needs Debian's chromium and chromium-driver"
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
+# a window that nobody sees draws as often as one that is looked at
+AWAKE = [
+    "--disable-background-timer-throttling",
+    "--disable-backgrounding-occluded-windows",
+    "--disable-renderer-backgrounding",
+]
 _DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 KEYS = {"left": "\ue012", "right": "\ue014", "tab": "\ue004", "enter": "\ue007", "home": "\ue011", "end": "\ue010"}
 
@@ -47,7 +53,7 @@ class Browser:
             except OSError:
                 time.sleep(0.05)
         words = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={self._folder.name}"]
-        words += [f"--window-size={self.size[0]},{self.size[1]}", "--disable-dev-shm-usage"]
+        words += [f"--window-size={self.size[0]},{self.size[1]}", "--disable-dev-shm-usage", *AWAKE]
         wanted = {"goog:chromeOptions": {"binary": CHROMIUM, "args": words}, "goog:loggingPrefs": {"browser": "ALL"}}
         made = self._ask("POST", "/session", capabilities={"alwaysMatch": wanted})
         self._base += f"/session/{made['sessionId']}"
