@@ -40,8 +40,8 @@ def begin(
         if found and not getattr(options, "keep", False):
             advice = ", or say --keep to mix both" * hasattr(options, "keep")
             advice += ", or --overwrite to make all anew" * hasattr(options, "overwrite")
-            raise ValueError(f"expected to go on in {options.out} as it began, got another {', '.join(found)}; choose "
-                             f"another --out{advice}")  # fmt: skip
+            raise config.AnotherRun(f"expected to go on in {options.out} as it began, got another {', '.join(found)}; "
+                                    f"choose another --out{advice}", found)  # fmt: skip
         before = {"before": [*there.pop("before", []), *([there] if found else [])]}
     if write:  # each process, before its first result: nobody waits for the one that writes it
         words = {name: v for name, v in vars(options).items() if not name.startswith("field_") and v is not None}

@@ -18,13 +18,13 @@ import signal
 import sys
 import threading
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from . import __version__, config
 from .begin import INDIFFERENT, begin, refuse_another_command, run_of
-from .progress import Progress
+from .progress import Progress, duration
 
 log = logging.getLogger("ribfast")
 EXPECTED = (ValueError, OSError, ArithmeticError, MemoryError)  # said in a line; others are bugs and show where
@@ -174,7 +174,7 @@ def _add_config(
         shown = f"{', '.join(names)} (default: {preset})"
         group.add_argument("--preset", choices=names, help=shown)
     group.add_argument("--config", type=Path, metavar="FILE", help="JSON of fields, such as a run's config.json")
-    said, base = config.comments(kind), config.make(kind, preset=preset)
+    said, each, base = config.comments(kind), config.repeated(kind), config.make(kind, preset=preset)
     for name, hint in config.hints(kind).items():
         option, default = "--" + name.replace("_", "-"), getattr(base, name)
         if name == "method" and methods:  # of which a class has one
@@ -182,7 +182,9 @@ def _add_config(
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else "none" if default is None else default
         text = f"{said.get(name, '')} (default: {shown})".strip().replace("%", "%%")
         common = {"dest": "field_" + name, "default": argparse.SUPPRESS, "help": text}
-        if hint is bool:
+        if name in each:
+            group.add_argument(option, action="append", metavar=each[name], **common | {"help": said[name]})
+        elif hint is bool:
             group.add_argument(option, action=argparse.BooleanOptionalAction, **common)
         else:
             words = ",".join(map(str, typing.get_args(hint))) if typing.get_origin(hint) is typing.Literal else ""
@@ -205,10 +207,11 @@ def _parser(hint):
     return parse
 
 
-def _make_config(kind: type, options: argparse.Namespace, default: str | None = None):
+def _make_config(kind, options: argparse.Namespace, default: str | None = None):
     values = _read_fields(options.config) if options.config is not None else {}
-    values = values | {name.removeprefix("field_"): v for name, v in vars(options).items() if name.startswith("field_")}
-    return config.make(kind, values, getattr(options, "preset", None) or _preset(kind, default))
+    words = {name.removeprefix("field_"): v for name, v in vars(options).items() if name.startswith("field_")}
+    words |= {name: [*values.get(name, ()), *words[name]] for name in config.repeated(kind) if name in words}
+    return config.make(kind, values | words, getattr(options, "preset", None) or _preset(kind, default))
 
 
 def _data_arguments(parser: argparse.ArgumentParser, none: str = "") -> None:
@@ -510,11 +513,14 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _stages_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--validation", metavar="NAME", help="the split to predict (default: --split's images)")
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="the backbone to start from, .pth or .safetensors")
+    parser.add_argument("--weights", type=Path, metavar="FILE",
+                        help="the backbone to start from, such as torchvision's of ImageNet, .pth or .safetensors "
+                        "(default: random weights, which a few hundred photographs hardly train)")  # fmt: skip
     parser.add_argument("--classifier", type=Path, metavar="FILE", help="a trained one, in place of the first stage")
-    parser.add_argument("--set", action="append", default=[], metavar="STAGE.FIELD=VALUE", dest="fields",
-                        help="a field of a stage's own configuration, such as rib.steps=5; repeatable")  # fmt: skip
+    parser.add_argument("--remake", action="store_true",
+                        help="make anew what --out holds made otherwise, and what follows from it")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the stages' command lines, and run none")
+    parser.add_argument("--verbose", action="store_true", help="show the stages' command lines and eval's tables")
     parser.add_argument("--json", action="store_true", help="print mIoU of the stages for programs, and nothing else")
 
 
@@ -531,6 +537,7 @@ def _demo(options: argparse.Namespace, settings) -> int:
     """`run` on pictures that are drawn, or, as it would be run on photographs, on --data."""
     from .data import synthetic
     from .processes import rank_and_world
+    from .run import Facts
 
     if options.data is not None:
         if options.pictures is not None:
@@ -541,130 +548,119 @@ def _demo(options: argparse.Namespace, settings) -> int:
     if (world := rank_and_world()[1]) > 1:
         raise ValueError(f"expected one process to draw pictures, got {world}; give --data, or run it by one")
     folder, count = options.out / "pictures", 160 if options.pictures is None else options.pictures
+    options.data, options.split, options.validation = f"folder:{folder}", "train", "val"
+    if options.dry_run:
+        return _print_plan(options, settings, Facts(count, True, count > 3))
     refuse_another_command(options)
+    drawn = {"pictures": count, "pictures' seed": settings.seed}
+    _refuse_another_origin(options, drawn)
+    if options.remake:
+        synthetic.clear(folder)
     if not (folder / synthetic.LAST).is_file():
         log.info("drawing pictures of %s", ", ".join(synthetic.CLASSES))
         synthetic.draw(folder, training=count, validation=count // 4, seed=settings.seed)
-    options.data, options.split, options.validation = f"folder:{folder}", "train", "val"
-    return _run(options, settings, pictures=count)
+    return _run(options, settings, **drawn)
 
 
 def _run(options: argparse.Namespace, settings, **drawn) -> int:
-    """The stages' commands; their images that fail are left out and said in the exit code. Of several processes the
-    first one does alone what is not shared, and all begin a stage together."""
-    from .data import open_source
-    from .processes import processes, rank_and_world, together
-    from .run import ALONE, Given, has_masks, only, sound, stages, without_failed
-    from .store import CLAIMS
+    """The stages' commands; their images that fail are left out and said in the exit code."""
+    from .run import Given
+    from .runner import Data, Runner, check, fit_classifier
 
-    source = open_source(options.data, options.split)
-    if options.validation is not None:
-        open_source(options.data, options.validation)
-    given = Given(options.data, options.split, options.validation, options.out, options.weights, options.classifier,
-                  _stage_fields(options.fields))  # fmt: skip
-
-    def lines() -> list:
-        found = stages(given, settings, has_masks(source))
-        return [(stage, *_parse(stage.command, stage.words)) for stage in found]
-
+    given = Given(*(getattr(options, name) for name in Given._fields))
+    sources = Data.open(given)
+    if given.classifier is not None:
+        chosen = {name.removeprefix("field_") for name in vars(options) if name.startswith("field_")}
+        chosen |= {*_read_fields(options.config)} if options.config is not None else set()
+        settings = fit_classifier(given.classifier, settings, sources.split, chosen)
     if options.dry_run:
-        for stage, *_ in lines():
-            print("ribfast", stage.command, shlex.join(stage.words))
-        return 0
-    world = rank_and_world()[1]
-    for stage, _, own in lines():  # whose errors come before anything is written
-        if stage.command.startswith("train-") and own.batch % world:
-            raise ValueError(f"expected batches that {world} processes can share, got {own.batch} of {stage.name}; say "
-                             f"--set {stage.name}.batch=N")  # fmt: skip
-    with processes(settings.device) as here, _alone(options.out / CLAIMS, here):
+        return _print_plan(options, settings, sources.facts())
+    stages = _Stages(options, settings.fields())
+    check(given, settings, sources, stages)
+    if given.weights is None and given.classifier is None and settings.size != "tiny":
+        log.warning("no --weights: networks begin at random and learn from these %d images alone; ImageNet's, such as "
+                    "torchvision's, do far better", len(sources.split))  # fmt: skip
+    origin = {"images": sources.split.digest(), **drawn}
+    if sources.validation is not None:
+        origin["images to predict"] = sources.validation.digest()
+    named = {name: value for name in ("weights", "classifier") if (value := getattr(given, name)) is not None}
 
-        def shared(makes: bool, work: Callable, *arguments, **more) -> list:
-            """What each process that makes it has made. An error of one is everybody's: none waits for another."""
-            made, error = None, None
-            try:
-                made = work(*arguments, **more) if makes else None
-            except EXPECTED as own:
-                error = own
-            found = together(here, (made, None if error is None else str(error)))
-            if error is not None:
-                raise error
-            for _, reason in found:
-                if reason is not None:
-                    raise ValueError(reason)
-            return [each for each, _ in found]
+    def begin_run() -> None:
+        refuse_another_command(options)
+        _refuse_another_origin(options, origin)
+        begin(options, settings, **origin, **named)
 
-        named = {name: value for name in ("weights", "classifier") if (value := getattr(options, name)) is not None}
-        inputs = {"images": source.digest(), "fields": given.fields, **named, **drawn}
-        shared(True, begin, options, settings, INDIFFERENT, **inputs)
-        looking = _progress("looking at the images")
-        first = here.rank == 0
-        listed = shared(first, sound, source, options.out, settings.workers, progress=looking)[0]
-        if listed is not None:
-            given = only(given, "split", listed)
-        incomplete, found, compared = listed is not None, lines(), []
-        for number in range(len(found)):
-            stage, own, its_settings = found[number]
-            log.info("[%d/%d] %s: ribfast %s %s", number + 1, len(found), stage.name, stage.command,
-                     shlex.join(stage.words))  # fmt: skip
-            makes = first or stage.command not in ALONE
-            with contextlib.redirect_stdout(io.StringIO()) if options.json else contextlib.nullcontext():
-                codes = shared(makes, COMMANDS[stage.command].run, own, its_settings)
-            if any(codes):
-                incomplete = True
-                images = open_source(own.data, own.split)
-                given = shared(first, without_failed, given, options.out, stage.name, images, own)[0]
-                found = lines()
-            if stage.command == "eval":
-                compared.append(own.maps or own.masks)
-        if first:
-            _print_stages(compared, options.out / "report.html", complete=not incomplete, as_json=options.json)
-        together(here)  # one that ends with an exit code ends the others
-    return INCOMPLETE if incomplete else 0
+    found = Runner(given, settings, sources, stages, remake=options.remake).run(begin_run)
+    if _first():
+        _print_stages(options, found)
+    return 0 if found.complete else INCOMPLETE
 
 
-@contextlib.contextmanager
-def _alone(folder: Path, here) -> Iterator[None]:
-    """No other `run` in the same OUT meanwhile, which would train the same networks into the same files."""
-    from .claims import Claims
-
-    claims = Claims(folder)
-    try:
-        if here.rank == 0 and not claims.take("run"):
-            raise ValueError(f"expected one run in {folder.parent}, got another that is at it ({folder} says whose "
-                             f"claim); wait for it, or choose another --out")  # fmt: skip
-        yield
-    finally:
-        claims.close()
+def _refuse_another_origin(options: argparse.Namespace, origin: dict) -> None:
+    """Lists of a run's images, or pictures, that were made of another data set; stages look after themselves."""
+    known = run_of(options.out).get("inputs", {})
+    found = [name for name, value in origin.items() if known.get(name, value) != value]
+    if found and not options.remake:
+        raise ValueError(f"expected to go on in {options.out} as it began, got another {', '.join(found)}; say "
+                         f"--remake to make all anew, or choose another --out")  # fmt: skip
 
 
-def _print_stages(folders: list[Path], report: Path, *, complete: bool, as_json: bool) -> None:
+class _Stages:
+    """The commands that `run` goes through: runner.Commands."""
+
+    def __init__(self, options: argparse.Namespace, fields: dict[str, dict[str, str]]):
+        self.verbose, self.json, self.fields = options.verbose, options.json, fields
+
+    def settings(self, stage, line: list[str]):
+        if stage.name in self.fields:
+            kind = _parser_of(stage.command, line)[1]
+            own = sorted({*config.hints(kind)} - {"shard"})  # of `run`, processes share
+            if unknown := sorted(self.fields[stage.name].keys() - {*own}):
+                raise ValueError(f"expected --set {stage.name}.FIELD=VALUE with a field of {', '.join(own)}, got "
+                                 f"{', '.join(unknown)}")  # fmt: skip
+        return _parse(stage.command, line)[1]
+
+    def run(self, stage, line: list[str]) -> bool:
+        options, settings = _parse(stage.command, line)
+        if self.verbose:
+            log.info("ribfast %s %s", stage.command, shlex.join(line))
+        quiet = self.json or not self.verbose
+        with contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext():
+            return bool(COMMANDS[stage.command].run(options, settings))
+
+    def progress(self, title: str) -> Progress | None:
+        return _progress(title)
+
+
+def _print_plan(options: argparse.Namespace, settings, facts) -> int:
+    from .run import Given, stages
+
+    given = Given(*(getattr(options, name) for name in Given._fields))
+    known = _Stages(options, settings.fields())
+    for stage in stages(given, settings, facts):
+        line = stage.line(given)
+        known.settings(stage, line)
+        print("ribfast", stage.command, shlex.join(line))
+    return 0
+
+
+def _print_stages(options: argparse.Namespace, outcome) -> None:
     """mIoU of what eval looked at, and what RIB adds to it."""
-    found = {folder.name: json.loads((folder / "evaluation.json").read_text("utf-8")) for folder in folders}
+    report, parts = options.out / "report.html", outcome.evaluated
+    found = {name: json.loads((options.out / name / "evaluation.json").read_text("utf-8")) for name in parts}
     mious = {name: each["reported"]["miou"] for name, each in found.items()}
-    if as_json:
-        print(json.dumps({"mious": mious, "complete": complete, "report": str(report)}, indent=2))
+    if options.json:
+        print(json.dumps({"mious": mious, "complete": outcome.complete, "report": str(report)}, indent=2))
         return
+    log.info("done in %s", duration(outcome.seconds))
     if found:
         print("\nmIoU against ground truth; of maps at the threshold that is best on these images:")
     for name, each in found.items():
-        print(f"  {name:<12} {100 * mious[name]:6.2f}   {each['images']} images")
+        unseen = ", which nothing was trained on" * (parts[name] == "validation")
+        print(f"  {name:<12} {100 * mious[name]:6.2f}   {each['images']} images{unseen}")
     if {"cam", "rib"} <= mious.keys():
         print(f"RIB's maps gain {100 * (mious['rib'] - mious['cam']):+.2f} points over the CAM")
     print("\n" * bool(found) + str(report))
-
-
-def _stage_fields(words: list[str]) -> dict[str, dict[str, str]]:
-    """Of --set."""
-    from .run import STAGES
-
-    found = {}
-    for word in words:
-        place, equals, value = word.partition("=")
-        stage, dot, field = place.partition(".")
-        if not (equals and dot and field) or stage not in STAGES:
-            raise ValueError(f"expected --set STAGE.FIELD=VALUE with a stage of {', '.join(STAGES)}, got {word!r}")
-        found.setdefault(stage, {})[field] = value
-    return found
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:

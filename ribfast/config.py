@@ -1,8 +1,8 @@
 """Configurations: frozen dataclasses with presets, filled from JSON and from the words of a command line.
 
 A field's type says what it takes: bool, int, float, str, Path, Literal, a tuple of these, or one of them or None. Its
-help is metadata["help"], else the comment on its line, else the one above it. A preset is a classmethod without
-arguments.
+help is metadata["help"], else the comment on its line, else the one above it; metadata["each"], how a value looks, lets
+its option be repeated. A preset is a classmethod without arguments.
 """
 
 import ast
@@ -25,6 +25,14 @@ _KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "tex
 
 class ConfigError(ValueError):
     """A preset, a field or a value that a configuration does not have."""
+
+
+class AnotherRun(ValueError):
+    """What lies where results are to be was made otherwise. found: what was, by name."""
+
+    def __init__(self, text: str, found: list[str]):
+        super().__init__(text)
+        self.found = found
 
 
 def presets(kind: type) -> list[str]:
@@ -209,6 +217,11 @@ def comments(kind: type) -> dict[str, str]:
         if "help" in field.metadata:
             found[field.name] = field.metadata["help"]
     return found
+
+
+def repeated(kind: type) -> dict[str, str]:
+    """The fields whose option is given once for each of their values, and how a value looks: metadata["each"]."""
+    return {field.name: field.metadata["each"] for field in dataclasses.fields(kind) if "each" in field.metadata}
 
 
 def _arms(hint) -> list:

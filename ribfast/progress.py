@@ -28,7 +28,7 @@ class Progress:
             return
         self.shown = now
         each = (now - self.start) / max(1, done - self.first)
-        pace = f"{_pace(each)}, {_duration(each * (total - done))} left"
+        pace = f"{_pace(each)}, {duration(each * (total - done))} left"
         if not self.terminal:
             log.info("%d of %d, %s: %s", done, total, pace, text)
             return
@@ -43,6 +43,6 @@ def _pace(each: float) -> str:
     return f"{each:.1f} s each" if each >= 1 else f"{1 / max(each, 1e-6):.3g} a second"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"

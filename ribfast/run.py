@@ -1,18 +1,21 @@
 """From labelled photographs to masks, a segmenter and its predictions: the other commands, one after another.
 
-Each stage is a command line, which can be run by itself: what it made before it is not made again.
+Each stage is a command line, which can be run by itself. `runner.py` goes through them.
 """
 
-import json
-import logging
+import dataclasses
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from . import data, files
-from .store import Store
-
-log = logging.getLogger("ribfast")
+STAGES = (
+    "classifier", "cam", "rib", "labels", "irn", "masks", "crf", "ppmg", "par", "pamr", "threshold", "segmenter",
+    "relabelled", "predicted", "report",
+)  # fmt: skip
+CHECKPOINTS = {"classifier": "classifier.safetensors", "irn": "irn.safetensors", "segmenter": "segmenter.safetensors"}
+CUTTING = ("crf", "par", "pamr", "threshold")  # methods that cut the maps themselves at a threshold
+COCO = {"lr": 5e-6, "tau": 0.5, "n_others": 14}  # what rib's presets have otherwise on COCO, and those that stop:
+COCO_STOPS = {"explode_area": 0.8, "stop_logit": 1000.0}
 
 
 @dataclass(frozen=True)
@@ -23,17 +26,23 @@ class RunConfig:
     network: Literal["resnet10", "resnet18", "resnet50", "resnet101", "mobilenet_v2"] = "mobilenet_v2"
     # crops and passes: for pictures of about 100 pixels, photographs of about 320, or the papers'
     size: Literal["tiny", "small", "published"] = "small"
-    rib: Literal["none", "released", "paper", "coco", "fast"] = "fast"  # how the classifier is adapted to each image
+    rib: Literal["none", "released", "paper", "fast"] = "fast"  # how the classifier is adapted to each image
+    constants: Literal["voc", "coco"] = "voc"  # the data set for which RIB's, the walk's and DeepLab's were published
     masks: Literal["crf", "irn", "ppmg", "par", "pamr", "threshold"] = "crf"  # how masks are made of its maps
-    compared: tuple[Literal["crf", "ppmg", "par", "pamr", "threshold"], ...] = ()  # masks of the same maps otherwise
+    # masks of the same maps made otherwise, to compare: some of crf, ppmg, par, pamr, threshold
+    compared: tuple[Literal["crf", "ppmg", "par", "pamr", "threshold"], ...] = ()
+    # cut maps where that is best against the masks of --split, where it has some; of crf, par, pamr and threshold
+    tuned: bool = False
     segmenter: bool = True  # train one on the masks, and predict
-    relabel: bool = False  # predict --split's images too, where --validation's are predicted; the report shows them
+    relabel: bool = False  # predict --split's images too where --validation's are predicted, for the report's gallery
     cycle: bool = False  # PMM's: train it again on what it predicts
     normalization: Literal["imagenet", "symmetric"] = "imagenet"  # of pixels; symmetric: x / 127.5 - 1
     tensorflow_padding: bool = False  # for MobileNetV2 weights that were trained in TensorFlow
-    seed: int = 0
+    seed: int = 0  # of trainings, of the images that RIB draws, of the demo's pictures
     workers: int = 2  # threads that decode
     device: str = "auto"  # auto, cpu, cuda or cuda:N
+    # a field of a stage's own configuration, such as rib.steps=5; repeatable
+    set: tuple[str, ...] = dataclasses.field(default=(), metadata={"each": "STAGE.FIELD=VALUE"})
 
     def __post_init__(self):
         if self.seed < 0 or self.workers < 1:
@@ -41,12 +50,23 @@ class RunConfig:
                              f"{self.workers}")  # fmt: skip
         if self.tensorflow_padding and self.network != "mobilenet_v2":
             raise ValueError(f"RunConfig: expected tensorflow_padding with mobilenet_v2, got {self.network}")
-        if (self.cycle or self.relabel) and not self.segmenter:
-            raise ValueError(f"RunConfig: expected a {'cycle' if self.cycle else 'relabel'} with a segmenter, got "
-                             f"segmenter false")  # fmt: skip
+        if self.cycle and not self.segmenter:
+            raise ValueError("RunConfig: expected a cycle with a segmenter, got segmenter false")
         if len({self.masks, *self.compared}) <= len(self.compared):
             raise ValueError(f"RunConfig: expected masks and compared to name each method once, got {self.masks} and "
                              f"{', '.join(self.compared)}")  # fmt: skip
+        self.fields()
+
+    def fields(self) -> dict[str, dict[str, str]]:
+        """What `set` says: by stage and field, as options say it."""
+        found = {}
+        for word in self.set:
+            place, equals, value = word.partition("=")
+            stage, dot, field = place.partition(".")
+            if not (equals and dot and field) or stage not in STAGES:
+                raise ValueError(f"expected --set STAGE.FIELD=VALUE with a stage of {', '.join(STAGES)}, got {word!r}")
+            found.setdefault(stage, {})[field] = value
+        return found
 
     @classmethod
     def light(cls) -> "RunConfig":
@@ -59,7 +79,7 @@ class RunConfig:
 
     @classmethod
     def coco(cls) -> "RunConfig":
-        return cls(network="resnet50", size="published", rib="coco", masks="irn")
+        return replace(cls.voc(), constants="coco")
 
     @classmethod
     def released(cls) -> "RunConfig":
@@ -87,23 +107,8 @@ class RunConfig:
         return cls(compared=("ppmg",), relabel=True)
 
 
-class Stage(NamedTuple):
-    name: str  # as --set says it, and of its folder
-    command: str
-    words: list[str]
-
-
-STAGES = (
-    "classifier", "cam", "rib", "labels", "irn", "masks", "crf", "ppmg", "par", "pamr", "threshold", "segmenter",
-    "relabelled", "predicted", "report",
-)  # fmt: skip
-CHECKPOINTS = {"classifier": "classifier.safetensors", "irn": "irn.safetensors", "segmenter": "segmenter.safetensors"}
-ALONE = ("eval", "report")  # commands that processes do not share
-SHOWN = 10  # images that are left out, of which the log says why
-
-
 class Given(NamedTuple):
-    """What a run is made of."""
+    """What a run is made of, beside its configuration."""
 
     data: str  # KIND:PATH
     split: str | None
@@ -111,28 +116,48 @@ class Given(NamedTuple):
     out: Path
     weights: Path | None
     classifier: Path | None  # a trained one, in place of the first stage
-    fields: dict[str, dict[str, str]]  # of stages, as options say them
 
 
-def stages(given: Given, config: RunConfig, masked: bool) -> list[Stage]:
-    """masked: whether the data has masks, which maps and masks are compared with."""
-    here, c = given.out, config
-    images = ["--data", given.data, *(["--split", given.split] if given.split else [])]
-    works = ["--workers", str(c.workers), "--device", c.device]
+class Facts(NamedTuple):
+    """Of the data, what stages depend on."""
+
+    images: int  # of split
+    masked: bool  # whether split has masks, with which its maps and masks are compared
+    validation_masked: bool = False
+
+
+class Stage(NamedTuple):
+    name: str  # as --set says it, and of its folder
+    command: str
+    part: Literal["split", "validation"]  # whose images it is given
+    words: tuple[str, ...]  # beside those that say the images
+    of: tuple[str, ...] = ()  # the stages whose results it reads of each image
+
+    def line(self, given: Given, listed: str | None = None) -> list[str]:
+        """Its command's words. listed: the split with fewer images."""
+        split = listed or getattr(given, self.part)
+        return ["--data", given.data, *(["--split", split] if split else []), *self.words]
+
+
+def stages(given: Given, config: RunConfig, facts: Facts) -> list[Stage]:
+    here, c, fields = given.out, config, config.fields()
+    works = ["--workers", c.workers, "--device", c.device]
     network = ["--network", c.network, "--normalization", c.normalization]
     network += ["--tensorflow-padding"] * c.tensorflow_padding
-    start = [] if given.weights is None else ["--weights", str(given.weights)]
+    start = [] if given.weights is None else ["--weights", given.weights]
     classifier, found = given.classifier or here / "classifier" / CHECKPOINTS["classifier"], []
+    unseen = given.validation is not None
 
-    def add(name: str, command: str, *words, out: str | None = None) -> Path:
-        own = [word for field, value in given.fields.get(name, {}).items() for word in _option(field, value)]
-        found.append(Stage(name, command, [*map(str, words), "--out", str(here / (out or name)), *own]))
+    def add(name: str, command: str, *words, part: str = "split", of=(), out: str | None = None) -> Path:
+        own = [word for field, value in fields.get(name, {}).items() for word in _option(field, value)]
+        words = (*map(str, words), "--out", str(here / (out or name)), *own)
+        found.append(Stage(name, command, part, words, tuple(of)))
         return here / name
 
-    def compare(kind: str, folder: Path, *split: str) -> None:
-        if masked:
-            words = [*(split or images), f"--{kind}", str(folder), "--workers", str(c.workers)]
-            found.append(Stage(f"{folder.name} against ground truth", "eval", words))
+    def compare(kind: str, folder: Path, part: str = "split") -> None:
+        if facts.masked if part == "split" else facts.validation_masked:
+            words = (f"--{kind}", str(folder), "--workers", str(c.workers))
+            found.append(Stage(f"{folder.name} against ground truth", "eval", part, words, (folder.name,)))
 
     if given.classifier is None:
         own = {
@@ -141,102 +166,63 @@ def stages(given: Given, config: RunConfig, masked: bool) -> list[Stage]:
             "small": ["--lr", "0.03" if c.network == "mobilenet_v2" else "0.01", "--epochs", "8", "--long-side",
                       "224,384", "--crop", "288", "--preset", "paper"],
         }.get(c.size, [])  # fmt: skip
-        own += ["--no-frozen-trunk"] * (given.weights is None and c.size == "tiny")
-        add("classifier", "train-classifier", *images, *network, *own, *start, "--seed", c.seed, *works, "--resume")
+        own += ["--no-frozen-trunk"] * (given.weights is None)  # else it would stay random
+        add("classifier", "train-classifier", *network, *own, *start, "--seed", c.seed, *works, "--resume")
     scales = ["--scales", "1.0,2.0"] if c.size == "tiny" else []
-    maps = add("cam", "cam", *images, "--checkpoint", classifier, *scales, *works)
+    maps = add("cam", "cam", "--checkpoint", classifier, *scales, *works)
     compare("maps", maps)
     if c.rib != "none":
-        own = {
-            "tiny": [*scales, "--loss-scales", "1.0", "--lr", "6e-4", "--classifier-lr-scale", "1", "--tau", "0.3",
-                     "--explode-area", "0.4", "--others-crop", "96", "--others-long-side", "80,112", "--n-others", "8"],
-            "small": ["--others-crop", "192", "--others-long-side", "154,269", "--n-others", "8"],
-        }.get(c.size, [])  # fmt: skip
-        if c.network == "mobilenet_v2":  # whose maps hardly move at the rate of ResNet-50
-            own += ["--lr", "3e-5"]
-        words = [*images, "--checkpoint", classifier, "--preset", c.rib, *own, "--seed", c.seed, "--steps-kept"]
-        maps = add("rib", "rib", *words, *works)
+        words = ["--checkpoint", classifier, *_rib(c, scales), "--seed", c.seed, "--steps-kept", *works]
+        maps = add("rib", "rib", *words)
         compare("maps", maps)
     irn = []
     if c.masks == "irn":
         preset = "rib_labels" if c.rib != "none" else "labels"
-        labels = add("labels", "masks", *images, "--maps", maps, "--preset", preset, *works)
+        labels = add("labels", "masks", "--maps", maps, "--preset", preset, *works, of=[maps.name])
         own = [] if c.size == "published" else ["--preset", "small"]
-        words = [*images, "--labels", labels, *network, *own, "--weights", classifier, "--seed", c.seed]
-        add("irn", "train-irn", *words, *works, "--resume")
-        irn = ["--irn", str(here / "irn" / CHECKPOINTS["irn"])]
-    preset = {"irn": "irn" if c.rib == "none" else "coco" if c.rib == "coco" else "rib"}.get(c.masks, c.masks)
+        words = ["--labels", labels, *network, *own, "--weights", classifier, "--seed", c.seed, *works, "--resume"]
+        irn = ["--irn", add("irn", "train-irn", *words, of=["labels"]) / CHECKPOINTS["irn"]]
     own = {"ppmg": ["--power", "3"]} if c.size == "tiny" else {}
-    words = [*images, "--maps", maps, "--preset", preset, *own.get(c.masks, []), *irn]
-    masks = add("masks", "masks", *words, *works)
-    compare("masks", masks)
-    for method in c.compared:
-        words = [*images, "--maps", maps, "--preset", method, *own.get(method, [])]
-        compare("masks", add(method, "masks", *words, *works))
+    tuned = ["--background-from", maps / "evaluation.json"] if c.tuned and facts.masked else []
+    for method in (c.masks, *c.compared):
+        preset = {"irn": "irn" if c.rib == "none" else "coco" if c.constants == "coco" else "rib"}.get(method, method)
+        words = ["--maps", maps, "--preset", preset, *own.get(method, []), *(tuned if method in CUTTING else [])]
+        first = method == c.masks
+        made = add("masks" if first else method, "masks", *words, *(irn if first else []), *works, of=[maps.name])
+        compare("masks", made)
     if c.segmenter:
-        preset = "coco" if c.rib == "coco" else "voc" if c.size == "published" else "light"
-        own = ["--steps", "160", "--lr", "0.01", "--head-lr-scale", "3", "--frozen", "0", "--rescale", "0.8,1.25",
-               "--crop", "97", "--save-every", "80"] if c.size == "tiny" else []  # fmt: skip
-        looks = ["--validation", given.validation] if given.validation and masked else []
-        start = start or ["--weights", str(classifier)]
-        add("segmenter", "train-seg", *images, "--masks", masks, "--preset", preset, *network, *own, *start, *looks,
-            *(["--cycle"] * c.cycle), "--seed", c.seed, *works, "--resume")  # fmt: skip
+        preset = "light" if c.size != "published" else c.constants
+        own = ["--steps", max(40, min(160, facts.images)), "--lr", "0.01", "--head-lr-scale", "3", "--frozen", "0",
+               "--rescale", "0.8,1.25", "--crop", "97", "--save-every", "80"] if c.size == "tiny" else []  # fmt: skip
+        looks = ["--validation", given.validation] if unseen and facts.validation_masked else []
+        start = start or ["--weights", classifier]
+        add("segmenter", "train-seg", "--masks", here / "masks", "--preset", preset, *network, *own, *start, *looks,
+            *(["--cycle"] * c.cycle), "--seed", c.seed, *works, "--resume", of=["masks"])  # fmt: skip
         checkpoint = here / "segmenter" / CHECKPOINTS["segmenter"]
-        shown = ["--data", given.data, "--split", given.validation] if given.validation else images
         words = ["--checkpoint", checkpoint, *(["--scales", "1.0,1.5", "--crf"] if c.size == "tiny" else []), *works]
-        if c.relabel and given.validation:
-            compare("masks", add("relabelled", "predict", *images, *words))
-        predicted = add("predicted", "predict", *shown, *words)
-        compare("masks", predicted, *shown)
-    names = {stage.name for stage in found} - ({"predicted"} if given.validation else set())  # those are other images
-    compared = [name for name in ("cam", "rib", "masks", *c.compared, "relabelled", "predicted") if name in names]
-    words = [word for name in compared for word in ("--stage", f"{name}={here / name}")]
-    add("report", "report", *images, *words, "--workers", c.workers, out="report.html")
+        if c.relabel and unseen:
+            compare("masks", add("relabelled", "predict", *words))
+        part = "validation" if unseen else "split"
+        compare("masks", add("predicted", "predict", *words, part=part), part)
+    names = {stage.name for stage in found if stage.part == "split"}
+    shown = [name for name in ("cam", "rib", "masks", *c.compared, "relabelled", "predicted") if name in names]
+    words = [word for name in shown for word in ("--stage", f"{name}={here / name}")]
+    add("report", "report", *words, "--workers", c.workers, of=shown, out="report.html")
     return found
 
 
-def sound(source: data.Source, out: Path, workers: int, *, progress=None) -> Path | None:
-    """A list of the images that can be read, where others cannot, whose reasons go into failures.jsonl; else None."""
-    listed, failures = out / "images.txt", out / "failures.jsonl"
-    if listed.is_file():  # by a run before
-        return listed if failures.is_file() else None
-    found = data.scan(source, required=False, workers=workers, progress=progress)
-    problems = found.problems
-    bad = {problem.name for problem in problems}
-    good = [item.name for item in source if item.name not in bad]
-    if not good:
-        raise ValueError(f"run: expected images that can be read, got {len(source)} that cannot; the first: "
-                         f"{problems[0].reason}")  # fmt: skip
-    if problems:
-        files.write(failures, "".join(json.dumps(problem._asdict()) + "\n" for problem in problems).encode())
-        for problem in problems[:SHOWN]:
-            log.warning("left out: %s: %s", *problem)
-        log.warning("left out: %d of %d images; all in %s", len(bad), len(source), failures)
-    files.write(listed, "".join(f"{name}\n" for name in good).encode())
-    return listed if problems else None
-
-
-def only(given: Given, field: str, listed: Path) -> Given:
-    """With the images of a list alone. field: split or validation."""
-    before = getattr(given, field) or ""
-    return given._replace(**{field: f"{before.partition(':')[0]}:{listed}" if _is_coco(given) else str(listed)})
-
-
-def _is_coco(given: Given) -> bool:
-    """Whose splits are JSON, which lists only choose from."""
-    return given.data.startswith("coco:")
-
-
-def without_failed(given: Given, out: Path, stage: str, source: data.Source, options) -> Given:
-    """What the stages after one go on with, some of whose images failed. options: the stage's."""
-    failed = Store(options.out).failures()
-    left = out / f"images-after-{stage}.txt"
-    files.write(left, "".join(f"{item.name}\n" for item in source if item.name not in failed).encode())
-    return only(given, "split" if options.split == given.split else "validation", left)
-
-
-def has_masks(source: data.Source) -> bool:
-    return bool(len(source)) and all(item.mask is not None or item.name in source.drawings for item in source)
+def _rib(c: RunConfig, scales: list[str]) -> list[str]:
+    own = {
+        "tiny": [*scales, "--loss-scales", "1.0", "--lr", "6e-4", "--classifier-lr-scale", "1", "--tau", "0.3",
+                 "--explode-area", "0.4", "--others-crop", "96", "--others-long-side", "80,112", "--n-others", "8"],
+        "small": ["--others-crop", "192", "--others-long-side", "154,269", "--n-others", "8"],
+    }.get(c.size, [])  # fmt: skip
+    if c.constants == "coco":
+        changed = COCO | (COCO_STOPS if c.rib != "paper" else {})
+        own = [word for field, value in changed.items() for word in _option(field, str(value))] + own
+    if c.network == "mobilenet_v2":  # whose maps hardly move at the rate of ResNet-50
+        own += ["--lr", "3e-5"]
+    return ["--preset", c.rib, *own]
 
 
 def _option(field: str, value: str) -> list[str]:

@@ -53,8 +53,8 @@ def test_from_nothing_to_a_report(tmp_path, monkeypatch, capsys):
     assert all(f'"{name}"' in page for name in names if name != "predicted")
     assert len(Store(out / "rib").names()) == 8
     assert json.loads((out / "classifier" / "config.json").read_text())["config"]["frozen_trunk"] is False
-    assert cli.main([*given[:-1], "3"]) == 1 and "another seed (here 3, there 2)" in capsys.readouterr().err
-    assert cli.main([*words(out), "--seed", "2"]) == 1 and "pictures (here 160, there 8)" in capsys.readouterr().err
+    assert cli.main([*given[:-1], "3"]) == 1 and "another pictures' seed" in capsys.readouterr().err
+    assert cli.main([*words(out), "--seed", "2"]) == 1 and "another pictures" in capsys.readouterr().err
 
 
 def test_of_photographs_it_is_run(tmp_path, weights, capsys):
@@ -64,12 +64,11 @@ def test_of_photographs_it_is_run(tmp_path, weights, capsys):
     assert cli.main([*given, "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     settings = cli.config.make(run.RunConfig, {"network": "resnet10", "workers": 1}, "shown")
-    fields = {stage: dict(field.split("=") for field in text.split()) for stage, text in TINY.items()}
-    fields["rib"]["disjoint"] = "false"
-    expected = run.stages(
-        run.Given(photos, None, None, tmp_path / "demo", weights, None, fields), settings, masked=True
-    )
-    assert lines == [f"ribfast {stage.command} {cli.shlex.join(stage.words)}" for stage in expected]
+    fields = [f"{stage}.{field}" for stage, text in TINY.items() for field in text.split()]
+    settings = cli.dataclasses.replace(settings, set=(*fields, "rib.disjoint=false"))
+    here = run.Given(photos, None, None, tmp_path / "demo", weights, None)
+    expected = run.stages(here, settings, run.Facts(9, True))
+    assert lines == [f"ribfast {stage.command} {cli.shlex.join(stage.line(here))}" for stage in expected]
     assert cli.main(given) == 0
     shown = capsys.readouterr().out
     assert all(f"  {name:<12}" in shown for name in ("cam", "rib", "masks", "ppmg", "predicted"))
@@ -87,5 +86,3 @@ def test_refuses(tmp_path, capsys):
     assert not (tmp_path / "demo").exists()
     with pytest.raises(ValueError, match="masks and compared to name each method once, got ppmg and ppmg"):
         run.RunConfig(masks="ppmg", compared=("ppmg",))
-    with pytest.raises(ValueError, match="a relabel with a segmenter"):
-        run.RunConfig(relabel=True, segmenter=False)

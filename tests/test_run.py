@@ -9,7 +9,7 @@ import pictures
 import pytest
 from trainings import weights as weights
 
-from ribfast import cli, run
+from ribfast import cli, models, run
 from ribfast.claims import Claims
 from ribfast.store import Store, open_masks
 
@@ -73,7 +73,10 @@ def test_makes_everything_and_goes_on_after_a_kill(words, tmp_path, monkeypatch,
     before = {path: path.stat().st_mtime_ns for path in broken.rglob("*.npz")}
     assert cli.main(again) == 0 and before == {path: path.stat().st_mtime_ns for path in broken.rglob("*.npz")}
     assert cli.main([*again, "--seed", "4"]) == 1 and "another seed (here 4, there 3)" in capsys.readouterr().err
-    assert cli.main([*again, "--set", "rib.steps=3"]) == 1 and "another fields" in capsys.readouterr().err
+    assert digests(broken) == whole
+    assert cli.main([*again, "--set", "rib.steps=3"]) == 1
+    said = capsys.readouterr().err
+    assert f"expected to go on in {broken}/rib as it began, got another steps (here 3, there 2); say --remake" in said
 
 
 def test_each_stage_is_a_command(words, tmp_path, capsys):
@@ -98,16 +101,16 @@ def test_each_stage_is_a_command(words, tmp_path, capsys):
     "preset, masks, rib",
     [("light", "irn", "none"), ("light", "irn", "fast"), ("light", "ppmg", "paper"), ("light", "par", "released"),
      ("voc", "irn", "released"), ("released", "irn", "released"), ("paper", "irn", "paper"), ("fast", "irn", "fast"),
-     ("voc", "pamr", "none"), ("voc", "crf", "paper"), ("coco", "irn", "coco"), ("coco", "threshold", "fast"),
+     ("voc", "pamr", "none"), ("voc", "crf", "paper"), ("coco", "irn", "paper"), ("coco", "threshold", "fast"),
      ("drawn", "crf", "fast"), ("drawn", "irn", "none"), ("shown", "par", "paper")],
 )  # fmt: skip
 def test_every_choice_is_one_that_commands_know(preset, masks, rib, tmp_path):
     settings = cli.config.make(run.RunConfig, {"masks": masks, "rib": rib, "cycle": True}, preset)
-    given = run.Given("folder:x", "a", "b", tmp_path, None, None, {})
-    found = run.stages(given, settings, masked=True)
+    given = run.Given("folder:x", "a", "b", tmp_path, None, None)
+    found = run.stages(given, settings, run.Facts(9, True, True))
     assert {stage.name for stage in found if stage.command != "eval"} <= set(run.STAGES)
     for stage in found:
-        cli._parse(stage.command, stage.words)
+        cli._parse(stage.command, stage.line(given))
 
 
 def test_images_that_cannot_be_read_are_left_out(words, tmp_path, capsys):
@@ -121,7 +124,12 @@ def test_images_that_cannot_be_read_are_left_out(words, tmp_path, capsys):
     assert "left out: 2 of 9 images" in capsys.readouterr().err
     assert sorted(p.stem for p in (out / "masks" / "masks").iterdir()) == [f"p{i}" for i in (0, 1, 3, 4, 6, 7, 8)]
     before = digests(out)
+    (images / "p2.png").write_bytes((images / "p0.png").read_bytes())
     assert cli.main([*words, "--no-segmenter", "--rib", "none"]) == 3 and digests(out) == before
+    assert "1 of them can be read now (p2): say --remake" in capsys.readouterr().err
+    assert cli.main([*words, "--no-segmenter", "--rib", "none", "--remake"]) == 3
+    assert [line.split('"')[3] for line in (out / "failures.jsonl").read_text().splitlines()] == ["p5"]
+    assert open_masks(out / "masks").has_mask("p2") and not open_masks(out / "masks").has_mask("p5")
     for path in images.iterdir():
         path.write_bytes(b"")
     shutil.rmtree(out)
@@ -138,10 +146,108 @@ def test_images_that_fail_on_the_way_are_left_out_from_there(words, tmp_path, ca
         out = tmp_path / "run"
         assert len(Store(out / "cam").names()) == 8 and len(Store(out / "rib").names()) == 6
         left = [f"p{i}" for i in (0, 1, 2, 4, 5, 6, 8)]
-        assert (out / "images-after-rib.txt").read_text().split() == left
-        for stage in ("masks", "predicted"):
-            assert sorted(p.stem for p in (out / stage / "masks").iterdir()) == left
+        assert (out / "images-segmenter.txt").read_text().split() == left
+        assert sorted(p.stem for p in (out / "masks" / "masks").iterdir()) == left
+        assert Store(out / "masks").failures().keys() == {"p3", "p7"}
+        assert len(list((out / "predicted" / "masks").iterdir())) == 9
     assert "7 images" in capsys.readouterr().out
+
+
+def test_a_failure_that_passes(words, tmp_path, monkeypatch, capsys):
+    """The next start makes what failed; what was trained without it says so, and is made anew where that is asked."""
+    out, save, away = tmp_path / "run", Store.save, {"p1"}
+
+    def fails(store, name, *facts, **more):
+        if name in away and store.folder.name == "rib":
+            raise ValueError("a disk that is away")
+        save(store, name, *facts, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "save", fails)
+        assert cli.main(words) == 3
+    assert "p1: a disk that is away" in capsys.readouterr().err and "p1" not in open_masks(out / "masks").mask_names()
+    assert len((out / "images-segmenter.txt").read_text().split()) == 8
+    assert cli.main(words) == 3
+    said = capsys.readouterr()
+    assert "segmenter was trained without 1 images that are there now (p1): say --remake" in said.err
+    assert "masks" in said.out and "9 images" in said.out and open_masks(out / "masks").has_mask("p1")
+    maps = {path: path.stat().st_mtime_ns for path in out.rglob("*.npz")}
+    assert cli.main([*words, "--remake"]) == 0 and not (out / "images-segmenter.txt").exists()
+    assert maps == {path: path.stat().st_mtime_ns for path in out.rglob("*.npz")}
+    whole = str(tmp_path / "whole")
+    assert cli.main([whole if word == str(out) else word for word in words]) == 0
+    assert digests(tmp_path / "whole") == digests(out)
+
+    before = (out / "segmenter" / "segmenter.safetensors").read_bytes()
+    changed = [*words, "--set", "segmenter.lr=0.001"]
+    assert cli.main(changed) == 1
+    assert "segmenter as it began, got another lr (here 0.001, there" in capsys.readouterr().err
+    assert cli.main([*changed, "--remake"]) == 0
+    assert "made otherwise (another lr (here 0.001" in capsys.readouterr().err
+    assert (out / "segmenter" / "segmenter.safetensors").read_bytes() != before
+    assert maps == {path: path.stat().st_mtime_ns for path in out.rglob("*.npz")}
+    assert cli.main(words[:5] + ["--config", str(out / "config.json"), "--dry-run"]) == 0
+    assert "--lr 0.001" in capsys.readouterr().out.splitlines()[-4]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "save", fails)
+        away |= {f"p{n}" for n in range(6)}
+        assert cli.main([*changed, "--remake", "--seed", "5"]) == 1
+    assert "rib: expected few images to fail, got 6 of 9, the first of which is p" in capsys.readouterr().err
+
+
+def test_masks_and_images_of_each_split_as_they_are(words, tmp_path, capsys):
+    """Ground truth of a few images to predict alone, one of which cannot be read."""
+    photos, out = tmp_path / "photos", tmp_path / "run"
+    (photos / "train.txt").write_text("".join(f"p{n}\n" for n in (0, 1, 2, 4, 8)))
+    (photos / "val.txt").write_text("p3\np5\np6\np7\n")
+    for name in "012468":
+        (photos / "masks" / f"p{name}.png").unlink()
+    (photos / "images" / "p7.png").write_bytes(b"nothing")
+    words = [*words, "--split", "train", "--validation", "val", "--rib", "none"]
+    assert cli.main([*words, "--dry-run"]) == 0
+    lines = [line.split()[1:] for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines] == ["train-classifier", "cam", "masks", "train-seg", "predict", "eval", "report"]
+    assert cli.main([*words, "--json"]) == 3
+    said = json.loads(capsys.readouterr().out)
+    assert [*said["mious"]] == ["predicted"] and not said["complete"]
+    assert (out / "images-validation-with-masks.txt").read_text().split() == ["p3", "p5"]
+    assert open_masks(out / "predicted").mask_names() == ["p3", "p5", "p6"]
+    assert json.loads((out / "predicted" / "evaluation.json").read_text())["images"] == 2
+    assert '"p7"' in (out / "failures.jsonl").read_text()
+
+
+def test_what_would_stop_it_later_is_said_at_once(words, tmp_path, weights, capsys):
+    def refused(*more):
+        assert cli.main([*words, *more]) == 1 and not (tmp_path / "run").exists()
+        return capsys.readouterr().err
+
+    assert "--set rib.FIELD=VALUE with a field of anchor_batches, anchored" in refused("--set", "rib.stepz=3")
+    for word in ("cam.out=x", "cam.shard=0/2", "segmenter.resume=false"):
+        assert f"got {word.partition('.')[2].partition('=')[0]}" in refused("--set", word)
+    table = tmp_path / "photos" / "labels.csv"
+    before = table.read_text()
+    table.write_text(before.replace("disc", "square").replace("square;square", "square"))
+    shared = [word for word in words if word != "rib.disjoint=false"]
+    del shared[shared.index("rib.n_others=2") + 1]
+    assert cli.main(shared) == 1
+    assert "images that share no class with one another" in capsys.readouterr().err
+    table.write_text(before)
+    trained = tmp_path / "c.safetensors"
+    model = models.cam_classifier("resnet18", 2)
+    models.save_checkpoint(trained, model.state_dict(), model.metadata())
+    del words[words.index("--network") : words.index("--network") + 2]
+    words += ["--classifier", str(trained)]
+    assert cli.main([*words, "--dry-run"]) == 0
+    assert capsys.readouterr().out.count("--network resnet18") == 1
+    assert f"expected network as {trained} has it, resnet18, got resnet10" in refused("--network", "resnet10")
+    assert cli.main([*words, "--dry-run", "--set", "irn.epochs=9"]) == 0
+    capsys.readouterr()
+    assert cli.main([*words, "--dry-run", "--tuned", "--constants", "coco"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rib, masks = (next(line for line in lines if f"ribfast {name} " in line) for name in ("rib", "masks"))
+    assert "--tau 0.5" in rib and "--stop-logit 1000.0" in rib and "--preset fast" in rib
+    assert f"--background-from {tmp_path}/run/rib/evaluation.json" in masks
 
 
 def test_a_trained_classifier_and_data_without_masks(words, tmp_path, weights, capsys):
@@ -171,7 +277,8 @@ def test_one_run_at_a_time(words, tmp_path, capsys):
 
 def test_refuses(words, tmp_path, monkeypatch, capsys):
     for word in ("rib", "rib.lr", "walk.lr=1", ".lr=1", "rib.=1"):
-        assert cli.main([*words, "--set", word]) == 1
+        with pytest.raises(SystemExit):
+            cli.main([*words, "--set", word])
         assert "expected --set STAGE.FIELD=VALUE with a stage of classifier, cam, rib" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:  # before anything is made
         cli.main([*words, "--set", "segmenter.lr=much"])

@@ -55,6 +55,17 @@ def draw(folder: str | Path, *, training: int = 160, validation: int = 40, size:
     os.replace(partial, folder / LAST)
 
 
+def clear(folder: str | Path) -> None:
+    """Removes what `draw` wrote; the table last, as it says that all is there."""
+    folder = Path(folder)
+    if not (folder / LAST).is_file():
+        return
+    (folder / LAST).unlink()
+    for place in ("images", "masks"):
+        for path in (folder / place).glob("*.png"):
+            path.unlink()
+
+
 def draw_picture(rng: np.random.Generator, size: int, first: int) -> Picture:
     """One to three objects, apart from one another, the first of a given class."""
     image = _clutter(rng, size)

@@ -35,8 +35,8 @@ def train_cycle(
     if prediction.shard is not None:
         raise ValueError(f"train_cycle: expected a prediction of all images, got shard {prediction.shard}")
     if resume and not folder.exists() and train.is_begun(out):
-        raise ValueError(f"train_cycle: expected to go on with a cycle, got {out}, where a training without one began; "
-                         f"choose another folder")  # fmt: skip
+        raise configuration.AnotherRun(f"train_cycle: expected to go on with a cycle, got {out}, where a training "
+                                       f"without one began; choose another folder", ["training"])  # fmt: skip
     given, store = dict(weights=weights, validation=validation, resume=resume), Store(folder)
     path = folder / "prediction.json"
     with processes(config.device) as here:
@@ -58,8 +58,10 @@ def train_cycle(
             found = configuration.differences(prediction, there["config"], ("device", "workers", "batch"))
             found += ["network"] * (there["checkpoint"] != beside["checkpoint"])
             if found and store.mask_names():
-                raise ValueError(f"train_cycle: expected to go on in {folder} as it began, got another "
-                                 f"{', '.join(found)}; remove {store.masks}, or choose another folder")  # fmt: skip
+                raise configuration.AnotherRun(
+                    f"train_cycle: expected to go on in {folder} as it began, got another {', '.join(found)}; remove "
+                    f"{store.masks}, or choose another folder", found
+                )  # fmt: skip
         together(here)
         if here.rank == 0:
             configuration.write(path, prediction, **beside)

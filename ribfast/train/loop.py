@@ -339,8 +339,10 @@ class _Training:
         found = configuration.differences(self.config, there, INDIFFERENT + self.task.indifferent)
         found += inputs.changed(self.task.inputs, known) + self.task.others(known)
         if found:
-            raise ValueError(f"{self.task.name}: expected to go on as {path} began, got another {', '.join(found)}; "
-                             f"choose another folder, or start anew without resume")  # fmt: skip
+            raise configuration.AnotherRun(
+                f"{self.task.name}: expected to go on as {path} began, got another {', '.join(found)}; choose another "
+                f"folder, or start anew without resume", found
+            )  # fmt: skip
 
 
 def pinned(batch: tuple[Tensor, ...], here: Processes) -> tuple[Tensor, ...]:

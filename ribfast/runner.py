@@ -1,0 +1,349 @@
+"""Going through a run's stages: which images each is given, what is there already, and what stands in the way.
+
+Every stage is given all images that can be read. Those that fail in one fail in those that read its results too, and
+are tried again by the next start; a training, which cannot take up images later, keeps to the list it began with.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from . import config, data, files
+from .claims import Claims
+from .processes import processes, rank_and_world, together
+from .run import CUTTING, Facts, Given, RunConfig, Stage, stages
+from .store import CLAIMS, CONFIG, Store, open_masks
+
+log = logging.getLogger("ribfast")
+ALONE = ("eval", "report")  # commands that processes do not share, of images whose results are all there
+BY_IMAGE = ("cam", "rib", "masks", "predict")  # commands that make a file of each image, and go on where one fails
+FAILURES = "failures.jsonl"
+SHOWN = 10  # images that are left out, of which the log says why
+EXPECTED = (ValueError, OSError, ArithmeticError, MemoryError)  # of one process, which the others are told
+FAR = 0.05  # between where maps are cut and where that is best, of which the log speaks
+
+
+class Commands(Protocol):
+    """The commands that stages are."""
+
+    def settings(self, stage: Stage, line: list[str]) -> Any:
+        """The configuration that a stage's words make; raises what is wrong with them, and with --set."""
+
+    def run(self, stage: Stage, line: list[str]) -> bool:
+        """Whether some images failed."""
+
+    def progress(self, title: str) -> Callable[[int, int, str], None] | None:
+        """What is shown of work that is no command's."""
+
+
+class Outcome(NamedTuple):
+    evaluated: dict[str, str]  # folders that eval looked at, and whose images these were: split or validation
+    complete: bool  # no image was left out, none failed, none came too late
+    seconds: float
+
+
+class Data(NamedTuple):
+    split: data.Source
+    validation: data.Source | None
+
+    @classmethod
+    def open(cls, given: Given) -> "Data":
+        validation = None if given.validation is None else data.open_source(given.data, given.validation)
+        return cls(data.open_source(given.data, given.split), validation)
+
+    def facts(self) -> Facts:
+        return Facts(len(self.split), *(source is not None and bool(_masked(source)) for source in self))
+
+
+def fit_classifier(path: Path, settings: RunConfig, source: data.Source, chosen: set[str]) -> RunConfig:
+    """With the network that a trained classifier is. chosen: the fields that were asked for, which must be its."""
+    from .models import open_classifier
+
+    model = open_classifier(path, n_classes=len(source.classes))
+    own = {"network": model.name, "normalization": model.normalization, "tensorflow_padding": model.tensorflow_padding}
+    for name in chosen & own.keys():
+        if getattr(settings, name) != own[name]:
+            raise ValueError(f"run: expected {name} as {path} has it, {own[name]}, got {getattr(settings, name)}; "
+                             f"leave it out, or give another --classifier")  # fmt: skip
+    return dataclasses.replace(settings, **own)
+
+
+def check(given: Given, settings: RunConfig, sources: Data, commands: Commands) -> None:
+    """Raises what would otherwise stop a stage hours later."""
+    world, plan = rank_and_world()[1], stages(given, settings, sources.facts())
+    if idle := sorted(settings.fields().keys() - {stage.name for stage in plan}):
+        log.warning("--set of %s changes nothing: this run has no such stage", ", ".join(idle))
+    for stage in plan:
+        own = commands.settings(stage, stage.line(given))
+        if stage.command.startswith("train-") and own.batch % world:
+            raise ValueError(f"expected batches that {world} processes can share, got {own.batch} of {stage.name}; say "
+                             f"--set {stage.name}.batch=N")  # fmt: skip
+        if stage.command == "rib" and own.disjoint and own.n_others:
+            _check_others(sources.split)
+
+
+def _check_others(source: data.Source) -> None:
+    """Whether there are images for RIB to draw."""
+    labels = source.labels()
+    sets = labels.unique(dim=0)
+    sets = sets[sets.any(1)].float()
+    if len(sets) and bool((sets @ sets.T > 0).all()):
+        raise ValueError("run: expected images that share no class with one another, for RIB to adapt them beside, got "
+                         "none; say --set rib.disjoint=false, or --rib none")  # fmt: skip
+
+
+class Runner:
+    """remake: whether stages that were made otherwise are made anew, where they are otherwise refused."""
+
+    def __init__(self, given: Given, settings: RunConfig, sources: Data, commands: Commands, *, remake: bool):
+        self.given, self.settings, self.sources, self.commands = given, settings, sources, commands
+        self.facts, self.remake, self.complete, self.evaluated = sources.facts(), remake, True, {}
+
+    def run(self, begin: Callable[[], None]) -> Outcome:
+        """begin: writes what the run began with."""
+        start = time.monotonic()
+        with processes(self.settings.device) as self.here, self._alone():
+            self._shared(True, begin)
+            self.lists = self._shared(self.first, self._sound)[0]
+            self.complete = not any(self.lists.values())
+            plan = stages(self.given, self.settings, self.facts)
+            for number, stage in enumerate(plan, 1):
+                log.info("[%d/%d] %s", number, len(plan), stage.name)
+                self._go(stage)
+            together(self.here)  # one that ends with an exit code ends the others
+        return Outcome(self.evaluated, self.complete, time.monotonic() - start)
+
+    @property
+    def first(self) -> bool:
+        return self.here.rank == 0
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other `run` in the same OUT meanwhile, which would train the same networks into the same files."""
+        folder = self.given.out / CLAIMS
+        claims = Claims(folder)
+
+        def take() -> None:
+            if not claims.take("run"):
+                raise ValueError(f"expected one run in {folder.parent}, got another that is at it ({folder} says whose "
+                                 f"claim); wait for it, or choose another --out")  # fmt: skip
+
+        try:
+            self._shared(self.first, take)
+            yield
+        finally:
+            claims.close()
+
+    def _shared(self, makes: bool, work: Callable, *arguments) -> list:
+        """What each process that makes it has made. An error of one is everybody's: none waits for another."""
+        made, error = None, None
+        try:
+            made = work(*arguments) if makes else None
+        except EXPECTED as own:
+            error = own
+        said = None if error is None else (str(error), getattr(error, "found", None))
+        found = together(self.here, (made, said))
+        if error is not None:
+            raise error
+        for _, said in found:
+            if said is not None:
+                raise ValueError(said[0]) if said[1] is None else config.AnotherRun(*said)
+        return [each for each, _ in found]
+
+    def _go(self, stage: Stage) -> None:
+        line, whole = self._shared(self.first, self._line, stage)[0]
+        self.complete &= whole
+        if line is None:
+            log.info("no image with a mask has results")
+            return
+        folder, makes = self.given.out / stage.name, self.first or stage.command not in ALONE
+        try:
+            failed = self._shared(makes, self.commands.run, stage, line)
+        except config.AnotherRun as error:
+            if not self.remake:
+                raise ValueError(f"expected to go on in {folder} as it began, got another {', '.join(error.found)}; "
+                                 f"say --remake to make {stage.name} and what follows from it anew, or choose another "
+                                 f"--out") from error  # fmt: skip
+            log.info("made otherwise (another %s): made anew", ", ".join(error.found))
+            self._shared(self.first, shutil.rmtree, folder)
+            failed = self._shared(makes, self.commands.run, stage, line)
+        except FloatingPointError as error:
+            lr = self.commands.settings(stage, line).lr
+            raise FloatingPointError(f"{error}: --set {stage.name}.lr={lr / 3:.2g} --remake") from error
+        if any(failed):
+            self.complete = False
+            self._shared(self.first, self._refuse_many, stage)
+        if stage.command == "eval":
+            self._look(stage)
+
+    # ---- images
+
+    def _sound(self) -> dict[str, str | None]:
+        """The lists of images that can be read, by split; None where all can."""
+        given, out, problems, lists = self.given, self.given.out, {}, {"split": None, "validation": None}
+        listed = {part: out / ("images.txt" if part == "split" else f"images-{part}.txt") for part in lists}
+        sources = {part: source for part, source in self.sources._asdict().items() if source is not None}
+        if self.remake:
+            for path in (*listed.values(), out / FAILURES):
+                path.unlink(missing_ok=True)
+        known = _failures(out / FAILURES)
+        for part, source in sources.items():
+            if not listed[part].is_file():
+                show = self.commands.progress("looking at the images" + " to predict" * (part == "validation"))
+                found = data.scan(source, required=False, workers=self.settings.workers, progress=show).problems
+                problems[part] = found
+                known |= {problem.name: problem.reason for problem in found}
+        if any(problems.values()):
+            files.write(out / FAILURES, "".join(json.dumps({"name": name, "reason": reason}) + "\n"
+                                                for name, reason in known.items()).encode())  # fmt: skip
+        for part, source in sources.items():
+            bad = {item.name for item in source} & known.keys()
+            if part in problems:
+                self._say_left_out(problems[part], len(bad), len(source))
+                good = [item.name for item in source if item.name not in bad]
+                if not good:
+                    raise ValueError(f"run: expected images that can be read, got {len(source)} that cannot; the "
+                                     f"first: {problems[part][0].reason}")  # fmt: skip
+                files.write(listed[part], _lines(good))
+            elif bad:
+                self._say_mended(source, bad)
+            if bad:
+                lists[part] = _split(given, part, listed[part])
+        return lists
+
+    def _say_left_out(self, problems: tuple[data.Problem, ...], count: int, total: int) -> None:
+        for problem in problems[:SHOWN]:
+            log.warning("left out: %s: %s", *problem)
+        if problems:
+            log.warning("left out: %d of %d images; all in %s", count, total, self.given.out / FAILURES)
+
+    def _say_mended(self, source: data.Source, bad: set[str]) -> None:
+        """Of images that were left out as the run began."""
+        few = dataclasses.replace(source, items=tuple(item for item in source if item.name in bad))
+        still = {problem.name for problem in data.scan(few, required=False, workers=self.settings.workers).problems}
+        mended = sorted(bad - still)
+        log.warning("left out since the run began: %d of %d images; why is in %s", len(bad), len(source),
+                    self.given.out / FAILURES)  # fmt: skip
+        if mended:
+            log.warning("%d of them can be read now (%s): say --remake to make all anew with them", len(mended),
+                        ", ".join(mended[:SHOWN]))  # fmt: skip
+
+    def _images(self, part: str) -> data.Source:
+        """Those that can be read."""
+        listed = self.lists[part]
+        return getattr(self.sources, part) if listed is None else data.open_source(self.given.data, listed)
+
+    def _line(self, stage: Stage) -> tuple[list[str] | None, bool]:
+        """A stage's words, with a list of images where it is not given all of them, None if there are none; and whether
+        no image came too late for it."""
+        listed, part, out, whole = self.lists[stage.part], stage.part, self.given.out, True
+        if stage.of and stage.command not in BY_IMAGE:
+            source = self._images(part)
+            there = _with_results(source, [out / name for name in stage.of])
+            if stage.command in ALONE:
+                if stage.command == "eval" and not there & {item.name for item in _masked(source)}:
+                    return None, whole
+                path = out / f"images-{stage.of[-1]}-{stage.command}.txt"
+            else:
+                path = out / f"images-{stage.name}.txt"
+                there, whole = self._kept(stage, path, source, there)
+            if len(there) < len(source):
+                files.write(path, _lines(item.name for item in source if item.name in there))
+                listed = _split(self.given, part, path)
+        line = stage.line(self.given, listed)
+        if "--validation" in line:
+            line[line.index("--validation") + 1] = self._judged()
+        return line, whole
+
+    def _kept(self, stage: Stage, path: Path, source: data.Source, there: set[str]) -> tuple[set[str], bool]:
+        """The images that a training began with, or begins with now; and whether these are all that are there."""
+        folder = self.given.out / stage.name
+        if not (folder / CONFIG).is_file():
+            path.unlink(missing_ok=True)
+            return there, True
+        began = {*path.read_text("utf-8").splitlines()} if path.is_file() else {item.name for item in source}
+        late = sorted(there - began)
+        if late and self.remake:
+            log.info("begun without %d images that are there now: made anew", len(late))
+            shutil.rmtree(folder)
+            path.unlink(missing_ok=True)
+            return there, True
+        if late:
+            log.warning("%s was trained without %d images that are there now (%s): say --remake to make it and what "
+                        "follows from it anew", stage.name, len(late), ", ".join(late[:SHOWN]))  # fmt: skip
+        return began, not late
+
+    def _judged(self) -> str:
+        """The images of --validation that have masks."""
+        source, listed = self._images("validation"), self.lists["validation"]
+        if len(masked := _masked(source)) < len(source):
+            path = self.given.out / "images-validation-with-masks.txt"
+            files.write(path, _lines(item.name for item in masked))
+            listed = _split(self.given, "validation", path)
+        return listed or self.given.validation
+
+    def _refuse_many(self, stage: Stage) -> None:
+        """Where more than half of the images fail, it is not the images that are at fault."""
+        if stage.command not in BY_IMAGE:
+            return
+        names = {item.name for item in self._images(stage.part)}
+        reasons = Store(self.given.out / stage.name).failures()
+        failed = [(name, reason) for name, reason in reasons.items() if name in names]
+        if 2 * len(failed) > len(names):
+            raise ValueError(f"{stage.name}: expected few images to fail, got {len(failed)} of {len(names)}, the first "
+                             f"of which is {failed[0][0]}: {failed[0][1]}; once that is mended, the same command goes "
+                             f"on")  # fmt: skip
+
+    # ---- results
+
+    def _look(self, stage: Stage) -> None:
+        """What eval found, in a line."""
+        name = stage.of[0]
+        found = json.loads((self.given.out / name / "evaluation.json").read_text("utf-8"))
+        self.evaluated[name] = stage.part
+        at = found["reported"].get("threshold")
+        log.info("mIoU %.2f%s", 100 * found["reported"]["miou"], "" if at is None else f", cut at {at:.2f}")
+        maps = "cam" if self.settings.rib == "none" else "rib"
+        if name == maps and self.settings.masks in CUTTING and not self.settings.tuned:
+            masks = next(s for s in stages(self.given, self.settings, self.facts) if s.name == "masks")
+            own = self.commands.settings(masks, masks.line(self.given))
+            if abs(own.background - at) > FAR:
+                log.info("masks are cut at %.2f (--tuned: at %.2f, where these maps are best)", own.background, at)
+
+
+def _masked(source: data.Source) -> list[data.Item]:
+    return [item for item in source if item.mask is not None or item.name in source.drawings]
+
+
+def _with_results(source: data.Source, folders: list[Path]) -> set[str]:
+    """Images of which each folder has what it makes, maps or masks. Images without classes have no maps."""
+    there = {item.name for item in source}
+    for folder in folders:
+        masks = (folder / "masks").is_dir()
+        own = {*(open_masks(folder).mask_names() if masks else Store(folder).names())}
+        own |= set() if masks else {item.name for item in source if not item.classes}
+        there &= own
+    return there
+
+
+def _failures(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        return {}
+    found = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return {each["name"]: each["reason"] for each in found}
+
+
+def _lines(names) -> bytes:
+    return "".join(f"{name}\n" for name in names).encode()
+
+
+def _split(given: Given, part: str, listed: Path) -> str:
+    """A list of a split's images, as --split takes it. COCO's splits are JSON, which lists only choose from."""
+    before = getattr(given, part) or ""
+    return f"{before.partition(':')[0]}:{listed}" if given.data.startswith("coco:") else str(listed)
