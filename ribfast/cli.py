@@ -73,6 +73,9 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except Exception as error:
+        if not options.debug and _is_lost_peer(error):
+            log.error("ribfast %s: another process ended, and said why; the same command goes on", chosen.command)
+            return FAILED
         if options.debug or not (isinstance(error, EXPECTED) or type(error).__name__ == "OutOfMemoryError"):
             raise
         said = getattr(error, "filename", None) is None and getattr(error, "strerror", None)  # a reason and no number
@@ -92,6 +95,14 @@ def _heed_termination():
         raise KeyboardInterrupt(number)
 
     return signal.signal(signal.SIGTERM, stop) if threading.current_thread() is threading.main_thread() else None
+
+
+def _is_lost_peer(error: Exception) -> bool:
+    if "torch" not in sys.modules:  # which takes seconds to import
+        return False
+    from .processes import is_lost_peer
+
+    return is_lost_peer(error)
 
 
 def _parse(name: str, words: list[str]) -> tuple[argparse.Namespace, Any]:

@@ -74,6 +74,12 @@ def together(here: Processes, value=None) -> list:
     return values
 
 
+def is_lost_peer(error: Exception) -> bool:
+    """Whether another process has gone in the midst of what it shared with this one, for a reason that it has said."""
+    gone = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")  # Gloo's words and NCCL's
+    return rank_and_world()[1] > 1 and isinstance(error, RuntimeError) and any(word in str(error) for word in gone)
+
+
 @contextlib.contextmanager
 def _signals_end_this() -> Iterator[None]:
     """While it waits for others, which may take hours, in code where Python's handlers of signals do not run."""

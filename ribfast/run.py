@@ -192,7 +192,7 @@ def stages(given: Given, config: RunConfig, facts: Facts) -> list[Stage]:
         compare("masks", made)
     if c.segmenter:
         preset = "light" if c.size != "published" else c.constants
-        own = ["--steps", max(40, min(160, facts.images)), "--lr", "0.01", "--head-lr-scale", "3", "--frozen", "0",
+        own = ["--steps", max(40, min(160, facts.images)), "--lr", "0.004", "--head-lr-scale", "3", "--frozen", "0",
                "--rescale", "0.8,1.25", "--crop", "97", "--save-every", "80"] if c.size == "tiny" else []  # fmt: skip
         looks = ["--validation", given.validation] if unseen and facts.validation_masked else []
         start = start or ["--weights", classifier]

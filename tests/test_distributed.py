@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ribfast import cli, models
+from ribfast.claims import Claims
 from ribfast.store import Store
 
 pytestmark = pytest.mark.processes
@@ -149,6 +150,53 @@ def test_run_shares_its_stages(tmp_path):
     assert [rank.returncode for rank in ranks] == [3, 3], said
     assert "predicted" in said[0][0] and said[1][0] == "" and (out / "report.html").is_file()
     assert len(Store(out / "predicted").mask_names()) == 8 and len(Store(out / "rib").names()) == 7
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for command in ("cam", "rib"):  # by one process
+        apart = tmp_path / command
+        words = [command, "--data", photos, "--split", str(out / "images.txt"), "--out", str(apart)]
+        words += ["--checkpoint", str(out / "classifier" / "classifier.safetensors")]
+        assert cli.main([*words, "--config", str(out / command / "config.json")]) == 0
+        assert [*map(Path.read_bytes, sorted(apart.rglob("*.npz")))] == [
+            *map(Path.read_bytes, sorted((out / command).rglob("*.npz")))]  # fmt: skip
+    torch.set_num_threads(threads)
+
+
+def two(code, *words):
+    """(exit code, standard error) of each of two processes that know of one another."""
+    port = free_port()
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", code, *words], text=True, stderr=subprocess.PIPE, env=environment(
+            RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port))
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [rank.communicate(timeout=240)[1] for rank in ranks]
+    return [(rank.returncode, text) for rank, text in zip(ranks, said, strict=True)]
+
+
+def test_an_error_of_one_is_a_line_of_each(tmp_path):
+    """A disk that is full for the one that writes; a folder that another run is at."""
+    photos, out = pictures.draw(tmp_path / "photos", 9), tmp_path / "out"
+    line = f"train-classifier --data {photos} --out {out} --network resnet10 --batch 4 --crop 64 --device cpu"
+    full = """
+import os, sys
+from ribfast import cli, models
+def save(*facts):
+    raise OSError("no space left")
+if os.environ["RANK"] == "0":
+    models.save_checkpoint = save
+sys.exit(cli.main(sys.argv[1:]))"""
+    (first, said), (other, also) = two(full, *line.split(), "--epochs", "2", "--long-side", "48,72")
+    assert first == 1 and said.splitlines()[-1] == "ribfast train-classifier: no space left"
+    assert other == 1 and also.splitlines()[-1] == (
+        "ribfast train-classifier: another process ended, and said why; the same command goes on"
+    )
+    taken = Claims(tmp_path / "run" / "claims")
+    assert taken.take("run")
+    line = f"run --data {photos} --out {tmp_path / 'run'} --network resnet10 --device cpu"
+    for code, said in two("import sys\nfrom ribfast import cli\nsys.exit(cli.main(sys.argv[1:]))", *line.split()):
+        assert code == 1 and "ribfast run: expected one run in" in said.splitlines()[-1] and "Traceback" not in said
+    taken.close()
 
 
 def test_one_that_is_terminated_leaves_its_claims_to_others(given, tmp_path):
