@@ -88,5 +88,6 @@ class Draws:
 
 def _packed(labels: np.ndarray) -> np.ndarray:
     """(N, C) bool -> (C / 64, N) uint64: a bit a class."""
-    padded = np.pad(labels, ((0, 0), (0, -labels.shape[1] % 64)))
+    padded = np.zeros((len(labels), -(-labels.shape[1] // 64) * 64), bool)
+    padded[:, : labels.shape[1]] = labels
     return np.ascontiguousarray(np.packbits(padded, 1).view(np.uint64).T)
