@@ -418,12 +418,14 @@ def test_every_other_image_is_as_likely_without_disjoint():
     count = 70  # the 64 tries of two images are fewer, so the pool is not listed
     source = labelled("i", [[0]] * count, 1)
     draws = Draws(source, source, RIBConfig.released(steps=3, n_others=1, share_others=1, disjoint=False))
-    places = []
+    found = []
     for draws.seed in range(60):
-        places += [(draws.draw(block)[0].ravel() - block[0]) % count for block in draws.blocks]
-    first, second = np.array(places).T
-    for places in (first, second, (second - first) % count):
-        counts = np.bincount(places, minlength=count)
+        found += [[block[0], *draws.draw(block)[0].ravel()] for block in draws.blocks]
+    own, first, second = np.array(found).T
+    for places in (first, second):
+        assert unevenness(np.bincount(places, minlength=count)) < 4
+    for places in (first - own, second - own, second - first):
+        counts = np.bincount(places % count, minlength=count)
         assert not counts[0] and unevenness(counts[1:]) < 4
 
 
