@@ -9,7 +9,7 @@ import numpy as np
 from ..data import Source
 from .config import RIBConfig
 
-TRIES = 32  # an image that is drawn, before its pool is listed: pools of more than a few hundredths of all never are
+TRIES = 32  # an image that is drawn, before its pool is listed: one of more than a few hundredths of all hardly ever is
 
 
 class Draws:
@@ -63,7 +63,7 @@ class Draws:
         """The first `count` of the pool in random order, and of further such orders where it holds fewer.
 
         Images are drawn from all, and those that do not fit or came before are passed over: every order is as likely,
-        and whether there are enough after so many tries does not depend on the order. If not, the pool is permuted.
+        and whether there are enough after so many tries does not depend on the order. If not, the pool is listed.
         """
         found, most = {}, len(self.usable)
         for _ in range(TRIES // 2 if TRIES * count < most else 0):
@@ -73,7 +73,8 @@ class Draws:
                 return np.fromiter(found, np.int64, count)
         pool = self.pool(block)
         turns = -(-count // len(pool)) if len(pool) else 0
-        return np.concatenate([pool[:0], *(generator.permutation(pool) for _ in range(turns))])[:count]
+        orders = (generator.choice(pool, min(count, len(pool)), replace=False) for _ in range(turns))
+        return np.concatenate([pool[:0], *orders])[:count]
 
     def _fit(self, block: Sequence[int], numbers: np.ndarray) -> np.ndarray:
         """Which of these images, by number, are in the block's pool."""
