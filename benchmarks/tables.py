@@ -197,11 +197,22 @@ def table() -> str:
 
 
 def many() -> str:
-    """What an image costs among ten thousand."""
+    """What an image costs among ten thousand, and what drawing others costs in a data set four times as large."""
+    result = _results("many.json")
     lines = ["| | milliseconds | growth | MiB | growth, MiB |", "|---|---|---|---|---|"]
-    for stage, row in _results("many.json")["stages"].items():
+    for stage, row in result["stages"].items():
         lines.append(f"| `{stage}` | {row['milliseconds']:.2f} | {row['growth']:.2f} | {row['mib']:.0f} | "
                      f"{row['growth_mib']:.1f} |")  # fmt: skip
+    few, most = next(iter(result["draws"].values()))["images"]
+    lines += [
+        "",
+        "What `rib` draws as other images, for all images, none of them read; growth is that of an image's cost:\n",
+        f"| | {few:,} images, seconds | {most:,} images, seconds | growth | growth, MiB |",
+        "|---|---|---|---|---|",
+    ]
+    for preset, row in result["draws"].items():
+        first, last = row["seconds"]
+        lines.append(f"| {preset} | {first:.1f} | {last:.1f} | {row['growth']:.2f} | {row['growth_mib']:.1f} |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,6 +1,7 @@
 """The adaptation engine against the released implementation's numbers and against `reference.rib`."""
 
 import dataclasses
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -345,23 +346,87 @@ def test_draws_share_no_class_and_do_not_depend_on_the_share(source):
     with_both = [block for block in draws.blocks if len(source[block[0]].classes) == 2]
     assert with_both and not len(draws.pool(with_both[0]))
     assert sorted(i for block in draws.blocks for i in block) == [i for i, item in enumerate(source) if item.classes]
+    assert draws.draw(with_both[0])[0].shape == (9, 0) == draws.draw(with_both[0])[1].shape[:2]
     for block in draws.blocks:
         assert len({source[i].classes for i in block}) == 1
-        for step in range(4):
-            for image, generator in draws.draw(block, step):
-                assert not (labels[image] & labels[block[0]]).any()
-                assert 0 <= generator.random() < 1
+        assert not (labels[draws.draw(block)[0]] & labels[block[0]]).any()
     block = draws.blocks[0]
-    first = [image for step in range(len(draws.pool(block)) // 2) for image, _ in draws.draw(block, step)]
-    assert len(set(first)) == len(first)  # without replacement
+    numbers, seeds = draws.draw(block)
+    assert numbers.shape == (9, 2) and seeds.shape == (9, 2, 4)
+    pool = draws.pool(block).tolist()
+    assert 2 <= len(pool) < 9  # smaller than what is drawn: a turn after another
+    turns = [numbers.ravel().tolist()[i : i + len(pool)] for i in range(0, 18 - len(pool), len(pool))]
+    assert all(sorted(turn) == pool for turn in turns) and len(set(map(tuple, turns))) > 1
     again = Draws(source, source, config, seed=1)
-    assert [i for i, _ in again.draw(block, 3)] == [i for i, _ in draws.draw(block, 3)]
-    crops = [g.random() for _, g in draws.draw(block, 0)] + [
-        g.random() for _, g in Draws(source, source, config, 2).draw(block, 0)
-    ]
-    assert len(set(crops)) == len(crops)
+    for other in reversed(again.blocks):
+        for mine, theirs in zip(draws.draw(other), again.draw(other), strict=True):
+            assert np.array_equal(mine, theirs)
+    crops = np.concatenate([seeds, Draws(source, source, config, 2).draw(block)[1]]).reshape(-1, 4)
+    assert len(np.unique(crops, axis=0)) == len(crops)
     free = Draws(source, source, RIBConfig.paper(n_others=2))
     assert set(free.pool(block)) == {i for i, item in enumerate(source) if item.classes} - set(block)
+    assert set(free.draw(block)[0].ravel()) <= set(free.pool(block))
+
+
+def labelled(prefix, sets, classes):
+    """A source of images that are never read."""
+    items = (data.Item(f"{prefix}{i}", Path(f"{prefix}{i}.jpg"), tuple(found), None) for i, found in enumerate(sets))
+    return data.Source(tuple(map(str, range(classes))), tuple(items))
+
+
+def test_what_is_drawn_costs_the_same_among_any_number_of_images(monkeypatch):
+    rng = np.random.default_rng(0)
+    sets = [np.sort(rng.choice(80, rng.integers(0, 7), replace=False)).tolist() for _ in range(10_000)]
+    source = labelled("i", sets, 80)
+    for preset in ("released", "coco", "fast", "paper"):
+        draws = Draws(source, source, getattr(RIBConfig, preset)())
+        monkeypatch.setattr(draws, "pool", lambda block: pytest.fail("all images that may be drawn were listed"))
+        for block in draws.blocks[:: len(draws.blocks) // 30]:
+            tracemalloc.start()
+            numbers, _ = draws.draw(block)
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert peak < 8 * len(sets)  # less than a number an image
+            assert numbers.shape == (draws.steps, draws.config.n_others) and len(np.unique(numbers)) == numbers.size
+            assert all(sets[number] for number in numbers.flat) and not set(numbers.flat) & set(block)
+            if draws.config.disjoint:
+                assert not draws.labels[numbers][..., sets[block[0]]].any()
+
+
+def unevenness(counts):
+    """How far counts are from equal, in standard deviations of chi-square: 4 is a chance of less than 0.001."""
+    expected, degrees = counts.mean(), counts.size - 1
+    return (((counts - expected) ** 2 / expected).sum() - degrees) / (2 * degrees) ** 0.5
+
+
+@pytest.mark.parametrize("count, listed", [(10, 1.0), (160, 0.46), (2000, 0.99)])
+def test_every_order_of_a_pool_is_as_likely(count, listed, monkeypatch):
+    """Of 5 images: where all others are few, where 64 tries find two of them at times, and where they hardly do."""
+    others = labelled("other", [[1] if number % (count // 5) == 1 else [0, 1] for number in range(count)], 2)
+    config = RIBConfig.released(steps=3, n_others=1, share_others=1)
+    draws, asked = Draws(labelled("target", [[0]] * 1500, 2), others, config), []
+    pool = draws.pool
+    monkeypatch.setattr(draws, "pool", lambda block: asked.append(block) or pool(block))
+    pairs = np.array([draws.draw(block)[0].ravel() for block in draws.blocks]) // (count // 5)
+    assert abs(len(asked) / len(pairs) - listed) < 0.06
+    counts = np.bincount(5 * pairs[:, 0] + pairs[:, 1], minlength=25).reshape(5, 5)
+    assert not counts.diagonal().any()
+    assert unevenness(counts[~np.eye(5, dtype=bool)]) < 4
+
+
+def test_every_other_image_is_as_likely_without_disjoint():
+    count = 70  # the 64 tries of two images are fewer, so the pool is not listed
+    source = labelled("i", [[0]] * count, 1)
+    draws = Draws(source, source, RIBConfig.released(steps=3, n_others=1, share_others=1, disjoint=False))
+    found = []
+    for draws.seed in range(60):
+        found += [[block[0], *draws.draw(block)[0].ravel()] for block in draws.blocks]
+    own, first, second = np.array(found).T
+    for places in (first, second):
+        assert unevenness(np.bincount(places, minlength=count)) < 4
+    for places in (first - own, second - own, second - first):
+        counts = np.bincount(places % count, minlength=count)
+        assert not counts[0] and unevenness(counts[1:]) < 4
 
 
 def test_maps_do_not_depend_on_shards_or_on_what_is_there(source, tmp_path):

@@ -34,14 +34,15 @@ class BlockLoader:
 
         pin: give tensors in memory that a GPU copies from by itself.
         """
-        self.draws, self.block, self.normalization, self.threads = draws, block, normalization, threads
+        self.draws, self.normalization, self.threads = draws, normalization, threads
         self.cache, self.pin = cache, pin
         config: RIBConfig = draws.config
         self.augmentation = data.Augmentation(config.others_long_side, config.others_crop, True, normalization)
         self.items = [draws.source[number] for number in wanted]
         self.labels = torch.from_numpy(draws.labels)
         self.exists = config.n_others > 0
-        self.empty = self.exists and not len(draws.pool(block))
+        self.drawn, self.seeds = draws.draw(block)
+        self.empty = self.exists and not self.drawn.size
         self._pending: dict[int, tuple[list[int], Tensor, list[Future]]] = {}
         self._targets = []
         if not self.empty:
@@ -62,9 +63,8 @@ class BlockLoader:
 
     def others(self, step: int) -> tuple[Tensor, Tensor]:
         """(images, present), and the next step's are begun."""
-        config = self.draws.config
         self._submit(step)
-        if step + 1 < (config.anchor_batches if config.anchored else config.steps - 1):
+        if step + 1 < self.draws.steps:
             self._submit(step + 1)
         chosen, images, read = self._pending.pop(step)
         readable = torch.tensor([future.result() for future in read])
@@ -72,23 +72,23 @@ class BlockLoader:
 
     def _submit(self, step: int) -> None:
         if step not in self._pending:
-            drawn, side = self.draws.draw(self.block, step), self.augmentation.crop
+            drawn, side = self.drawn[step].tolist(), self.augmentation.crop
             images = torch.empty(len(drawn), 3, side, side, pin_memory=self.pin)
             read = [
-                self.threads.submit(self._crop, self.draws.others[image], generator, images[place])
-                for place, (image, generator) in enumerate(drawn)
+                self.threads.submit(self._crop, self.draws.others[image], seed, out)
+                for image, seed, out in zip(drawn, self.seeds[step], images, strict=True)
             ]
-            self._pending[step] = [image for image, _ in drawn], images, read
+            self._pending[step] = drawn, images, read
 
     def _target(self, item: data.Item) -> Target:
         image = self.draws.source.image(item)
         views = data.make_views(image, self.draws.config.scales, self.normalization)
         return Target([view.pin_memory() for view in views] if self.pin else views, list(item.classes), image.shape[:2])
 
-    def _crop(self, item: data.Item, generator: np.random.Generator, out: Tensor) -> bool:
+    def _crop(self, item: data.Item, seed: np.ndarray, out: Tensor) -> bool:
         """Whether the image can be read; one that cannot must not stop those that are adapted beside it."""
         try:
-            out.copy_(self.augmentation(self.cache.image(item), generator))
+            out.copy_(self.augmentation(self.cache.image(item), np.random.default_rng(seed)))
         except (OSError, ValueError) as error:
             log.warning("%s, drawn as another image, is left out: %s", item.name, error)
             out.zero_()
