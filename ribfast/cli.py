@@ -25,6 +25,7 @@ from typing import Any
 from . import __version__, config
 from .begin import INDIFFERENT, begin, refuse_another_command, run_of
 from .progress import Progress
+from .shortage import lacks_memory
 
 log = logging.getLogger("ribfast")
 EXPECTED = (ValueError, OSError, ArithmeticError, MemoryError)  # said in a line; others are bugs and show where
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except Exception as error:
-        if options.debug or not (isinstance(error, EXPECTED) or type(error).__name__ == "OutOfMemoryError"):
+        if options.debug or not (isinstance(error, EXPECTED) or lacks_memory(error)):
             raise
         said = getattr(error, "filename", None) is None and getattr(error, "strerror", None)  # a reason and no number
         log.error("ribfast %s: %s", chosen.command, said or str(error) or type(error).__name__)
@@ -630,8 +631,8 @@ def _alone(folder: Path, here) -> Iterator[None]:
     claims = Claims(folder)
     try:
         if here.rank == 0 and not claims.take("run"):
-            raise ValueError(f"expected one run in {folder.parent}, got another that is at it ({folder} says whose "
-                             f"claim); wait for it, or choose another --out")  # fmt: skip
+            raise ValueError(f"expected one run in {folder.parent}, got another that is at it, {claims.owner('run')}; "
+                             f"wait for it, or choose another --out")  # fmt: skip
         yield
     finally:
         claims.close()

@@ -498,5 +498,5 @@ def test_what_follows_a_jpeg_s_end_is_not_looked_at(tmp_path):
             assert read_image(path, upright=True).shape == (64, 64, 3)
         for cut in (jpeg[:-2], jpeg[:-1], jpeg[: -len(plain) // 3], jpeg[:-2] + bytes(500), jpeg[:-40] + film):
             path.write_bytes(cut)
-            with pytest.raises(ValueError, match="expected a whole file, got .*photo.jpg, which ends early"):
+            with pytest.raises(ValueError, match=r"expected a whole file, got .*photo\.jpg, which ends early"):
                 read_image(path, upright=True)

@@ -152,7 +152,7 @@ def test_shards_are_parts_of_the_whole(checkpoint, folder, tmp_path):
     whole, parts = Store(tmp_path / "whole"), Store(tmp_path / "parts")
     seen = []
     predict_masks(source, model, whole, progress=lambda *facts: seen.append(facts[:2]))
-    assert seen == [(i + 1, 5) for i in range(5)]
+    assert seen == [(i, 5) for i in range(6)]
     for shard in ("0/2", "1/2"):
         predict_masks(source, model, parts, PredictConfig(shard=shard, batch=1))
     assert parts.mask_names() == whole.mask_names()

@@ -101,8 +101,8 @@ def _complete(path: Path, op: str) -> bytes:
 
 
 def _is_cut(jpeg: bytes) -> bool:
-    """Whether a JPEG has a scan, and no end after it. What follows the end is not looked at: telephones append films and
-    further pictures, whose bytes look like markers here and there."""
+    """Whether a JPEG has a scan, and no end after it. What follows the end is not looked at: telephones append films
+    and further pictures, whose bytes look like markers here and there."""
     place, scanned = len(_JPEG), False
     while found := _MARKER.search(jpeg, place):
         kind, place = jpeg[found.end() - 1], found.end()
