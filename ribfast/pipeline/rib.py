@@ -132,6 +132,8 @@ def adapt_maps(
     try:
         with Stage(source, store, "maps", blocks, config, progress, skipped) as stage:
             for begun in stage.rounds():
+                if stage.alone:
+                    cache.clear()
                 with rib.keep_pages():
                     for name, failure in data.prefetch(save, results(begun), workers=1, ahead=1):
                         stage.end(name, failure)
