@@ -4,6 +4,7 @@ import numpy as np
 import pictures
 import pytest
 import torch
+from test_claims import die_with
 from torch.nn import functional as F
 
 from ribfast import data, models
@@ -193,6 +194,23 @@ def test_an_unreadable_image_stops_no_other(model, tmp_path):
     bad.write_bytes(good.read_bytes())
     made = make_cams(source, model, store, CamConfig(scales=(1.0,), device="cpu"))
     assert (made.made, made.kept, made.failed) == (1, 2, {}) and store.failures() == {}
+
+
+def test_what_three_processes_died_with_is_a_failure_until_the_next_start(source, model, tmp_path, caplog):
+    die_with(tmp_path / "claims", "maps p1", "maps p1", "maps p1 by itself", "maps p2", "maps p2", "maps p3")
+    store, seen, config = Store(tmp_path), [], CamConfig(scales=(1.0,), device="cpu")
+    made = make_cams(source, model, store, config, progress=lambda *facts: seen.append(facts))
+    assert made.made == 4 and list(made.failed) == ["p1"] and store.failures() == made.failed
+    assert made.failed["p1"].startswith("3 processes died with it, ") and store.deaths() == {"p1": 3}
+    assert [name for _, _, name in seen] == ["", "p0", "p3", "p4", "p1", "p2"] and seen[-1][:2] == (6, 6)
+    assert "2 processes died with maps p2, or what was beside it: it is taken by itself" in caplog.text
+    assert not (tmp_path / "claims").exists()
+    die_with(tmp_path / "claims", "maps p1 by itself")  # the next start's, which tried it
+    made = make_cams(source, model, store, config)
+    assert made.failed["p1"].startswith("4 processes died with it") and store.deaths() == {"p1": 4}
+    caplog.clear()
+    assert make_cams(source, model, store, config).made == 1 and not store.failures() and not store.deaths()
+    assert "4 processes died with maps p1" in caplog.text
 
 
 def test_refuses_a_classifier_of_other_classes(source, model, tmp_path):
