@@ -115,7 +115,8 @@ def test_one_photograph_ends_nothing(checkpoint, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline.predict, "label_probabilities", short_of_memory)
     store = Store(tmp_path / "out")
     made = predict_masks(source, model, store)
-    assert (made.made, made.failed) == (4, {"p4": "CUDA out of memory. Tried to allocate"})
+    said = "not enough memory: CUDA out of memory. Tried to allocate; reduce the image, or free some"
+    assert (made.made, made.failed) == (4, {"p4": said})
     assert store.failures() == made.failed and store.mask_names() == ["below/p2", "p0", "p1", "p3"]
 
 

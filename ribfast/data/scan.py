@@ -81,7 +81,8 @@ def scan(
         except Exception as error:
             if not lacks_memory(error):
                 raise
-            return ([f"scan: not enough memory: {error}; reduce the image, or free some"], None) if alone else None
+            said = (str(error).splitlines() or [type(error).__name__])[0]  # OpenCV's has an empty line
+            return ([f"scan: not enough memory: {said}; reduce the image, or free some"], None) if alone else None
 
     def reason(error: Exception) -> str:
         if lacks_memory(error):

@@ -114,8 +114,8 @@ class Stage:
         for units in self.work.rounds():
             yield self._begun(units)
             late, self._late, self._again = self._late, [], True
-            for name, reason in late:
-                log.info("%s: %s: once more, with nothing else in hand", name, reason)
+            for name in late:
+                log.info("%s: not enough memory; once more, with nothing else in hand", name)
                 unit = self._unit[name]
                 yield iter([(unit, [number for number in unit if self.source[number].name == name])])
             self._again = False
@@ -125,7 +125,7 @@ class Stage:
         if failure is None:
             self.result.made += 1
         elif failure.lacks_memory and not self._again:
-            self._late.append((name, failure.reason))
+            self._late.append(name)
             return
         else:
             self._fail(name, failure.reason)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import data
+from .. import data, files
 from ..shortage import lacks_memory
 from .config import RIBConfig
 from .job import Target
@@ -105,7 +105,7 @@ class BlockLoader:
                 if not lacks and not isinstance(error, (OSError, ValueError)):
                     raise
                 if is_last or not lacks:
-                    log.warning("%s, drawn as another image, is left out: %s", item.name, error)
+                    log.warning("%s, drawn as another image, is left out: %s", item.name, files.first_line(error))
                     break
             self.cache.clear()
         out.zero_()
