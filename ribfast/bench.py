@@ -66,6 +66,8 @@ def run(
         torch.set_num_threads(config.threads)
     try:
         rows = []
+        if progress is not None:
+            progress(0, len(config.operators), "")
         for done, name in enumerate(config.operators, 1):
             rows.append(_measure(name, config, device))
             if progress is not None:

@@ -10,17 +10,22 @@ from torch.nn import functional as F
 from . import data, ops
 
 
-def merge_cams(maps: Sequence[Tensor], keys, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def merge_cams(
+    maps: Sequence[Tensor], keys, size: tuple[int, int], reduced: tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor]:
     """The CAMs of the classes `keys` at a quarter of the image's size and at its size, each divided by its maximum.
 
     maps: for each scale (2, C, h, w), of the image and of its mirror, or (1, C, h, w) of the image alone; rectified
     here. size: the image's (H, W). Returns (n, ceil(H / 4), ceil(W / 4)) and (n, H, W), as IRN's files hold them: the
-    larger ones are enlarged to multiples of 16, then cut.
+    larger ones are enlarged to multiples of 16, then cut. reduced: (h, w), where the image was reduced to that before
+    its scales were made; the multiples are then of its sides.
     """
     keys = keys.tolist() if isinstance(keys, Tensor) else list(keys)
     chosen = [scale[:, keys] for scale in maps]  # before merging: the cost is the number of classes
-    height, width = size
-    padded = -(-height // 16) * 16, -(-width // 16) * 16
+    padded = tuple(-(-side // 16) * 16 for side in reduced or size)
+    if reduced is not None:
+        shares = zip(padded, size, reduced, strict=True)
+        padded = tuple(max(own, round(side * own / less)) for side, own, less in shares)
     high_res = ops.accumulate_cams(chosen, size, padded=padded)
     return strided_cams(chosen, size), ops.normalize_cams(high_res, inplace=True)
 
@@ -48,6 +53,7 @@ def multi_crop_cams(
     crop: int = 448,
     stride: int = 300,
     batch: int = 16,
+    size: tuple[int, int] | None = None,
 ) -> Tensor:
     """PMM's CAMs (n, H, W) in [0, 1] of `classes`: the image's scales in overlapping crops, all of one size.
 
@@ -55,7 +61,7 @@ def multi_crop_cams(
     and summed over scales at the image's size; each class is then stretched from its minimum to its maximum (a constant
     map becomes 0). A scale that is smaller than a crop is padded with zeros at the bottom and right, after it has been
     normalised. PMM names scales from 0.75 to 3; those between are this project's choice. batch: crops at a time. The
-    model's device and the caller's autocast apply.
+    model's device and the caller's autocast apply. size: (H, W) of the maps; None: the image's.
     """
     op, keys = "multi_crop_cams", [int(key) for key in classes]
     if not 0 < stride <= crop:
@@ -67,7 +73,7 @@ def multi_crop_cams(
     if not scales:
         raise ValueError(f"{op}: expected at least one scale, got none")
     device = next(model.parameters()).device
-    size = image.shape[:2]
+    size = size or image.shape[:2]
     sums = torch.zeros(len(keys), *size, device=device)
     if not keys:
         return sums

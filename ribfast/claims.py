@@ -1,8 +1,12 @@
 """Which process makes what: several, on machines that share a folder, take up units of work by leaving files there.
 
 Nobody leads. A process that dies leaves its claims behind, which are void: whoever comes by, or a later run, takes the
-units up. Two processes that make one unit all the same, as they may where one of them was suspended for minutes, write
-the same file twice.
+units up. One that is stopped (Ctrl-Z, a disk that hangs) is not dead: on its own machine it keeps what it has in hand,
+others wait for it, and say so each minute; to other machines it is dead after PATIENCE. Two processes that make one
+unit all the same, as they may where one of them was stopped on another machine, write the same file twice.
+
+What kills its process is found out: after ALONE_AFTER deaths with a unit in hand, its things are made one by one, with
+nothing else in hand; what a process dies with then is given up.
 """
 
 import contextlib
@@ -20,7 +24,9 @@ from . import files
 
 log = logging.getLogger("ribfast")
 PATIENCE = 120.0  # seconds without a sign of life, after which a process of another machine counts as dead
-POLL = 0.2  # seconds between looks at what others have in hand
+POLL, LONGEST_POLL = 0.2, 5.0  # seconds between looks at what others have in hand, at first and after a while
+SAID_EVERY = 60.0  # seconds between warnings of whom this waits for
+ALONE_AFTER = 2  # deaths with a unit in hand, after which it is taken by itself
 
 
 class Claims:
@@ -35,21 +41,37 @@ class Claims:
         self.folder, self._owner = folder, json.dumps(_this_process()).encode()
         self._held: dict[str, list[Path]] = {}
         self._lock, self._stop, self._thread = threading.Lock(), threading.Event(), None
+        self._clock = None  # the file system's minus this process's, and when that was looked at
 
-    def take(self, name: str) -> bool:
-        """Whether it is this process's now; False while a living one has it."""
+    def take(self, name: str, deaths: int | None = None) -> bool | None:
+        """Whether it is this process's now; False while a living one has it. None, and it is not taken, where `deaths`
+        processes or more have died with it."""
         found = []
         while True:
+            if deaths is not None and len(found) >= deaths:
+                return None
             path = self._path(name, len(found))
             found.append(path)
             if self._make(path):
                 with self._lock:
                     self._held[name] = found
-                if len(found) > 2:
-                    log.warning("taking up %s, with which %d processes died", name, len(found) - 1)
                 return True
             if not self._is_void(path):
                 return False
+
+    def deaths(self, name: str) -> int:
+        """Of processes that had what is this process's now."""
+        return len(self._held[name]) - 1
+
+    def owner(self, name: str) -> str:
+        """Who has it, as people look for a process."""
+        own = self._all().get(self._path(name, 0).stem, [])
+        try:
+            machine, (number, _) = json.loads(own[-1].read_bytes())
+        except (IndexError, OSError, ValueError, TypeError):  # it has just gone, or come
+            return "another process"
+        stopped = machine == json.loads(self._owner)[0] and _state(number) == "T"
+        return f"process {number} of the machine {machine.split()[0]}" + " (stopped)" * stopped
 
     def release(self, name: str) -> None:
         """Of what is done, or is left to others."""
@@ -139,14 +161,22 @@ class Claims:
         here = json.loads(self._owner)
         if machine is not None and machine == here[0]:
             return _is_gone(*process)
-        probe = self.folder / f".{os.urandom(8).hex()}"
         try:
-            probe.touch()
-            return probe.stat().st_mtime - touched > PATIENCE
+            return self._now() - touched > PATIENCE
         except FileNotFoundError:  # the folder went, and the claim with it; or another cleared it
             return False
-        finally:
-            probe.unlink(missing_ok=True)
+
+    def _now(self) -> float:
+        """By the file system's clock, which is asked now and then: that takes a file."""
+        here = time.monotonic()
+        if self._clock is None or here - self._clock[1] > PATIENCE / 6:
+            probe = self.folder / f".{os.urandom(8).hex()}"
+            try:
+                probe.touch()
+                self._clock = probe.stat().st_mtime - here, here
+            finally:
+                probe.unlink(missing_ok=True)
+        return self._clock[0] + here
 
     def _live(self) -> None:
         while not self._stop.wait(PATIENCE / 6):
@@ -166,53 +196,110 @@ class Work:
 
     name: of a unit. left: what of a unit is not there yet, and was not found impossible since this began.
     share: (i, n): this process begins with the i-th of n shares, and goes on with what others have not come to.
+    deaths: of processes with a thing, that earlier runs gave it up for. give_up: is told of a thing that is not tried,
+    and of so many deaths.
     """
 
-    def __init__(self, folder: Path, units: Sequence, name: Callable, left: Callable, share: tuple[int, int] = (0, 1)):
+    def __init__(
+        self, folder: Path, units: Sequence, name: Callable, left: Callable, share: tuple[int, int] = (0, 1), *,
+        deaths: Callable = lambda thing: 0, give_up: Callable = lambda thing, deaths: None,
+    ):  # fmt: skip
         self._claims, self._name, self._left, (index, count) = Claims(folder), name, left, share
+        self._deaths, self._give_up, self._by_itself = deaths, give_up, None
         shares = [units[i::count] for i in range(count)]
         self._units = list(shares[index])
         for i in range(1, count):  # from the end, which their processes come to last
             self._units += reversed(shares[(index + i) % count])
 
+    @property
+    def alone(self) -> bool:
+        """Whether the round is of one thing that may kill its process."""
+        return self._by_itself is not None
+
     def rounds(self) -> Iterator[Iterator[tuple[Sequence, list]]]:
         """Units that this process has taken up with what is left of them, until nothing is: first those that nobody
-        has, as they are asked for; then what others died on, as it shows. Each is to be released when it is done, and
-        all of a round before the next."""
-        others = []
-        yield self._taken(self._units, others)
-        waits = False
-        while others:
-            units, others = [unit for unit in others if self._left(unit)], []
-            taken = self._taken(units, others)
+        has, as they are asked for; then, a round each, what processes died with again and again; then what others died
+        on, as it shows. Each is to be released when it is done, and all of a round before the next."""
+        others, suspects = [], []
+        yield self._taken(self._units, others, suspects)
+        pause, begun, said = POLL, None, 0
+        while others or suspects:
+            for unit in suspects:
+                yield from self._one_by_one(unit, others)
+            units, others, suspects = [unit for unit in others if self._left(unit)], [], []
+            taken = self._taken(units, others, suspects)
             first = next(taken, None)
             if first is not None:
+                pause, begun, said = POLL, None, 0
                 yield _chain(first, taken)
-            elif others:
-                if not waits:
-                    log.info("waiting for %d that other processes have in hand", sum(map(len, map(self._left, others))))
-                    waits = True
-                time.sleep(POLL)
+            elif others and not suspects:
+                begun = begun or time.monotonic()
+                if time.monotonic() - begun >= said * SAID_EVERY:
+                    self._say_whose(others, logging.WARNING if said else logging.INFO)
+                    said += 1
+                time.sleep(pause)
+                pause = min(1.5 * pause, LONGEST_POLL)
         self._claims.clear()
 
     def release(self, unit: Sequence) -> None:
-        self._claims.release(self._name(unit))
+        name = self._name(unit)
+        if name != self._by_itself:  # of which more is to come
+            self._claims.release(name)
 
     def close(self) -> None:
         """Leaves to others what is not done."""
         self._claims.close()
 
-    def _taken(self, units: Sequence, others: list) -> Iterator[tuple[Sequence, list]]:
-        """others: is given those that another process has."""
+    def _taken(self, units: Sequence, others: list, suspects: list) -> Iterator[tuple[Sequence, list]]:
+        """others: is given those that another process has; suspects: those that processes died with."""
         for unit in units:
-            if not self._left(unit):
+            left = self._left(unit)
+            if not left:
                 continue
-            if not self._claims.take(self._name(unit)):
-                others.append(unit)
+            if any(map(self._deaths, left)):
+                suspects.append(unit)
+                continue
+            took = self._claims.take(self._name(unit), ALONE_AFTER)
+            if not took:
+                (suspects if took is None else others).append(unit)
             elif left := self._left(unit):  # and nobody has made it meanwhile
                 yield unit, left
             else:
                 self.release(unit)
+
+    def _one_by_one(self, unit: Sequence, others: list) -> Iterator[Iterator[tuple[Sequence, list]]]:
+        """A round of each thing, with a claim of its own: who dies now, dies of that."""
+        name = self._name(unit)
+        if not self._left(unit):
+            return
+        if not self._claims.take(name):
+            others.append(unit)
+            return
+        self._by_itself = name
+        try:
+            for thing in self._left(unit):
+                own, before = self._name((thing,)), self._deaths(thing) or ALONE_AFTER
+                claim = f"{own} by itself"
+                if not self._claims.take(claim):  # of one that was stopped, and goes on after all
+                    continue
+                if died := self._claims.deaths(claim):
+                    self._give_up(thing, before + died)
+                else:
+                    log.warning("%d processes died with %s, or what was beside it: it is taken by itself", before, own)
+                    yield iter([(unit, [thing])])
+                self._claims.release(claim)
+        finally:
+            self._by_itself = None
+        self.release(unit)
+
+    def _say_whose(self, units: Sequence, level: int) -> None:
+        """Whom this waits for, and how many things each has."""
+        counts = {}
+        for unit in units:
+            owner = self._claims.owner(self._name(unit))
+            counts[owner] = counts.get(owner, 0) + len(self._left(unit))
+        for owner, count in counts.items():
+            log.log(level, "waiting for %d image%s that %s has in hand", count, "s" * (count > 1), owner)
 
 
 def _chain(first, others: Iterator) -> Iterator:
@@ -242,9 +329,20 @@ def _is_gone(number: int, began: int | None) -> bool:
 
 def _began(number: int) -> int | None:
     """When a process did, in ticks; 0 if it has ended and nobody has asked how; None: this machine does not say."""
+    fields = _stat(number)
+    return None if fields is None else 0 if fields[0] in "ZX" else int(fields[19])
+
+
+def _state(number: int) -> str | None:
+    """`T`: stopped; None: this machine does not say."""
+    fields = _stat(number)
+    return None if fields is None else fields[0]
+
+
+def _stat(number: int) -> list[str] | None:
+    """What Linux says of a process, after its name."""
     try:
         with open(f"/proc/{number}/stat", encoding="utf-8", errors="replace") as file:
-            fields = file.read().rpartition(")")[2].split()
+            return file.read().rpartition(")")[2].split()
     except OSError:
         return None
-    return 0 if fields[0] in "ZX" else int(fields[19])

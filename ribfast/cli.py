@@ -25,6 +25,7 @@ from typing import Any
 from . import __version__, config
 from .begin import INDIFFERENT, begin, refuse_another_command, run_of
 from .progress import Progress, duration
+from .shortage import lacks_memory
 
 log = logging.getLogger("ribfast")
 EXPECTED = (ValueError, OSError, ArithmeticError, MemoryError)  # said in a line; others are bugs and show where
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         if not options.debug and _is_lost_peer(error):
             log.error("ribfast %s: another process ended, and said why; the same command goes on", chosen.command)
             return FAILED
-        if options.debug or not (isinstance(error, EXPECTED) or type(error).__name__ == "OutOfMemoryError"):
+        if options.debug or not (isinstance(error, EXPECTED) or lacks_memory(error)):
             raise
         said = getattr(error, "filename", None) is None and getattr(error, "strerror", None)  # a reason and no number
         log.error("ribfast %s: %s", chosen.command, said or str(error) or type(error).__name__)

@@ -131,8 +131,8 @@ class Runner:
 
         def take() -> None:
             if not claims.take("run"):
-                raise ValueError(f"expected one run in {folder.parent}, got another that is at it ({folder} says whose "
-                                 f"claim); wait for it, or choose another --out")  # fmt: skip
+                raise ValueError(f"expected one run in {folder.parent}, got another that is at it, "
+                                 f"{claims.owner('run')}; wait for it, or choose another --out")  # fmt: skip
 
         try:
             self._shared(self.first, take)

@@ -135,10 +135,7 @@ class Store:
 
     def load(self, name: str) -> Maps:
         """In float32; high_res enlarged from cam (cams.enlarge_cams) where it is not kept."""
-        keys, cam, high_res, size = self.read(name)
-        if high_res is None:
-            high_res = enlarge_cams(cam, size).numpy()
-        return Maps(keys, None if cam is None else cam.float(), high_res.astype(np.float32, copy=False), size)
+        return enlarged(self.read(name))
 
     def save_steps(self, name: str, keys, steps) -> None:
         """steps (k, n, ceil(H / 4), ceil(W / 4)) uint8: the maps of keys (n,) after each step, 255 for 1.
@@ -203,14 +200,19 @@ class Store:
         """name -> its last facts."""
         return _last(self.folder / METRICS)
 
-    def fail(self, name: str, reason: str | None) -> None:
+    def fail(self, name: str, reason: str | None, **facts) -> None:
         """Appends why an image could not be made to failures.jsonl; None: it has been made since."""
-        files.append(self.folder / FAILURES, {"name": name, "error": reason})
+        files.append(self.folder / FAILURES, {"name": name, "error": reason, **facts})
 
     def failures(self) -> dict[str, str]:
         """name -> reason, of the images that have failed and were not made since."""
         found = _last(self.folder / FAILURES)
         return {name: facts["error"] for name, facts in found.items() if facts.get("error") is not None}
+
+    def deaths(self) -> dict[str, int]:
+        """name -> how many processes died with it, of the images that have failed for that."""
+        found = _last(self.folder / FAILURES)
+        return {name: facts["deaths"] for name, facts in found.items() if isinstance(facts.get("deaths"), int)}
 
     def follow(self) -> tuple[files.Tail, files.Tail]:
         """The facts and the failures that are recorded from now on, by any process."""
@@ -242,6 +244,14 @@ class Store:
                 with contextlib.suppress(FileNotFoundError):  # another process was first
                     if path.name.endswith(files.PARTIAL) and time.time() - path.stat().st_mtime > _STALE:
                         path.unlink()
+
+
+def enlarged(maps: Maps) -> Maps:
+    """In float32; high_res enlarged from cam (cams.enlarge_cams) where it is not kept."""
+    keys, cam, high_res, size = maps
+    if high_res is None:
+        high_res = enlarge_cams(cam, size).numpy()
+    return Maps(keys, None if cam is None else cam.float(), high_res.astype(np.float32, copy=False), size)
 
 
 def open_maps(folder: str | os.PathLike, format: str = "auto") -> Store:

@@ -32,14 +32,14 @@ def die(in_hand):
     """At the first image."""
     take = claims.Claims.take
 
-    def taken(self, name):
-        took = take(self, name)
+    def taken(self, *what):
+        took = take(self, *what)
         if took:
             in_hand.touch()
         return took
 
     claims.Claims.take = taken
-    cli._progress = lambda title="": lambda done, total, name: os.kill(os.getpid(), signal.SIGKILL)
+    cli._progress = lambda title="": lambda done, total, name: name and os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":

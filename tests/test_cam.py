@@ -4,12 +4,22 @@ import numpy as np
 import pictures
 import pytest
 import torch
+from test_claims import die_with
 from torch.nn import functional as F
 
 from ribfast import data, models
 from ribfast.cams import merge_cams, multi_crop_cams
 from ribfast.metrics import Confusion, PerImage, bootstrap_interval
-from ribfast.pipeline import CamConfig, EvaluateConfig, evaluate_maps, evaluate_masks, make_cams
+from ribfast.pipeline import (
+    AdaptConfig,
+    CamConfig,
+    EvaluateConfig,
+    MasksConfig,
+    evaluate_maps,
+    evaluate_masks,
+    make_cams,
+    make_masks,
+)
 from ribfast.store import Store, open_masks
 
 
@@ -76,6 +86,33 @@ def test_cams_of_crops(source, model, tmp_path):
         CamConfig(crop=48)
 
 
+@pytest.mark.parametrize("crop", [0, 24])
+def test_large_photographs_are_reduced_and_their_maps_are_not(source, model, crop, tmp_path):
+    config = CamConfig(scales=(1.0, 0.5), crop=crop, stride=crop or 300, device="cpu", largest=None)
+    whole, same, store = (Store(tmp_path / name, high_res=True) for name in ("whole", "same", "reduced"))
+    for own, largest in ((whole, None), (same, 70), (store, 35)):
+        assert make_cams(source, model, own, dataclasses.replace(config, largest=largest)).made == 5
+    for item in source[:-1]:
+        assert same.path(item.name).read_bytes() == whole.path(item.name).read_bytes()
+        image, maps = data.reduce_to(source.image(item), 35), store.load(item.name)
+        assert image.shape == (26, 35, 3) and maps.size == (51, 70) and maps.cam.shape[1:] == (13, 18)
+        if crop:
+            expected = multi_crop_cams(model, image, item.classes, scales=config.scales, crop=crop, stride=crop)
+        else:
+            with torch.no_grad():
+                views = [model(view) for view in data.make_views(image, config.scales)]
+            expected = merge_cams(views, item.classes, (26, 35))[1]
+        expected = F.interpolate(expected[None], (51, 70), mode="bilinear")[0]
+        difference = (torch.from_numpy(maps.high_res) - expected).abs().mean()
+        assert difference < 0.03  # enlarged at once; 0.11 where they are enlarged to other multiples of 16
+    assert evaluate_maps(source, store, EvaluateConfig("0.1:0.6:0.1"))["images"] == 6
+    masked = make_masks(source, store, Store(tmp_path / "masks"), MasksConfig(device="cpu"))
+    assert (masked.made, masked.without_classes) == (6, 1)
+    for wrong in (CamConfig, AdaptConfig):
+        with pytest.raises(ValueError, match="largest of at least 1, or none, got"):
+            wrong(largest=0)
+
+
 def copied(model, normalization):
     copy = models.cam_classifier(model.name, model.n_classes)
     models.load_into(copy, model.state_dict())
@@ -125,7 +162,7 @@ def test_one_of_several_begins_with_its_share_and_goes_on_with_the_rest(source, 
     store, seen = Store(tmp_path), []
     config = CamConfig(scales=(1.0,), device="cpu")
     made = make_cams(source, model, store, config, progress=lambda *facts: seen.append(facts))
-    assert seen == [(i + 2, 6, name) for i, name in enumerate(("p1", "p3", "p4", "p2", "p0"))]
+    assert seen == [(i + 1, 6, name) for i, name in enumerate(("", "p1", "p3", "p4", "p2", "p0"))]
     assert (made.made, made.elsewhere, made.without_classes) == (5, 0, 1) and not (tmp_path / "claims").exists()
 
 
@@ -157,6 +194,23 @@ def test_an_unreadable_image_stops_no_other(model, tmp_path):
     bad.write_bytes(good.read_bytes())
     made = make_cams(source, model, store, CamConfig(scales=(1.0,), device="cpu"))
     assert (made.made, made.kept, made.failed) == (1, 2, {}) and store.failures() == {}
+
+
+def test_what_three_processes_died_with_is_a_failure_until_the_next_start(source, model, tmp_path, caplog):
+    die_with(tmp_path / "claims", "maps p1", "maps p1", "maps p1 by itself", "maps p2", "maps p2", "maps p3")
+    store, seen, config = Store(tmp_path), [], CamConfig(scales=(1.0,), device="cpu")
+    made = make_cams(source, model, store, config, progress=lambda *facts: seen.append(facts))
+    assert made.made == 4 and list(made.failed) == ["p1"] and store.failures() == made.failed
+    assert made.failed["p1"].startswith("3 processes died with it, ") and store.deaths() == {"p1": 3}
+    assert [name for _, _, name in seen] == ["", "p0", "p3", "p4", "p1", "p2"] and seen[-1][:2] == (6, 6)
+    assert "2 processes died with maps p2, or what was beside it: it is taken by itself" in caplog.text
+    assert not (tmp_path / "claims").exists()
+    die_with(tmp_path / "claims", "maps p1 by itself")  # the next start's, which tried it
+    made = make_cams(source, model, store, config)
+    assert made.failed["p1"].startswith("4 processes died with it") and store.deaths() == {"p1": 4}
+    caplog.clear()
+    assert make_cams(source, model, store, config).made == 1 and not store.failures() and not store.deaths()
+    assert "4 processes died with maps p1" in caplog.text
 
 
 def test_refuses_a_classifier_of_other_classes(source, model, tmp_path):

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -170,7 +171,7 @@ def test_the_last_one_takes_up_what_the_dead_had(dead, caplog):
             if len(found) == 2:
                 threading.Timer(1.0, ready.set).start()  # it waits meanwhile
     thread.join()
-    assert found == [(0, 1), (2,)] and "waiting for 1 that other processes have in hand" in caplog.text
+    assert found == [(0, 1), (2,)] and "waiting for 1 image that process" in caplog.text
     work.close()
     other.close()
     assert not dead.exists()
@@ -219,3 +220,106 @@ def test_all_leave_at_once(tmp_path):
     for thread in threads:
         thread.join()
     assert not failures
+
+
+def die_with(folder, *names):
+    """Claims of a process that has begun and ended since, beside those that are there."""
+    own = Claims(folder)
+    machine, (number, began) = json.loads(own._owner)
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        generation = len([path for path in folder.iterdir() if path.stem == own._path(name, 0).stem])
+        own._path(name, generation).write_text(json.dumps([machine, [number, began - 1]]))
+
+
+def test_what_processes_died_with_twice_is_made_last_and_one_by_one(tmp_path, caplog):
+    """With (0, 1) two died, then one with 1 alone: that is given up, and 0 is made. With (3, 4) one died."""
+    made, given_up, rounds, folder = set(), [], [], tmp_path / "claims"
+    die_with(folder, "0", "0")
+
+    def units(work):
+        for round_ in work.rounds():
+            rounds.append([])
+            for unit, left in round_:
+                rounds[-1].append((unit, left, work.alone))
+                made.update(left)
+                work.release(unit)
+        work.close()
+
+    def begun(**more):
+        def left(unit):
+            return [thing for thing in unit if thing not in made]
+
+        return Work(folder, [(0, 1), (2,), (3, 4)], lambda unit: str(unit[0]), left, **more)
+
+    first = next(begun().rounds())
+    assert [unit for unit, _ in first] == [(2,), (3, 4)]  # whoever dies of these is not counted with (0, 1)
+    for path in folder.iterdir():  # and this process dies
+        path.write_text(json.dumps([*json.loads(path.read_text())[:1], [os.getpid(), 1]]))
+    die_with(folder, "0", "1 by itself")
+    units(begun(give_up=lambda thing, deaths: given_up.append((thing, deaths))))
+    assert given_up == [(1, 3)] and not folder.exists()
+    assert rounds == [[((2,), [2], False), ((3, 4), [3, 4], False)], [((0, 1), [0], True)]]
+    assert "2 processes died with 0, or what was beside it: it is taken by itself" in caplog.text
+
+    rounds.clear()
+    given_up.clear()  # the next start, which is told of it
+    units(begun(deaths=lambda thing: 3 * (thing == 1)))
+    assert rounds == [[], [((0, 1), [1], True)]]
+    made.discard(1)
+    die_with(folder, "1 by itself")
+    units(begun(deaths=lambda thing: 3, give_up=lambda thing, deaths: given_up.append((thing, deaths))))
+    assert given_up == [(1, 4)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not say who is stopped")
+def test_it_is_said_again_and_again_whom_this_waits_for(tmp_path, monkeypatch, caplog):
+    """A real process, which is stopped: it may go on, so that it is not dead."""
+    code = f"""
+import sys, time
+from pathlib import Path
+from ribfast.claims import Claims
+there = Claims(Path({str(tmp_path / "claims")!r}))
+there.take("0"), there.take("1")
+print("ready", flush=True)
+time.sleep(60)
+"""
+    monkeypatch.setattr(claims, "SAID_EVERY", 0.1)
+    monkeypatch.setattr(claims, "POLL", 0.01)
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "ready\n"
+    made, work = set(), None
+
+    def left(unit):
+        warned = sum(record.levelname == "WARNING" for record in caplog.records)
+        if warned >= 1 and other.poll() is None and claims._state(other.pid) != "T":
+            other.send_signal(signal.SIGSTOP)
+        if "(stopped)" in caplog.text and other.poll() is None:
+            other.kill()
+            other.wait()
+        return [thing for thing in unit if thing not in made]
+
+    work = Work(tmp_path / "claims", [(0, 5), (1,)], lambda unit: str(unit[0]), left)
+    for round_ in work.rounds():
+        for unit, things in round_:
+            made.update(things)
+            work.release(unit)
+    work.close()
+    other.stdout.close()
+    assert made == {0, 1, 5}
+    said = f"waiting for 3 images that process {other.pid} of the machine {os.uname().nodename} "
+    assert [record.levelname for record in caplog.records if f"{said}has in hand" in record.getMessage()][:1] == [
+        "WARNING"
+    ]
+    assert f"{said}(stopped) has in hand" in caplog.text
+
+
+def test_the_file_system_is_asked_for_its_time_once(dead, monkeypatch):
+    for path in dead.iterdir():
+        path.write_text(json.dumps(["elsewhere", [os.getpid(), 1]]))
+    own, probes = Claims(dead), []
+    touch = claims.Path.touch
+    monkeypatch.setattr(claims.Path, "touch", lambda path: (probes.append(path), touch(path)))
+    assert not any(own.take(name) for name in "abab") and len(probes) == 1 and len(list(dead.iterdir())) == 2
+    assert own.owner("a") == f"process {os.getpid()} of the machine elsewhere"
+    assert own.owner("c") == "another process"

@@ -175,19 +175,40 @@ class Screen:
         pass
 
 
-def test_progress_is_a_bar_on_terminals_alone(caplog):
-    screen = Screen(True)
-    bar = progress.Progress(screen)
-    for done in range(1, 101):
-        bar(done, 100, "loss 0.1")
-    assert re.search(r"\] 100/100 \S+ a second, 0:00 left  loss 0.1\n$", screen.text)
-    assert screen.text.count("\r") < 50
-    assert (progress._pace(0.02), progress._pace(2.0)) == ("50 a second", "2.0 s each")
-    screen = Screen(False)
+def test_progress_is_a_bar_on_terminals_alone(caplog, monkeypatch):
+    clock = [50.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     with caplog.at_level("INFO", "ribfast"):
-        now_and_then = progress.Progress(screen, every=0)
-        now_and_then(3, 10, "a")
-    assert screen.text == "" and re.search(r"3 of 10, \S+ a second, 0:00 left: a", caplog.text)
+        screen = Screen(True)
+        bar = progress.Progress(screen, title="looking")
+        bar(10, 110)
+        assert "] 10/110 " in screen.text and "/s" not in screen.text and caplog.messages == ["looking"]
+        for done in range(11, 111):
+            clock[0] += 0.02
+            bar(done, 110, "loss 0.1")
+        assert screen.text.endswith("] 110/110 50/s, 0:00 left  loss 0.1\n") and "a second" not in screen.text
+        assert 10 < screen.text.count("\r") < 50
+        bar(110, 110, "")
+        assert caplog.messages == ["looking", "110 of 110 in 2 s, 50/s"]
+        bar(0, 30, "")  # counts anew
+        clock[0] += 75
+        bar(30, 30, "")
+        assert caplog.messages[2:] == ["30 of 30 in 1:15, 2.5 s each"]
+        bar(0, 30, "")
+        clock[0] += 1.9
+        bar(30, 30, "")
+        assert len(caplog.messages) == 3
+        caplog.clear()
+        screen = Screen(False)
+        lines = progress.Progress(screen)
+        for done in range(4):
+            lines(done, 100, "a")
+            clock[0] += 20
+        lines(100, 100, "a")
+    assert screen.text == ""
+    assert caplog.messages == ["2 of 100, 20.0 s each, 32:40 left: a", "100 of 100 in 1:20, 1.25/s"]  # fmt: skip
+    paces = {1e-9: "1000000/s", 1 / 5543: "5540/s", 1 / 98.76: "98.8/s", 0.3125: "3.2/s", 1.0: "1/s", 2.0: "2.0 s each"}
+    assert {each: progress._pace(each) for each in paces} == paces
 
 
 def test_from_pictures_to_an_evaluation(tmp_path, capsys):

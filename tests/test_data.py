@@ -482,3 +482,21 @@ def test_cache(folder):
         return cache.bytes <= cache.limit_bytes and image.shape == (40, 60, 3)
 
     assert all(data.prefetch(many, range(200), workers=4, ahead=8))
+
+
+def test_what_follows_a_jpeg_s_end_is_not_looked_at(tmp_path):
+    """Telephones append films, whose bytes look like markers; thumbnails before the scan have scans and ends too."""
+    path, picture = tmp_path / "photo.jpg", np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    plain = cv2.imencode(".jpg", picture)[1].tobytes()
+    progressive = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_PROGRESSIVE, 1, cv2.IMWRITE_JPEG_RST_INTERVAL, 2])[1]
+    progressive, film = progressive.tobytes(), b"ftypmp4\xff\xda" + bytes(50)
+    assert progressive.count(b"\xff\xda") > 2 and b"\xff\xd0" in progressive
+    within = b"\xff\xe1" + struct.pack(">H", len(plain) + 2) + plain
+    for jpeg in (plain, progressive, plain[:2] + within + plain[2:], plain[:-2] + b"\xff\xff\xff\xd9"):
+        for after in (b"", film, plain, film + plain):
+            path.write_bytes(jpeg + after)
+            assert read_image(path, upright=True).shape == (64, 64, 3)
+        for cut in (jpeg[:-2], jpeg[:-1], jpeg[: -len(plain) // 3], jpeg[:-2] + bytes(500), jpeg[:-40] + film):
+            path.write_bytes(cut)
+            with pytest.raises(ValueError, match=r"expected a whole file, got .*photo\.jpg, which ends early"):
+                read_image(path, upright=True)

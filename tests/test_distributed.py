@@ -203,8 +203,28 @@ def test_one_that_is_terminated_leaves_its_claims_to_others(given, tmp_path):
     out = tmp_path / "out"
     words = commands(given, out)[0]
     code = "import os, signal, sys\nfrom ribfast import cli\n"
-    code += "cli._progress = lambda title='': lambda *facts: os.kill(os.getpid(), signal.SIGTERM)\n"
+    code += "cli._progress = lambda title='': lambda *facts: facts[2] and os.kill(os.getpid(), signal.SIGTERM)\n"
     code += "sys.exit(cli.main(sys.argv[1:]))"
     ended = subprocess.run([sys.executable, "-c", code, *words], env=environment(), stderr=subprocess.PIPE, text=True)
     assert ended.returncode == 143 and "interrupted; the same command goes on where it was" in ended.stderr
     assert 0 < len(Store(out / "cam").names()) < COUNT - 2 and not (out / "cam" / "claims").exists()
+
+
+@pytest.mark.parametrize("number", [0, 3], ids=["cam", "predict"])
+def test_an_image_that_kills_its_process_is_got_past(number, given, alone, tmp_path):
+    """After two deaths it is taken by itself, and a later start tries it so. In predict's unit are others too."""
+    out, name = tmp_path / "out", ("cam", "rib", "masks", "predicted")[number]
+    words = commands(given, out)[number]
+    code = [sys.executable, Path(__file__).with_name("dying.py"), "p4", json.dumps([-9, -9, -9, 3, -9, 3]), *words]
+    ended = subprocess.run(code, env=environment(), stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 0, ended.stderr
+    store = Store(out / name)
+    assert store.failures().keys() == {"p4", "p6"}
+    assert store.failures()["p4"].startswith("4 processes died with it, the last one with nothing else in hand; reduce")
+    found = {path: content for path, content in alone.items() if path.startswith(f"{name}/") and "p4." not in path}
+    assert results(out) == found and not (out / name / "claims").exists()
+    died = [json.loads(line).get("deaths") for line in (out / name / "failures.jsonl").read_text().splitlines()]
+    assert [count for count in died if count] == [3, 4]
+    assert "with maps p4" in ended.stderr or "with masks p4" in ended.stderr
+    assert cli.main([*words, "--overwrite"]) == 3 and store.failures().keys() == {"p6"}
+    assert cli.main([*words]) == 3

@@ -113,7 +113,7 @@ def test_voc_folder(folder, masks, tmp_path):
     assert (root / "classes.txt").read_text() == "background\nsquare\ndisc\nstar\n"
     with open(root / "names_train.csv", newline="") as table:
         assert list(csv.reader(table)) == [["name", "exported"], ["b/c", "b_c"], ["d.v 2", "d_v_2"]]
-    assert seen[-1] == (8, 8, "e") and [done for done, *_ in seen] == [*range(1, 9)]
+    assert seen[-1] == (8, 8, "e") and [done for done, *_ in seen] == [*range(9)]
     assert (root / "JPEGImages" / "a.jpg").read_bytes() == (folder / "images" / "a.JPG").read_bytes()
     assert (root / "JPEGImages" / "e.jpg").read_bytes() == (
         folder / "images" / "e.jpg"

@@ -12,6 +12,7 @@ import subprocess
 import zipfile
 
 import broken
+import cv2
 import faults
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from faults import own as own
 from faults import place as place
 
 from ribfast import cli, data, models
+from ribfast.pipeline import cam
 from ribfast.rib import slots
 from ribfast.store import Store, open_masks
 from ribfast.train import loop
@@ -478,6 +480,52 @@ def test_adapting_goes_on_with_fewer_images_where_memory_runs_out(place, tmp_pat
     assert cli.main([*place.words("rib", tmp_path / "out", split=few), "--concurrency", "4"]) == 0
     assert "memory ran out: from 3 images at once to 1" in capsys.readouterr().err
     assert faults.results(tmp_path / "out") == faults.results(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("command", [*READING[:3], "predict", "scan"])
+def test_an_image_that_lacks_memory_is_tried_alone_and_stops_no_other(place, command, tmp_path, monkeypatch, capsys):
+    """p1 does always; p2, p3 and p5 while others are read beside them, each another way."""
+    assert command == "scan" or cli.main(place.words(command, tmp_path / "whole")) == 0
+    read, seen = data.Source.image, []
+    lacks = {"p1": MemoryError(), "p2": RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+             "p3": cv2.error("Failed to allocate"), "p5": OSError(errno.ENOMEM, "Cannot allocate memory")}  # fmt: skip
+    lacks["p3"].code = cv2.Error.STS_NO_MEM
+
+    def image(source, item):
+        seen.append(item.name)
+        if item.name in lacks and (item.name == "p1" or seen.count(item.name) == 1):
+            raise lacks[item.name]
+        return read(source, item)
+
+    monkeypatch.setattr(data.Source, "image", image)
+    if command == "scan":
+        assert cli.main([*place.words(command), "--json"]) == cli.INCOMPLETE
+        (problem,) = json.loads(capsys.readouterr().out)["problems"]
+        assert problem["name"] == "p1" and problem["reason"].startswith("scan: not enough memory: MemoryError;")
+        return
+    assert cli.main(place.words(command, tmp_path / "out")) == cli.INCOMPLETE
+    assert list(failures(tmp_path / "out")) == ["p1"]
+    assert failures(tmp_path / "out")["p1"] == "not enough memory: MemoryError; reduce the image, or free some"
+    whole = {name: content for name, content in faults.results(tmp_path / "whole").items() if "p1." not in name}
+    found = faults.results(tmp_path / "out")
+    assert found.keys() == whole.keys() and (command == "rib" or found == whole)  # whose others are drawn without p1
+    assert not (tmp_path / "out" / "claims").exists()
+
+
+def test_a_network_that_lacks_memory_for_an_image_alone(place, tmp_path, monkeypatch):
+    merge, before = cam.merge_cams, []
+
+    def limited(maps, keys, size, *more):
+        if list(keys) == [0, 1]:
+            before.append(len(list(tmp_path.rglob("*.npz"))))
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+        return merge(maps, keys, size, *more)
+
+    monkeypatch.setattr(cam, "merge_cams", limited)
+    assert cli.main(place.words("cam", tmp_path / "out")) == cli.INCOMPLETE
+    assert {*failures(tmp_path / "out")} == {"p3", "p7"} and Store(tmp_path / "out").names() == [
+        "p0", "p1", "p2", "p4", "p5", "p6"]  # fmt: skip
+    assert before[2:] == [6, 6]  # once all others are in the store
 
 
 def test_scan_finds_everything_at_once(mixed, capsys):

@@ -14,6 +14,7 @@ from ribfast.cams import enlarge_cams
 from ribfast.cli import main
 from ribfast.masks import MaskConfig
 from ribfast.pipeline import MasksConfig, make_masks
+from ribfast.pipeline import masks as stage
 from ribfast.store import Store, open_masks
 
 METHODS = ["threshold", "crf", "labels", "ppmg", "par", "pamr", "irn"]
@@ -51,6 +52,24 @@ def maps(source, tmp_path_factory):
 
 def preset(method, **changes):
     return dataclasses.replace(getattr(MasksConfig, method)(), device="cpu", padded=0, **changes)
+
+
+def test_memory_is_bounded_by_pixels_at_once(source, maps, monkeypatch, tmp_path):
+    """Those of large photographs are made one after another, and are the same."""
+    counts, together, found = [], masks.make_masks, []
+
+    def counted(images, *more):
+        counts[-1].append(len(images))
+        return together(images, *more)
+
+    monkeypatch.setattr(masks, "make_masks", counted)
+    for pixels in (1, 2 * SIZE[0] * SIZE[1], stage.PIXELS):
+        counts.append([])
+        monkeypatch.setattr(stage, "PIXELS", pixels)
+        store = Store(tmp_path / str(pixels))
+        make_masks(source, maps, store, preset("crf"))
+        found.append([store.load_mask(item.name).tobytes() for item in source])
+    assert counts == [[1] * 5, [2, 2, 1], [5]] and found[0] == found[1] == found[2]
 
 
 def by_hand(item, source, maps, method, network):

@@ -115,7 +115,8 @@ def test_one_photograph_ends_nothing(checkpoint, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline.predict, "label_probabilities", short_of_memory)
     store = Store(tmp_path / "out")
     made = predict_masks(source, model, store)
-    assert (made.made, made.failed) == (4, {"p4": "CUDA out of memory. Tried to allocate"})
+    said = "not enough memory: CUDA out of memory. Tried to allocate; reduce the image, or free some"
+    assert (made.made, made.failed) == (4, {"p4": said})
     assert store.failures() == made.failed and store.mask_names() == ["below/p2", "p0", "p1", "p3"]
 
 
@@ -152,7 +153,7 @@ def test_shards_are_parts_of_the_whole(checkpoint, folder, tmp_path):
     whole, parts = Store(tmp_path / "whole"), Store(tmp_path / "parts")
     seen = []
     predict_masks(source, model, whole, progress=lambda *facts: seen.append(facts[:2]))
-    assert seen == [(i + 1, 5) for i in range(5)]
+    assert seen == [(i, 5) for i in range(6)]
     for shard in ("0/2", "1/2"):
         predict_masks(source, model, parts, PredictConfig(shard=shard, batch=1))
     assert parts.mask_names() == whole.mask_names()

@@ -460,6 +460,26 @@ def test_what_cannot_be_adapted_is_recorded(source, tmp_path):
     assert "every other image shares a class" in store.failures()[both[0]]
 
 
+def test_large_photographs_are_reduced_and_their_maps_are_not(source, tmp_path):
+    """As if they were small, but for the size of the maps."""
+    single = source.__class__(source.classes, tuple(i for i in source if len(i.classes) == 1), source.upright)
+    model, config, apart = small_model(classes=2), {**SMALL, "steps": 2, "disjoint": False}, []
+    stores = {largest: Store(tmp_path / str(largest), "irn") for largest in (None, 64, 32)}
+    for largest, store in stores.items():
+        made = adapt_maps(single, model, store, AdaptConfig.released(**config, largest=largest, steps_kept=True))
+        assert made.made == len(single) and not made.failed
+    for item in single:
+        whole, same = (stores[largest].load(item.name).high_res for largest in (None, 64))
+        np.testing.assert_allclose(same, whole, rtol=1e-4, atol=1e-5)
+        maps, (_, steps) = stores[32].load(item.name), stores[32].load_steps(item.name)
+        assert maps.high_res.shape == (1, 48, 64) and maps.cam.shape == (1, 12, 16) and steps.shape[1:] == (1, 12, 16)
+        apart.append(np.abs(maps.high_res - whole).max())
+    assert max(apart) > 0.01
+    with pytest.raises(ValueError, match=r"a view of 24x32 times 1\.0"):
+        views = views_of(torch.randn(3, 48, 64))
+        adapt(model, [Target(views, [0], (48, 64), (24, 32))], None, RIBConfig.released(steps=1))
+
+
 def test_an_engine_serves_many_calls():
     model, target = small_model(), small_target()
     engine = Engine(model, RIBConfig.released(steps=2, lr=2e-4))

@@ -11,6 +11,7 @@ from test_rib import golden_model as golden_model
 
 from ribfast import reference
 from ribfast.rib import Engine, Job, RIBConfig, adapt, slots
+from ribfast.shortage import lacks_memory
 
 SIZES = [(33, 45), (48, 32), (33, 45), (30, 46)]
 
@@ -274,14 +275,14 @@ def test_an_image_that_ran_out_beside_idle_slots_is_tried_alone(monkeypatch):
 
 @pytest.mark.parametrize("text", ["CUDA error: out of memory", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"])
 def test_a_lack_of_memory_is_known_by_its_words(text):
-    assert slots.lacks_memory(RuntimeError(text)) and not slots.lacks_memory(RuntimeError("CUDA error: misaligned"))
+    assert lacks_memory(RuntimeError(text)) and not lacks_memory(RuntimeError("CUDA error: misaligned"))
     try:
         try:
             raise torch.OutOfMemoryError("x")
         finally:
             raise RuntimeError("the capture ended")
     except RuntimeError as error:
-        assert slots.lacks_memory(error)
+        assert lacks_memory(error)
 
 
 def test_an_image_too_large_for_memory_alone_is_recorded(monkeypatch):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shlex
 import shutil
 
@@ -271,7 +272,11 @@ def test_one_run_at_a_time(words, tmp_path, capsys):
     other = Claims(tmp_path / "run" / "claims")
     assert other.take("run")
     assert cli.main(words) == 1
-    assert "expected one run in" in capsys.readouterr().err and not (tmp_path / "run" / "config.json").exists()
+    said = f"expected one run in {tmp_path / 'run'}, got another that is at it, process {os.getpid()} of the machine "
+    assert (
+        f"{said}{os.uname().nodename}; wait for it" in capsys.readouterr().err
+        and not (tmp_path / "run" / "config.json").exists()
+    )
     other.close()
 
 

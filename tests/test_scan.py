@@ -37,7 +37,7 @@ def test_whole_data_is_counted(folder, workers):
     expected = sum(np.bincount(source.mask(item).ravel(), minlength=256) for item in source)
     assert found.pixels.tolist() == [*expected[:3], expected[255]] and found.pixels.sum() == 6 * 48 * 64
     assert (found.images, found.masks, found.problems, found.absent()) == (6, 6, (), [])
-    assert seen == [(number, 6, f"p{number - 1}") for number in range(1, 7)]
+    assert seen == [(0, 6, ""), *((number, 6, f"p{number - 1}") for number in range(1, 7))]
     found.check("train")
     wider = dataclasses.replace(source, classes=(*pictures.CLASSES, "star"))
     assert data.scan(wider, workers=workers).absent() == ["star"]

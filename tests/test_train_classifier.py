@@ -27,7 +27,7 @@ def test_loss_falls_and_the_checkpoint_tells_what_it_is(source, weights, tmp_pat
         source, config, tmp_path, weights=weights, validation=few, progress=lambda *facts: seen.append(facts[:2])
     )
     steps = [line for line in lines(tmp_path) if "loss" in line]
-    assert [line["step"] for line in steps] == list(range(14)) and seen == [(i + 1, 14) for i in range(14)]
+    assert [line["step"] for line in steps] == list(range(14)) and seen == [(i, 14) for i in range(15)]
     assert steps[-1]["loss"] < 0.7 * steps[0]["loss"]
     assert steps[4]["lr"] == pytest.approx(0.2 * (1 - 4 / 14) ** 0.9)
     checks = [line for line in lines(tmp_path) if "validation_map" in line]

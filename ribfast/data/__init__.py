@@ -1,6 +1,16 @@
 """Data: labelled photographs and their masks, and what networks are fed from them."""
 
-from .images import IMAGENET, NORMALIZATIONS, SYMMETRIC, Augmentation, Normalization, make_views, rescale, scaled_size
+from .images import (
+    IMAGENET,
+    NORMALIZATIONS,
+    SYMMETRIC,
+    Augmentation,
+    Normalization,
+    make_views,
+    reduce_to,
+    rescale,
+    scaled_size,
+)
 from .loading import ImageCache, prefetch
 from .scan import Problem, Scan, scan
 from .sources import VOC_CLASSES, Item, Source, open_images, open_source
@@ -21,6 +31,7 @@ __all__ = [
     "open_images",
     "open_source",
     "prefetch",
+    "reduce_to",
     "rescale",
     "scaled_size",
     "scan",

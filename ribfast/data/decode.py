@@ -1,6 +1,7 @@
 """Files and annotations to arrays: photographs as RGB, masks as the labels that they store."""
 
 import os
+import re
 import struct
 import zlib
 from collections.abc import Iterable
@@ -9,8 +10,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from ..shortage import lacks_memory
+
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
 _GREY, _COLOUR, _PALETTE = 0, (2, 6), 3  # PNG's colour types
+_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9  # JPEG's markers
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # but those within a scan, and those that nothing follows
 
 
 def read_image(path: str | os.PathLike, *, upright: bool) -> np.ndarray:
@@ -89,17 +94,32 @@ def _fill(mask: np.ndarray, points: np.ndarray, label: int) -> None:
 def _complete(path: Path, op: str) -> bytes:
     """A file's bytes. OpenCV paints what a truncated file lacks grey and says nothing, so the end is looked for."""
     data = path.read_bytes()
-    jpeg_cut = data.startswith(_JPEG) and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")  # a scan without an end
-    if not data or jpeg_cut or (data.startswith(_PNG) and data.rfind(b"IEND") < 0):
+    cut = (data.startswith(_JPEG) and _is_cut(data)) or (data.startswith(_PNG) and data.rfind(b"IEND") < 0)
+    if not data or cut:
         raise ValueError(f"{op}: expected a whole file, got {path}, which ends early; fetch it again")
     return data
+
+
+def _is_cut(jpeg: bytes) -> bool:
+    """Whether a JPEG has a scan, and no end after it. What follows the end is not looked at: telephones append films
+    and further pictures, whose bytes look like markers here and there."""
+    place, scanned = len(_JPEG), False
+    while found := _MARKER.search(jpeg, place):
+        kind, place = jpeg[found.end() - 1], found.end()
+        if kind == _END_OF_IMAGE:
+            return False
+        scanned = scanned or kind == _START_OF_SCAN
+        place += int.from_bytes(jpeg[place : place + 2], "big")  # what a segment holds, thumbnails too, is passed over
+    return scanned
 
 
 def _decode(path: Path, data: bytes, flags: int, op: str) -> np.ndarray:
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    except cv2.error:  # of absurd sizes
-        image = None
+    except cv2.error as error:
+        if lacks_memory(error):
+            raise
+        image = None  # of absurd sizes
     if image is None:
         raise ValueError(f"{op}: expected a picture that OpenCV reads, got {path}; fetch or convert it again")
     return image

@@ -52,6 +52,15 @@ def rescale(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.ascontiguousarray(_bicubic(pixels, size)[0].permute(1, 2, 0).numpy())
 
 
+def reduce_to(image: np.ndarray, largest: int | None) -> np.ndarray:
+    """The image where its longer side is at most `largest`, else rescaled to that. None: no bound."""
+    _check_image(image, "reduce_to")
+    side = max(image.shape[:2])
+    if largest is None or side <= largest:
+        return image
+    return rescale(image, scaled_size(image.shape[:2], largest / side))
+
+
 def make_views(
     image: np.ndarray,
     scales: Iterable[float] = (1.0, 0.5, 1.5, 2.0),

@@ -72,3 +72,8 @@ class ImageCache:
                 self._images[item.name] = image
                 self.bytes += image.nbytes
         return image
+
+    def clear(self) -> None:
+        with self._lock:
+            self._images.clear()
+            self.bytes = 0

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..shortage import lacks_memory
 from .loading import prefetch
 from .sources import Item, Source, check_mask
 
@@ -73,36 +74,63 @@ def scan(
             raise ValueError(f"scan: expected a mask of {item.image}, got none; add it")
         return mask
 
-    def look(item: Item) -> tuple[list[str], np.ndarray | None]:
+    def look(item: Item, *, alone: bool = False) -> tuple[list[str], np.ndarray | None] | None:
+        """None where memory lacked, and others were in it."""
+        try:
+            return seen(item)
+        except Exception as error:
+            if not lacks_memory(error):
+                raise
+            said = (str(error).splitlines() or [type(error).__name__])[0]  # OpenCV's has an empty line
+            return ([f"scan: not enough memory: {said}; reduce the image, or free some"], None) if alone else None
+
+    def reason(error: Exception) -> str:
+        if lacks_memory(error):
+            raise error
+        return str(error)
+
+    def seen(item: Item) -> tuple[list[str], np.ndarray | None]:
         reasons, image, mask = [], None, None
         try:
             image = source.image(item)
         except (OSError, ValueError) as error:
-            reasons.append(str(error))
+            reasons.append(reason(error))
         try:
             mask = read_mask(item, None if image is None else image.shape[:2])
         except KeyError:
             reasons.append("scan: expected a mask, got none; make it first")
         except (OSError, ValueError) as error:
-            reasons.append(str(error))
+            reasons.append(reason(error))
         if not reasons and also is not None:
             try:
                 also(item, image, mask)
             except (OSError, ValueError) as error:
-                reasons.append(str(error))
+                reasons.append(reason(error))
         return reasons, None if mask is None or reasons else np.bincount(mask.ravel(), minlength=256)
 
-    counts, whole, problems = np.zeros(256, np.int64), 0, []
+    counts, whole, problems, late = np.zeros(256, np.int64), 0, [], []
     if not len(source):
         problems.append(Problem("the list", "scan: expected at least one image, got none; fill the list"))
     found = prefetch(look, source, workers=workers, ahead=max(2, 2 * workers))
-    for done, (item, (reasons, labels)) in enumerate(zip(source, found, strict=True), 1):
-        problems += [Problem(item.name, reason) for reason in reasons]
+
+    def add(item: Item, reasons: list[str], labels: np.ndarray | None) -> None:
+        nonlocal whole, counts
+        problems.extend(Problem(item.name, reason) for reason in reasons)
         if labels is not None:
             counts += labels
             whole += 1
+
+    if progress is not None:
+        progress(0, len(source), "")
+    for done, (item, result) in enumerate(zip(source, found, strict=True), 1):
+        if result is None:
+            late.append(item)
+        else:
+            add(item, *result)
         if progress is not None:
             progress(done, len(source), item.name)
+    for item in late:
+        add(item, *look(item, alone=True))
     pixels, labels = np.zeros(len(source.classes) + 2, np.int64), min(len(source.classes) + 1, 255)
     pixels[:labels], pixels[-1] = counts[:labels], counts[255]
     return Scan(source.classes, len(source), whole, pixels, tuple(problems))

@@ -12,7 +12,7 @@ from .. import data, models
 from ..cams import CROP_SCALES, merge_cams, multi_crop_cams, shrink_cams
 from ..processes import choose_device, choose_shard
 from ..store import Store
-from .stage import LACKING, Made, Stage, check_classes, keep_maps, own_share, reason_of, save_all, seconds_since
+from .stage import Made, Stage, check_classes, failure_of, keep_maps, own_share, save_all, seconds_since
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,9 @@ class CamConfig:
     scales: tuple[float, ...] = (1.0, 0.5, 1.5, 2.0)  # each of the original photograph, with its mirror
     crop: int = 0  # PMM's: each scale in overlapping crops of this side, without mirrors; 0: whole
     stride: int = 300  # from one crop to the next
+    # longer side of the largest photographs that are computed as they are; larger ones are reduced to it first, and
+    # their maps enlarged; none: no bound
+    largest: int | None = 1024
     precision: Literal["float32", "bfloat16"] = "float32"  # of the network; maps are merged in float32
     format: Literal["npz", "irn", "pmm"] = "npz"  # of the files
     high_res: bool = False  # keep maps of the photograph's size in npz files too, not only at a quarter of it
@@ -34,8 +37,9 @@ class CamConfig:
             raise ValueError(f"CamConfig: expected scales above 0, got {self.scales}")
         if self.crop and not 0 < self.stride <= self.crop:
             raise ValueError(f"CamConfig: expected 0 < stride <= crop, got stride {self.stride} and crop {self.crop}")
-        if self.workers < 0:
-            raise ValueError(f"CamConfig: expected workers of at least 0, got {self.workers}")
+        if self.workers < 0 or (self.largest is not None and self.largest < 1):
+            raise ValueError(f"CamConfig: expected workers of at least 0 and largest of at least 1, or none, got "
+                             f"{self.workers} and {self.largest}")  # fmt: skip
         choose_shard(self.shard)
 
     @classmethod
@@ -68,28 +72,32 @@ def make_cams(
     units = own_share([(number,) for number, item in enumerate(source) if item.classes], config)
     skipped = own_share([number for number, item in enumerate(source) if not item.classes], config)
 
-    def load(number: int):
+    def load(number: int) -> tuple:
+        """(item, failure, sizes: the photograph's and that it was reduced to, what the network sees)"""
         item = source[number]
         try:
             image = source.image(item)
-        except (OSError, ValueError) as error:
-            return item, None, str(error)
-        if config.crop:
-            return item, image.shape[:2], image
-        return item, image.shape[:2], data.make_views(image, config.scales, data.NORMALIZATIONS[model.normalization])
+            size, image = image.shape[:2], data.reduce_to(image, config.largest)
+            reduced = image.shape[:2] if image.shape[:2] != size else None
+            if not config.crop:
+                image = data.make_views(image, config.scales, data.NORMALIZATIONS[model.normalization])
+            return item, None, (size, reduced), image
+        except Exception as error:
+            return item, failure_of(error, OSError, ValueError), None, None
 
     def maps(numbers: Iterator[int]) -> Iterator[tuple]:
-        for item, size, views in data.prefetch(load, numbers, workers=config.workers, ahead=max(2, config.workers)):
-            if size is None:
-                yield item, views
+        for item, failure, sizes, seen in data.prefetch(load, numbers, workers=config.workers,
+                                                       ahead=max(2, config.workers)):  # fmt: skip
+            if failure is not None:
+                yield item, failure
                 continue
             try:
                 if config.crop:
-                    found = _crop_cams(model, views, item.classes, config)
+                    found = _crop_cams(model, seen, item.classes, sizes[0], config)
                 else:
-                    found = _cams(model, views, item.classes, size, device, config.precision)
-            except LACKING as error:
-                yield item, reason_of(error)
+                    found = _cams(model, seen, item.classes, sizes, device, config.precision)
+            except Exception as error:
+                yield item, failure_of(error, ValueError, RuntimeError)
                 continue
             yield item, None, *found
 
@@ -103,17 +111,18 @@ def make_cams(
 
 
 @torch.inference_mode()
-def _cams(model, views, classes, size, device, precision):
+def _cams(model, views, classes, sizes, device, precision):
     maps = []
     for view in views:
         view = view.to(device, memory_format=torch.channels_last, non_blocking=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             maps.append(model(view).float())
-    return merge_cams(maps, classes, size)
+    return merge_cams(maps, classes, *sizes)
 
 
-def _crop_cams(model, image, classes, config: CamConfig):
+def _crop_cams(model, image, classes, size, config: CamConfig):
     device = next(model.parameters()).device
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-        high_res = multi_crop_cams(model, image, classes, scales=config.scales, crop=config.crop, stride=config.stride)
+        high_res = multi_crop_cams(model, image, classes, scales=config.scales, crop=config.crop, stride=config.stride,
+                                   size=size)  # fmt: skip
     return shrink_cams(high_res), high_res

@@ -177,6 +177,8 @@ def _named(name: str) -> Iterator[None]:
 def _counted(count: Callable, items: list[data.Item], config: EvaluateConfig, progress) -> Iterator:
     """By threads: what they spend their time in, decoding and counting, leaves Python's lock to others."""
     ahead = max(4, 2 * config.workers)
+    if progress is not None:
+        progress(0, len(items), "")
     for done, (item, found) in enumerate(zip(items, data.prefetch(count, items, workers=config.workers, ahead=ahead),
                                              strict=True), 1):  # fmt: skip
         yield item, found

@@ -1,6 +1,6 @@
 """Masks of class maps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,8 +9,10 @@ from torch import Tensor
 
 from .. import data, masks, models
 from ..processes import choose_device, choose_shard
-from ..store import Maps, Store
+from ..store import Maps, Store, enlarged
 from .stage import Made, label_all
+
+PIXELS = 2**22  # of images whose masks are made at once, beyond the first: memory is in proportion to them
 
 
 @dataclass(frozen=True)
@@ -55,29 +57,45 @@ def make_masks(
         image = source.image(item)
         if not item.classes:
             return image, None
-        own = maps.read(item.name) if walks else maps.load(item.name)
+        own = maps.read(item.name)  # enlarged later: many are read ahead
         if walks and own.cam is None:
             raise ValueError("expected maps at a quarter of the photograph's size, which walk, got PMM's file")
-        if not walks and own.high_res.shape[1:] != image.shape[:2]:
-            raise ValueError(f"expected maps of the photograph's {image.shape[:2]} pixels, got "
-                             f"{own.high_res.shape[1:]}; make them again")  # fmt: skip
+        if not walks and tuple(own.size) != image.shape[:2]:
+            raise ValueError(f"expected maps of the photograph's {image.shape[:2]} pixels, got {tuple(own.size)}; "
+                             f"make them again")  # fmt: skip
         if not {*own.keys.tolist()} <= {*item.classes}:
             raise ValueError(f"expected maps of the photograph's classes {item.classes}, got "
                              f"{own.keys.tolist()}; they are another data set's")  # fmt: skip
         return image, own
 
+    def masked(ready: list[tuple[np.ndarray, Maps]]) -> list[Tensor]:
+        images, own = [image for image, _ in ready], [maps for _, maps in ready]
+        cams = [each.cam.float().to(device) if walks else None for each in own]
+        large = [None if walks else torch.from_numpy(enlarged(each).high_res).to(device) for each in own]
+        return masks.make_masks(images, cams, large, [each.keys.tolist() for each in own], config, network)
+
     def label(block: list[tuple]) -> list[Tensor]:
         """Images without classes are background."""
         without_classes.update(item.name for item, (_, own) in block if own is None)
-        ready = [loaded for _, loaded in block if loaded[1] is not None]
-        images, own = [image for image, _ in ready], [maps for _, maps in ready]
-        cams = [each.cam.float().to(device) if walks else None for each in own]
-        large = [None if walks else torch.from_numpy(each.high_res).to(device) for each in own]
-        keys = [each.keys.tolist() for each in own]
-        found = iter(masks.make_masks(images, cams, large, keys, config, network) if ready else ())
+        found = (mask for some in _by_pixels([loaded for _, loaded in block if loaded[1] is not None])
+                 for mask in masked(some))  # fmt: skip
         return [torch.zeros(image.shape[:2], dtype=torch.uint8) if own is None else next(found)
                 for _, (image, own) in block]  # fmt: skip
 
     result = label_all(source, store, config, load, label, progress, together=False)
     result.without_classes = len(without_classes)
     return result
+
+
+def _by_pixels(ready: list[tuple[np.ndarray, Maps]]) -> Iterator[list[tuple[np.ndarray, Maps]]]:
+    """In groups, each of PIXELS at most, or of one image."""
+    group, pixels = [], 0
+    for image, own in ready:
+        size = image.shape[0] * image.shape[1]
+        if group and pixels + size > PIXELS:
+            yield group
+            group, pixels = [], 0
+        group.append((image, own))
+        pixels += size
+    if group:
+        yield group

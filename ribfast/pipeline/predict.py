@@ -31,8 +31,8 @@ class PredictConfig:
     iterations: int = 10  # of crf
     known: bool = False  # no labels but background and the classes that the data names for the photograph
     # longer side of the largest photographs that are computed as they are; larger ones are reduced to it first, and
-    # their masks enlarged
-    largest: int = 1024
+    # their masks enlarged; none: no bound
+    largest: int | None = 1024
     precision: Literal["float32", "bfloat16"] = "float32"  # of the network; probabilities are float32
     batch: int = 4  # images at a time; those of one size go through the network together
     shard: str | None = None  # i/n: the i-th of n shares alone, from 0; none: all, with whoever shares OUT
@@ -46,7 +46,7 @@ class PredictConfig:
             raise ValueError(f"PredictConfig: expected a window of at least 0 and a stride of at most that, got "
                              f"{self.window} and {self.stride}")  # fmt: skip
         for name, least in {"batch": 1, "largest": 1, "workers": 0, "iterations": 0}.items():
-            if getattr(self, name) < least:
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"PredictConfig: expected {name} of at least {least}, got {getattr(self, name)}")
         choose_shard(self.shard)
 
@@ -83,9 +83,7 @@ def predict_masks(
 def _predict(model, images: list[np.ndarray], classes: list[tuple[int, ...]], config: PredictConfig) -> list[Tensor]:
     """(H, W) uint8 of each."""
     device, sizes = next(model.parameters()).device, [image.shape[:2] for image in images]
-    shares = [min(1.0, config.largest / max(size)) for size in sizes]
-    images = [data.rescale(image, data.scaled_size(image.shape[:2], share)) if share < 1 else image
-              for image, share in zip(images, shares, strict=True)]  # fmt: skip
+    images = [data.reduce_to(image, config.largest) for image in images]
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
         found = label_probabilities(model, images, scales=config.scales, mirror=config.mirror, window=config.window,
                                     stride=config.stride)  # fmt: skip

@@ -17,7 +17,7 @@ from ..cams import strided_cams
 from ..processes import choose_device, choose_shard
 from ..rib import RIBConfig
 from ..store import Store
-from .stage import Made, Stage, check_classes, keep_maps, own_share, seconds_since
+from .stage import Failure, Made, Stage, check_classes, failure_of, keep_maps, own_share, seconds_since
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,9 @@ class AdaptConfig(RIBConfig):
     """RIB's constants, and how they are put to work."""
 
     seed: int = 0  # of the others that are drawn
+    # longer side of the largest photographs that are computed as they are; larger ones are reduced to it first, and
+    # their maps enlarged; none: no bound
+    largest: int | None = 1024
     steps_kept: bool = False  # keep the maps after each step too, in 8 bits, as the report shows them
     format: Literal["npz", "irn", "pmm"] = "npz"  # of the files
     high_res: bool = False  # keep maps of the photograph's size in npz files too, not only at a quarter of it
@@ -38,6 +41,8 @@ class AdaptConfig(RIBConfig):
         if (self.workers is not None and self.workers < 1) or self.cache_mib < 0:
             raise ValueError(f"AdaptConfig: expected workers of at least 1 and cache_mib of at least 0, got "
                              f"{self.workers} and {self.cache_mib}")  # fmt: skip
+        if self.largest is not None and self.largest < 1:
+            raise ValueError(f"AdaptConfig: expected largest of at least 1, or none, got {self.largest}")
         choose_shard(self.shard)
 
 
@@ -69,25 +74,30 @@ def adapt_maps(
         data.NORMALIZATIONS[model.normalization],
     )
 
-    def fail(name: str, error: str) -> None:
-        store.fail(name, error)
-        stage.end(name, error)
-
     def loaders(begun: Iterator) -> Iterator[rib.BlockLoader]:
         for block, wanted in begun:
-            yield rib.BlockLoader(draws, block, wanted, normalization, threads, cache, pin=device.type == "cuda")
+            try:
+                loader = rib.BlockLoader(draws, block, wanted, normalization, threads, cache, largest=config.largest,
+                                         pin=device.type == "cuda")  # fmt: skip
+            except Exception as error:
+                failure = failure_of(error)
+                for number in wanted:
+                    stage.end(source[number].name, failure)
+                continue
+            yield loader
 
     def jobs(begun: Iterator) -> Iterator[rib.Job]:
         for loader in _one_ahead(loaders(begun)):
             if loader.empty:
+                reason = "every other image shares a class with it; use --no-disjoint, or more images"
                 for item in loader.items:
-                    fail(item.name, "every other image shares a class with it; use --no-disjoint, or more images")
+                    stage.end(item.name, Failure(reason))
                 continue
             others = loader.others if loader.exists else None
             batches = engine.batches(loader.items[0].classes, others, len(loader.items))
             for item, target in loader.targets():
                 if isinstance(target, Exception):
-                    fail(item.name, str(target))
+                    stage.end(item.name, failure_of(target, OSError, ValueError))
                 else:
                     yield rib.Job(target, batches, item, _Steps(target) if config.steps_kept else None)
 
@@ -100,18 +110,19 @@ def adapt_maps(
                 steps = None if job.watch is None else job.watch.first(found.steps)
             yield job.tag.name, found, steps
 
-    def save(made: tuple[str, rib.Result, np.ndarray | None]) -> tuple[str, str | None]:
+    def save(made: tuple[str, rib.Result, np.ndarray | None]) -> tuple[str, Failure | None]:
         name, found, steps = made
-        if found.error is None:
+        if found.error is not None:
+            return name, Failure(found.error, found.lacks_memory)
+        try:
             if steps is not None:  # before the maps, as the facts
                 store.save_steps(name, found.keys, steps)
             facts = {"steps": found.steps, "stopped": found.stopped, "seconds": seconds_since(start)}
-            try:
-                keep_maps(store, name, found.keys, found.cam, found.high_res, **facts)
-                stage.mend(name)
-            except ValueError as unfit:
-                return name, str(unfit)
-        return name, found.error
+            keep_maps(store, name, found.keys, found.cam, found.high_res, **facts)
+            stage.mend(name)
+        except Exception as unfit:
+            return name, failure_of(unfit, ValueError)
+        return name, None
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes on this machine
@@ -121,9 +132,11 @@ def adapt_maps(
     try:
         with Stage(source, store, "maps", blocks, config, progress, skipped) as stage:
             for begun in stage.rounds():
+                if stage.alone:
+                    cache.clear()
                 with rib.keep_pages():
-                    for name, error in data.prefetch(save, results(begun), workers=1, ahead=1):
-                        stage.end(name) if error is None else fail(name, error)
+                    for name, failure in data.prefetch(save, results(begun), workers=1, ahead=1):
+                        stage.end(name, failure)
     finally:
         threads.shutdown(cancel_futures=True)
     return stage.result

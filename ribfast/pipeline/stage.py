@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,10 +17,12 @@ import torch
 from .. import data, files, models
 from ..claims import Work
 from ..processes import choose_shard
+from ..shortage import lacks_memory
 from ..store import CLAIMS, Store
 
 log = logging.getLogger("ribfast")
-LACKING = (ValueError, RuntimeError, MemoryError)  # what an image raises that cannot be made; a lack of memory any
+DIED = ("{} processes died with it, the last one with nothing else in hand; reduce or remove the image, or give it "
+        "more memory; the next start tries it again, by itself")  # fmt: skip
 
 
 def check_classes(stage: str, source: data.Source, model: models.CamClassifier | models.Segmenter) -> None:
@@ -33,6 +36,13 @@ def check_classes(stage: str, source: data.Source, model: models.CamClassifier |
 def first_few(names) -> str:
     """The first of them, and how many more."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+class Failure(NamedTuple):
+    """Why an image could not be made; for lack of memory, which there may be once nothing else is in hand."""
+
+    reason: str
+    lacks_memory: bool = False
 
 
 @dataclass
@@ -66,47 +76,75 @@ class Stage:
         units = [unit for unit in units if any(source[number].name in self._missing for number in unit)]
         self.result = Made(kept=len(names) - len(self._missing), without_classes=len(skipped))
         self.total = len(names) + len(skipped)
-        self._failures, self._unit, self._open = store.failures(), {}, {}
+        self._failures, self._unit, self._open, self._late, self._again = store.failures(), {}, {}, [], False
         self._mine, self._elsewhere, self._failed = set(), set(), {}
         (index, count), known = choose_shard(config.shard), store.metrics()
         for number in skipped if config.shard is not None or index == 0 else ():
             name = source[number].name
             if known.get(name) != {"skipped": "no classes"}:
                 store.record(name, skipped="no classes")
+        deaths = store.deaths()
         self.work = Work(
             store.folder / CLAIMS, units, lambda unit: f"{what} {source[unit[0]].name}", self._left,
             (0, 1) if config.shard is not None else (index, count),
+            deaths=lambda number: deaths.get(source[number].name, 0), give_up=self._give_up,
         )  # fmt: skip
 
     def __enter__(self) -> "Stage":
+        self._report("")
         return self
 
     def __exit__(self, kind, *exception) -> None:
         self.work.close()
         if kind is None:
             self._look()
-            if self._elsewhere or not (self.result.made or self.result.failed):
+            if self._elsewhere:
                 self._report("")
             self.result.elsewhere = len(self._elsewhere - self._failed.keys())
             self.result.failed = self._failed | self.result.failed
 
+    @property
+    def alone(self) -> bool:
+        """Whether the round is of one image, with nothing else in hand."""
+        return self._again or self.work.alone
+
     def rounds(self) -> Iterator[Iterator[tuple[Sequence[int], list[int]]]]:
-        """Units, with the images of them that are to be made; each of these is to `end` before the next round."""
+        """Units, with the images of them that are to be made; each of these is to `end` before the next round. Images
+        that lacked memory come again, a round each."""
         for units in self.work.rounds():
             yield self._begun(units)
+            late, self._late, self._again = self._late, [], True
+            for name in late:
+                log.info("%s: not enough memory; once more, with nothing else in hand", name)
+                unit = self._unit[name]
+                yield iter([(unit, [number for number in unit if self.source[number].name == name])])
+            self._again = False
 
-    def end(self, name: str, error: str | None = None) -> None:
+    def end(self, name: str, failure: Failure | None = None) -> None:
         """An image is in the store, or cannot be."""
-        if error is None:
+        if failure is None:
             self.result.made += 1
+        elif failure.lacks_memory and not self._again:
+            self._late.append(name)
+            return
         else:
-            self.result.failed[name] = error
-            log.warning("%s: %s", name, error)
+            self._fail(name, failure.reason)
         unit = self._unit.pop(name)
         self._open[unit] -= 1
         if not self._open[unit]:
             del self._open[unit]
             self.work.release(unit)
+        self._report(name)
+
+    def _fail(self, name: str, reason: str, **facts) -> None:
+        self.result.failed[name] = reason
+        self.store.fail(name, reason, **facts)
+        log.warning("%s: %s", name, reason)
+
+    def _give_up(self, number: int, deaths: int) -> None:
+        name = self.source[number].name
+        self._mine.add(name)
+        self._fail(name, DIED.format(deaths), deaths=deaths)
         self._report(name)
 
     def mend(self, name: str) -> None:
@@ -162,22 +200,20 @@ def own_share(things: list, config) -> list:
 
 
 def save_all(stage: Stage, made: Iterator[tuple], keep: Callable, *, ahead: int) -> None:
-    """`keep` of each (item, error, what was made of it), by a thread of its own; where there is an error, a failure."""
+    """`keep` of each (item, failure, what was made of it), by a thread of its own."""
 
-    def save(one: tuple) -> tuple[str, str | None]:
-        item, error, *found = one
-        if error is None:
+    def save(one: tuple) -> tuple[str, Failure | None]:
+        item, failure, *found = one
+        if failure is None:
             try:
                 keep(item, *found)
                 stage.mend(item.name)
-            except ValueError as unfit:  # what was made
-                error = str(unfit)
-        if error is not None:
-            stage.store.fail(item.name, error)
-        return item.name, error
+            except Exception as unfit:  # what was made
+                failure = failure_of(unfit, ValueError)
+        return item.name, failure
 
-    for name, error in data.prefetch(save, made, workers=1, ahead=ahead):
-        stage.end(name, error)
+    for name, failure in data.prefetch(save, made, workers=1, ahead=ahead):
+        stage.end(name, failure)
 
 
 def keep_maps(store: Store, name: str, keys, cam, high_res, **facts) -> None:
@@ -188,7 +224,7 @@ def keep_maps(store: Store, name: str, keys, cam, high_res, **facts) -> None:
 
 def label_all(source, store: Store, config, load: Callable, label: Callable, progress, *, together: bool) -> Made:
     """Masks of the images that have none yet: `load` of each item, by threads, then `label` of some of these together,
-    [(item, loaded), ...] -> masks; one after another where that raises one of LACKING.
+    [(item, loaded), ...] -> masks; one after another where that fails.
 
     together: a mask may differ in its last bits with those that are labelled beside it, so these are the same whoever
     makes it, and whatever is there already.
@@ -202,25 +238,26 @@ def label_all(source, store: Store, config, load: Callable, label: Callable, pro
         item = source[number]
         try:
             return unit, item, wanted, load(item), None
-        except (OSError, ValueError) as error:
-            return unit, item, wanted, None, str(error)
+        except Exception as error:
+            return unit, item, wanted, None, failure_of(error, OSError, ValueError)
 
     def labelled(block: list[tuple]) -> list[tuple]:
         try:
             return [(item, None, mask.cpu().numpy()) for (item, _), mask in zip(block, label(block), strict=True)]
-        except LACKING as error:
-            failure = reason_of(error)
+        except Exception as error:
+            failure = failure_of(error, ValueError, RuntimeError)
         return [(block[0][0], failure)] if len(block) == 1 else [made for one in block for made in labelled([one])]
 
     def made(begun: Iterator) -> Iterator[tuple]:
-        """(item, error, mask), block by block."""
-        places = ((unit, number, number in left) for unit, left in begun for number in (unit if together else left))
+        """(item, failure, mask), block by block; what is made alone with no others of its unit."""
+        whole = together and not stage.alone
+        places = ((unit, number, number in left) for unit, left in begun for number in (unit if whole else left))
         loaded = data.prefetch(read, places, workers=config.workers, ahead=2 * config.batch)
         by_unit = (list(block) for _, block in itertools.groupby(loaded, operator.itemgetter(0)))
         for block in by_unit if together else _blocks(loaded, config.batch):
             missing = {item.name for _, item, wanted, _, _ in block if wanted}
-            yield from ((item, error) for _, item, _, _, error in block if error is not None and item.name in missing)
-            if ready := [(item, loaded) for _, item, _, loaded, error in block if error is None]:
+            yield from ((item, failure) for _, item, _, _, failure in block if failure and item.name in missing)
+            if ready := [(item, loaded) for _, item, _, loaded, failure in block if failure is None]:
                 yield from (one for one in labelled(ready) if one[0].name in missing)
 
     def keep(item: data.Item, mask: np.ndarray) -> None:
@@ -245,11 +282,15 @@ def _blocks(things: Iterator, size: int) -> Iterator[list]:
         yield block
 
 
-def reason_of(error: Exception) -> str:
-    """Of an image that cannot be made; what was taken for it is free for the next."""
+def failure_of(error: Exception, *kinds: type[Exception]) -> Failure:
+    """Of an image that cannot be made. What is of none of these kinds, nor a lack of memory, is raised again."""
+    lacks = lacks_memory(error)
+    if not lacks and not isinstance(error, kinds):
+        raise error
     if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-    return files.first_line(error)
+        torch.cuda.empty_cache()  # what was taken for it is free for the next
+    reason = files.first_line(error)
+    return Failure(f"not enough memory: {reason}; reduce the image, or free some" if lacks else reason, lacks)
 
 
 def seconds_since(start: float) -> float:

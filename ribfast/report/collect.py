@@ -91,6 +91,8 @@ def collect(
         found.append(_facts(source, stage, evaluation, config))
     shown = _sample(source, scores, config.images)
     read, images = ImageReader(source, stages, [facts["thresholds"] for facts in found], config), []
+    if progress is not None:
+        progress(0, len(shown), "")
     for item, image in zip(shown, data.prefetch(read, shown, workers=config.workers, ahead=4), strict=True):
         images.append(image)
         if progress is not None:

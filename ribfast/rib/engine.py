@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from ..models import CamClassifier
+from ..shortage import lacks_memory
 from . import modes
 from .batches import Batches, Others
 from .canvas import Canvas
 from .config import RIBConfig
 from .job import Job, Result, Target
 from .memory import keep_pages
-from .slots import OUT_OF_MEMORY, Slot, capture_graph, lacks_memory, schedule
+from .slots import Slot, capture_graph, out_of_memory, schedule
 from .step import Layout, Rows
 from .tail import Tail
 
@@ -95,8 +96,7 @@ class Engine:
         if late:
             self._slots = []
         for job in late:
-            memory = Result([], 0, False, sorted(job.target.classes), error=OUT_OF_MEMORY.format(*job.target.size))
-            yield job, self._in_bfloat16(job) or memory
+            yield job, self._in_bfloat16(job) or out_of_memory(job)
 
     def trunk(self, images: Tensor, *, exact: bool) -> Tensor:
         """Features at stride 8 in the tail's dtype; exact: in float32, as maps need it and gradients do not."""
@@ -161,7 +161,7 @@ class Engine:
             return None
         batches = None if job.batches is None else job.batches.elsewhere(self._wider)
         ((_, result),) = schedule(self._wider, [dataclasses.replace(job, batches=batches)])
-        return None if result.error is not None and "out of memory" in result.error else result
+        return None if result.lacks_memory else result
 
     def _check_target(self, number: int, target: Target) -> None:
         def need(holds, expected, got):
@@ -170,7 +170,7 @@ class Engine:
 
         scales = self.config.scales
         need(len(target.views) == len(scales), f"one pair of views for each scale of {scales}", len(target.views))
-        height, width = target.size
+        height, width = target.reduced or target.size
         for scale, view in zip(scales, target.views, strict=True):
             shape = tuple(view.shape)
             need(view.ndim == 4 and shape[:2] == (2, 3), f"views (2, 3, h, w), at scale {scale}", shape)

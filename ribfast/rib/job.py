@@ -13,7 +13,8 @@ class Target:
 
     views: list[Tensor]
     classes: list[int]  # present ones
-    size: tuple[int, int]
+    size: tuple[int, int]  # of the image, and of its maps
+    reduced: tuple[int, int] | None = None  # what the image was reduced to before its views were made
 
 
 @dataclass
@@ -25,6 +26,7 @@ class Result:
     cam: Tensor | None = None  # (keys, H / 4, W / 4), sums over the scales divided by their maxima
     high_res: Tensor | None = None  # (keys, H, W), likewise
     error: str | None = None  # why there are no maps
+    lacks_memory: bool = False  # is why
 
 
 @dataclass(eq=False)

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import data
+from .. import data, files
+from ..shortage import lacks_memory
 from .config import RIBConfig
 from .job import Target
 from .others import Draws
@@ -29,13 +30,15 @@ class BlockLoader:
         cache: data.ImageCache,
         *,
         pin: bool = False,
+        largest: int | None = None,
     ):
         """block: numbers of the draws' source, wanted: those of them that are adapted; cache: of the others.
 
-        pin: give tensors in memory that a GPU copies from by itself.
+        pin: give tensors in memory that a GPU copies from by itself. largest: the longer side that targets with a
+        longer one are reduced to.
         """
         self.draws, self.normalization, self.threads = draws, normalization, threads
-        self.cache, self.pin = cache, pin
+        self.cache, self.pin, self.largest = cache, pin, largest
         config: RIBConfig = draws.config
         self.augmentation = data.Augmentation(config.others_long_side, config.others_crop, True, normalization)
         self.items = [draws.source[number] for number in wanted]
@@ -57,7 +60,9 @@ class BlockLoader:
                 self._targets.append(self.threads.submit(self._target, self.items[number + 2]))
             try:
                 yield item, self._targets[number].result()
-            except (OSError, ValueError) as error:
+            except Exception as error:
+                if not isinstance(error, (OSError, ValueError)) and not lacks_memory(error):
+                    raise
                 yield item, error
             self._targets[number] = None
 
@@ -82,15 +87,25 @@ class BlockLoader:
 
     def _target(self, item: data.Item) -> Target:
         image = self.draws.source.image(item)
+        size, image = image.shape[:2], data.reduce_to(image, self.largest)
         views = data.make_views(image, self.draws.config.scales, self.normalization)
-        return Target([view.pin_memory() for view in views] if self.pin else views, list(item.classes), image.shape[:2])
+        views = [view.pin_memory() for view in views] if self.pin else views
+        return Target(views, list(item.classes), size, image.shape[:2] if image.shape[:2] != size else None)
 
     def _crop(self, item: data.Item, seed: np.ndarray, out: Tensor) -> bool:
-        """Whether the image can be read; one that cannot must not stop those that are adapted beside it."""
-        try:
-            out.copy_(self.augmentation(self.cache.image(item), np.random.default_rng(seed)))
-        except (OSError, ValueError) as error:
-            log.warning("%s, drawn as another image, is left out: %s", item.name, error)
-            out.zero_()
-            return False
-        return True
+        """Whether the image can be read; one that cannot must not stop those that are adapted beside it. Where memory
+        lacks, what is cached makes room, once."""
+        for is_last in (False, True):
+            try:
+                out.copy_(self.augmentation(self.cache.image(item), np.random.default_rng(seed)))
+                return True
+            except Exception as error:
+                lacks = lacks_memory(error)
+                if not lacks and not isinstance(error, (OSError, ValueError)):
+                    raise
+                if is_last or not lacks:
+                    log.warning("%s, drawn as another image, is left out: %s", item.name, files.first_line(error))
+                    break
+            self.cache.clear()
+        out.zero_()
+        return False

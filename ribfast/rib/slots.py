@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..cams import merge_cams
+from ..shortage import lacks_memory
 from . import modes
 from .batches import Batches
 from .job import Job, Result
@@ -23,7 +24,6 @@ log = logging.getLogger("ribfast")
 MOST_AT_ONCE = 8  # large images fill a GPU with fewer; small ones gain little beyond
 FRAMES = 12  # shapes of canvas that a slot keeps buffers and graphs of
 OUT_OF_MEMORY = "out of memory, alone, at {}x{}; take smaller scales, fewer or smaller others, or 16 bits"
-LACKS = ("out of memory", "ALLOC_FAILED", "DefaultCPUAllocator")  # what errors that are not OutOfMemoryError say
 
 
 class Frame:
@@ -126,7 +126,7 @@ class Slot:
             if not finite:
                 return Result([], steps, False, keys, error=f"loss or maps are not finite at step {steps - 1}")
             maps = frame.layout.maps(frame.sums)
-            cam, high_res = merge_cams([m[None] for m in maps], keys, job.target.size)
+            cam, high_res = merge_cams([m[None] for m in maps], keys, job.target.size, job.target.reduced)
         if self.stream is not None:
             reader = torch.cuda.current_stream(self.engine.device)
             reader.wait_stream(self.stream)
@@ -264,7 +264,7 @@ def schedule(engine, jobs: Iterable[Job]) -> Iterator[tuple[Job, Result]]:
                 busy.append(slot)
                 continue
             result = slot.result()
-        except RuntimeError as error:  # torch.OutOfMemoryError is one
+        except Exception as error:
             if not lacks_memory(error):
                 raise
         else:
@@ -282,7 +282,7 @@ def schedule(engine, jobs: Iterable[Job]) -> Iterator[tuple[Job, Result]]:
             torch.cuda.synchronize(engine.device)
             torch.cuda.empty_cache()
         if alone is job:  # with nothing else there
-            yield job, Result([], 0, False, sorted(job.target.classes), error=OUT_OF_MEMORY.format(*job.target.size))
+            yield job, out_of_memory(job)
             continue
         alone = None if beside else job
         again.extendleft(reversed([job, *beside]))
@@ -291,12 +291,9 @@ def schedule(engine, jobs: Iterable[Job]) -> Iterator[tuple[Job, Result]]:
             log.info("memory ran out: from %d images at once to %d", 1 + len(beside), most)
 
 
-def lacks_memory(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came from, is a lack of memory: not all of them are OutOfMemoryError."""
-    if error is None:
-        return False
-    found = isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in LACKS)
-    return found or lacks_memory(error.__context__)
+def out_of_memory(job: Job) -> Result:
+    text = OUT_OF_MEMORY.format(*(job.target.reduced or job.target.size))
+    return Result([], 0, False, sorted(job.target.classes), error=text, lacks_memory=True)
 
 
 def _fits(engine, layout: Layout, idle: list[Slot], busy: Iterable[Slot], room: float) -> bool:

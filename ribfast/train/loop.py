@@ -217,6 +217,8 @@ class _Training:
                 forward = nn.parallel.DistributedDataParallel(
                     forward, devices, broadcast_buffers=False, find_unused_parameters=self.task.idle
                 )
+        if first < self.steps:
+            progress(first, self.steps, "")
         before = None  # a step's losses are read once the next step is on its way, so that a GPU does not wait
         for step, batch in enumerate(self._batches(first), first):
             rate = c.lr * (1 - step / self.steps) ** c.power
