@@ -66,7 +66,8 @@ def main(argv: list[str] | None = None) -> int:
         options, settings = _parse(chosen.command, chosen.options)
         return COMMANDS[chosen.command].run(options, settings) or 0
     except KeyboardInterrupt as stop:
-        again = "the same command" + " with --resume" * (getattr(options, "resume", True) is False)
+        instead = " in place of --overwrite" * getattr(options, "overwrite", False)
+        again = "the same command" + f" with --resume{instead}" * (getattr(options, "resume", True) is False)
         log.error("interrupted%s", f"; {again} goes on where it was" if RESUMING & vars(options).keys() else "")
         return TERMINATED if stop.args == (signal.SIGTERM,) else INTERRUPTED
     except BrokenPipeError:  # whoever read standard output has read enough
@@ -224,7 +225,7 @@ def _classifier_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", type=Path, metavar="FILE", help="the backbone to start from, .pth or .safetensors")
     parser.add_argument("--adversary-weights", type=Path, metavar="FILE", help="with --method eader: the adversary's")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for classifier.safetensors")
-    parser.add_argument("--resume", action="store_true", help="go on after the last whole epoch in --out")
+    _resume_arguments(parser, "whole epoch")
 
 
 def _train_classifier(options: argparse.Namespace, settings) -> None:
@@ -244,9 +245,15 @@ def _train_classifier(options: argparse.Namespace, settings) -> None:
 def _train(options: argparse.Namespace, settings, training: Callable[..., Path]) -> None:
     """config.json is written once the training has found nothing wrong with what it was given."""
     refuse_another_command(options)
-    path = training(out=options.out, weights=options.weights, resume=options.resume, progress=_progress(),
-                    begun=lambda inputs: begin(options, settings, **inputs))  # fmt: skip
+    path = training(out=options.out, weights=options.weights, resume=options.resume, overwrite=options.overwrite,
+                    progress=_progress(), begun=lambda inputs: begin(options, settings, **inputs))  # fmt: skip
     log.info("wrote %s", path)
+
+
+def _resume_arguments(parser: argparse.ArgumentParser, after: str) -> None:
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help=f"go on after the last {after} in --out")
+    again.add_argument("--overwrite", action="store_true", help="train anew in an --out where a training is")
 
 
 def _cam_arguments(parser: argparse.ArgumentParser) -> None:
@@ -278,7 +285,7 @@ def _cam(options: argparse.Namespace, settings) -> int:
 
     source, model = _open(options)
     begin(options, settings, INDIFFERENT, checkpoint=options.checkpoint, classifier=model.metadata())
-    return _make_maps(options, settings, make_cams, source, model)
+    return _make_maps(options, settings, make_cams, source, model, keep=options.keep)
 
 
 def _rib(options: argparse.Namespace, settings) -> int:
@@ -408,7 +415,7 @@ def _irn_arguments(parser: argparse.ArgumentParser) -> None:
                         help="confident labels: of masks --preset labels, or a folder of NAME.png")  # fmt: skip
     parser.add_argument("--weights", type=Path, metavar="FILE", help="the frozen backbone: ImageNet's, or a classifier")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for irn.safetensors")
-    parser.add_argument("--resume", action="store_true", help="go on after the last whole epoch in --out")
+    _resume_arguments(parser, "whole epoch")
 
 
 def _train_irn(options: argparse.Namespace, settings) -> None:
@@ -428,7 +435,7 @@ def _segmenter_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", type=Path, metavar="FILE",
                         help="the backbone to start from: ImageNet's, a classifier, deeplab-pytorch's")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for segmenter.safetensors")
-    parser.add_argument("--resume", action="store_true", help="go on after the last pause in --out")
+    _resume_arguments(parser, "pause")
     parser.add_argument("--cycle", action="store_true",
                         help="PMM's: train, predict the training images, train again on these masks")  # fmt: skip
     parser.add_argument("--prediction", type=Path, metavar="FILE",
@@ -708,7 +715,8 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
                         help="a run's folder, or one of map files or of NAME.png; once for each, in order")  # fmt: skip
     parser.add_argument("--threshold-from", action="append", default=[], type=_named_path, metavar="NAME=FILE",
                         help="of a stage of maps: evaluation.json of the split to choose its threshold on")  # fmt: skip
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the page, report.html")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE",
+                        help="the page, or a folder for report.html")  # fmt: skip
 
 
 def _named_path(text: str) -> tuple[str, Path]:
@@ -729,8 +737,9 @@ def _make_report(options: argparse.Namespace, settings) -> None:
     thresholds = {name: read_threshold(path) for name, path in chosen.items()}
     source = open_source(options.data, options.split)
     stages = [open_stage(name, folder, settings.format, thresholds.get(name)) for name, folder in options.stage]
-    write_report(options.out, collect(source, stages, settings, progress=_progress()))
-    log.info("wrote %s, %.1f MB", options.out, options.out.stat().st_size / 1e6)
+    page = options.out / "report.html" if options.out.is_dir() else options.out
+    write_report(page, collect(source, stages, settings, progress=_progress()))
+    log.info("wrote %s, %.1f MB", page, page.stat().st_size / 1e6)
 
 
 def _print_thresholds(result: dict) -> None:

@@ -80,8 +80,11 @@ def test_fields_become_options(ran, tmp_path, capsys):
     path.write_text(json.dumps({"steps": 9, "scales": [1], "limit": 2, "rate": 1}))
     assert cli.main(["sample", "--preset", "fast", "--config", str(path), "--limit", "5"]) == 0
     assert ran[-1] == Sample(steps=9, scales=(1.0,), limit=5, rate=1.0)
-    config.write(path, ran[-1], beside=Path("x"))
-    assert cli.main(["sample", "--config", str(path)]) == 0 and ran[-1] == ran[-2]
+    path.write_text("\ufeff" + path.read_text(), "utf-8")  # as some editors save it
+    assert cli.main(["sample", "--config", str(path)]) == 0 and ran[-1].steps == 9
+    assert f"expected a JSON file of fields, got no {path}x; check" in refused(capsys, "sample", "--config", f"{path}x")
+    config.write(path, ran[-2], beside=Path("x"))
+    assert cli.main(["sample", "--config", str(path)]) == 0 and ran[-1] == ran[-3]
     with pytest.raises(SystemExit) as stop:
         cli.main(["sample", "--help"])
     said = " ".join(capsys.readouterr().out.split())
@@ -117,6 +120,7 @@ def test_wrong_options_are_named(ran, words, message, capsys):
     ('{"place": 3}', "place: expected a path or none, got 3"),
     ("[1]", "expected an object of fields, got a list"),
     ("{", "expected JSON"),
+    ("[" * 100_000, "expected JSON"),
 ])  # fmt: skip
 def test_wrong_files_are_named(ran, text, message, tmp_path, capsys):
     (tmp_path / "fields.json").write_text(text)

@@ -3,7 +3,7 @@
 from .images import IMAGENET, NORMALIZATIONS, SYMMETRIC, Augmentation, Normalization, make_views, rescale, scaled_size
 from .loading import ImageCache, prefetch
 from .scan import Problem, Scan, scan
-from .sources import VOC_CLASSES, Item, Source, open_images, open_source
+from .sources import VOC_CLASSES, Item, Source, open_images, open_source, places_of
 
 __all__ = [
     "IMAGENET",
@@ -20,6 +20,7 @@ __all__ = [
     "make_views",
     "open_images",
     "open_source",
+    "places_of",
     "prefetch",
     "rescale",
     "scaled_size",
