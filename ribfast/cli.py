@@ -57,6 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"ribfast {__version__}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
     parser.add_argument("options", nargs=argparse.REMAINDER, metavar="...", help="its options")
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.print_help(sys.stderr)
+        return 2
     chosen = parser.parse_args(argv)
     options = argparse.Namespace(debug="--debug" in chosen.options)
     handler = _log_to_stderr("--quiet" in chosen.options)
@@ -111,10 +114,10 @@ def _parse(name: str, words: list[str]) -> tuple[argparse.Namespace, Any]:
 def _parser_of(name: str, words: list[str]) -> tuple[argparse.ArgumentParser, type | None]:
     command, kind = COMMANDS[name], None
     parser = argparse.ArgumentParser(
-        prog=f"ribfast {name}", usage=f"ribfast {name} OPTIONS", description=_sentence(command.help),
-        allow_abbrev=False,
+        prog=f"ribfast {name}", description=_sentence(command.help), allow_abbrev=False,
     )  # fmt: skip
     command.arguments(parser)
+    parser.usage = f"ribfast {name} {_needed(parser)}[OPTIONS]"
     parser.add_argument("--quiet", action="store_true", help="say only what went wrong")
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     if command.config is not None:
@@ -124,6 +127,19 @@ def _parser_of(name: str, words: list[str]) -> tuple[argparse.ArgumentParser, ty
         kind = getattr(importlib.import_module(module), kind_name)
         _add_config(parser, kind, tuple(methods), command.preset)
     return parser, kind
+
+
+def _needed(parser: argparse.ArgumentParser) -> str:
+    """What a command line must say: options, one of several, positions."""
+    groups = [group._group_actions for group in parser._mutually_exclusive_groups if group.required]
+    found = []
+    for action in parser._actions:
+        group = next((group for group in groups if action in group), [action] if action.required else [])
+        if group and action is group[0]:
+            shown = " | ".join(" ".join([*each.option_strings[:1], each.metavar or "{" + ",".join(each.choices) + "}"])
+                               for each in group)  # fmt: skip
+            found.append(f"({shown}) " if len(group) > 1 else f"{shown} ")
+    return "".join(found)
 
 
 def _method_of(methods: dict[str, str], words: list[str]) -> str:
@@ -835,11 +851,11 @@ def _bench(options: argparse.Namespace, settings) -> None:
 
 
 def _completion_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("shell", choices=("bash", "zsh", "fish"))
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="whose script to print, to be run by it")
 
 
 def _completion(options: argparse.Namespace, settings) -> None:
-    """Of commands and options; of what has few values, these; else of files."""
+    """Of commands and options; of what has few values, these; of files where paths are meant."""
     from .completion import Option, script
 
     def offered(name: str) -> list[Option]:
@@ -851,10 +867,19 @@ def _completion(options: argparse.Namespace, settings) -> None:
                     "{" in (action.metavar or "")
                 )
                 for word in action.option_strings:
-                    found[word] = Option(word, tuple(map(str, values)), action.nargs != 0, action.help or "")
+                    found[word] = Option(word, tuple(map(str, values)), _taken(action), action.help or "")
         return list(found.values())
 
     print(script(options.shell, {name: (command.help, offered(name)) for name, command in COMMANDS.items()}), end="")
+
+
+def _taken(action: argparse.Action) -> str:
+    """By completion.Option."""
+    if action.nargs == 0:
+        return ""
+    if action.metavar == "KIND:PATH":
+        return "data"
+    return {Path: "path", _named_path: "named"}.get(action.type, "other")
 
 
 def _toy_arguments(parser: argparse.ArgumentParser) -> None:

@@ -151,6 +151,27 @@ def test_commands_list_themselves(capsys):
         assert stop.value.code == 0
 
 
+def test_every_option_says_what_it_is(capsys):
+    """Beside its default; what must be given stands in the line of usage."""
+    for name, command in cli.COMMANDS.items():
+        for method in command.config if isinstance(command.config, dict) else ("",):
+            parser, _ = cli._parser_of(name, ["--method", method] if method else [])
+            for action in parser._actions:
+                text = re.sub(r"\(default: [^()]*\)$", "", action.help or "").strip()
+                of_run = action.option_strings == ["--seed"] and name in ("run", "demo")
+                assert text or of_run, (name, action.option_strings)
+                assert "None" not in text, (name, text)  # which is typed none
+            usage = parser.format_usage()
+            for action in parser._actions:
+                if action.required and action.option_strings:
+                    assert f"{action.option_strings[0]} {action.metavar} " in usage, (name, usage)
+    assert "(--maps FOLDER | --masks FOLDER) " in cli._parser_of("eval", [])[0].format_usage()
+    assert cli._parser_of("completion", [])[0].format_usage() == "usage: ribfast completion {bash,zsh,fish} [OPTIONS]\n"
+    assert cli.main([]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and all(f"  {name} " in said.err for name in cli.COMMANDS)
+
+
 def test_documents_show_options_that_exist(capsys):
     root = Path(cli.__file__).parents[1]
     text = "\n".join(path.read_text() for path in (root / "README.md", *(root / "docs").glob("*.md")))

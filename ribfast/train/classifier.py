@@ -31,7 +31,7 @@ class ClassifierConfig:
     batch: int = 16  # images a step, of all processes together; the last ones that fill no batch are left out
     lr: float = 0.1  # learning rate of the backbone at the start
     classifier_lr_scale: float = 10.0  # the classifier's learning rate is so many times the backbone's
-    weight_decay: float = 1e-4
+    weight_decay: float = 1e-4  # of SGD, of all that trains
     momentum: float = 1e-4  # the released code passes its weight decay here; paper: 0.9
     power: float = 0.9  # learning rate = lr * (1 - step / steps) ** power
     long_side: tuple[int, int] = (320, 640)  # photographs are rescaled to a longer side between these

@@ -29,7 +29,7 @@ class IrnConfig:
     batch: int = 32  # images a step, of all processes together; the last ones that fill no batch are left out
     lr: float = 0.1  # learning rate of the boundary branch at the start
     displacement_lr_scale: float = 10.0  # the displacement branch's learning rate is so many times that
-    weight_decay: float = 1e-4
+    weight_decay: float = 1e-4  # of SGD, of all that trains
     momentum: float = 1e-4  # the released code passes its weight decay here
     power: float = 0.9  # learning rate = lr * (1 - step / steps) ** power
     rescale: tuple[float, float] = (0.5, 1.5)  # photographs are rescaled by a factor between these

@@ -29,13 +29,13 @@ class SegmentationConfig:
     """The defaults are DeepLab-v2's on VOC."""
 
     network: Literal["resnet10", "resnet18", "resnet50", "resnet101", "mobilenet_v2"] = "resnet101"  # its backbone
-    steps: int = 20000
+    steps: int = 20000  # batches that it trains on
     batch: int = 10  # images a step, of all processes together; the last ones that fill no batch are left out
     parts: int = 1  # of a process's share of a batch, one after another, to save memory
     lr: float = 2.5e-4  # learning rate of the backbone at the start
     head_lr_scale: float = 10.0  # the heads' learning rate is so many times the backbone's; their biases' twice that
     weight_decay: float = 5e-4  # not of the heads' biases
-    momentum: float = 0.9
+    momentum: float = 0.9  # of SGD
     power: float = 0.9  # learning rate = lr * (1 - step / steps) ** power
     rescale: tuple[float, float] = (0.5, 1.5)  # photographs are rescaled by a factor between these
     crop: int = 321  # side of the crops
