@@ -11,6 +11,7 @@ import torch
 
 from ribfast import cli, config, data, models, progress
 from ribfast.claims import Claims
+from ribfast.processes import choose_device
 from ribfast.store import Store
 
 
@@ -170,6 +171,13 @@ def test_every_option_says_what_it_is(capsys):
     assert cli.main([]) == 2
     said = capsys.readouterr()
     assert said.out == "" and all(f"  {name} " in said.err for name in cli.COMMANDS)
+
+
+def test_devices_that_cannot_be():
+    for name in ("mps", "xpu", "meta", "cpu:0", "cuda:x", "cuda:-1", "CUDA", "", "cuda:\u0663", "cpu\n"):
+        with pytest.raises(ValueError, match=r"device: expected auto, cpu, cuda or cuda:N, got"):
+            choose_device(name)
+    assert choose_device("cpu") == torch.device("cpu")
 
 
 def test_documents_show_options_that_exist(capsys):
