@@ -136,7 +136,7 @@ def configuration(options, seed) -> ClassifierConfig:
 def classifier(options, source, seed, folder) -> models.CamClassifier:
     path = folder / "classifier.safetensors"
     if not path.exists():
-        train_classifier(source, configuration(options, seed), folder, weights=options.weights)
+        train_classifier(source, configuration(options, seed), folder, weights=options.weights, resume=True)
     return models.open_classifier(path)
 
 

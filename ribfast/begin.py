@@ -9,6 +9,9 @@ from . import __version__, config, files
 
 # fields of how a run is put to work, which change no result
 INDIFFERENT = ("shard", "workers", "device", "batch", "cache_mib", "concurrency", "graphs")
+# what --overwrite removes of a command's --out: what that command alone makes there
+MADE = {"cam": ("maps",), "rib": ("maps", "steps"), "masks": ("masks",), "predict": ("masks",)}
+UNKNOWN = {"command": "another program"}  # in `before`: results that --keep found without a config.json
 
 
 def begin(
@@ -16,18 +19,22 @@ def begin(
 ) -> None:
     """Writes OUT/config.json: the configuration, the inputs (files by their digests) and the command line.
 
-    An OUT that another command began is refused. indifferent: the fields that do not change results; with it, an OUT
-    whose config.json differs in others, or was made from other inputs, or that holds results and no config.json, is
-    refused, for its files would be taken for this run's; unless --keep says that they may (what OUT began with stays in
-    its config.json, under `before`), or --overwrite that they go, which this command alone may have made. write=False:
-    refuses, and does nothing else.
+    An OUT that another command began is refused, and one whose files would be taken for the data's. indifferent: the
+    fields that do not change results; with it, an OUT whose config.json differs in others, or was made from other
+    inputs, or that holds results and no config.json, is refused, for its files would be taken for this run's; unless
+    --keep says that they may (what OUT began with stays in its config.json, under `before`), or --overwrite that they
+    go, which this command alone must have made. write=False: refuses, and does nothing else.
     """
     path = options.out / "config.json"
     refuse_another_command(options, keep=indifferent is not None)
     inputs = {name: files.digest(value) if isinstance(value, Path) else value for name, value in inputs.items()}
     before = {}
-    if indifferent is not None and not path.is_file() and not getattr(options, "keep", False):
-        _refuse_unknown_results(options)
+    if indifferent is not None and not path.is_file() and _has_unknown_results(options):
+        if not getattr(options, "keep", False):
+            raise ValueError(f"expected an empty --out or a run's, got {options.out}, with maps or masks and no "
+                             f"config.json that says whose; choose another --out"
+                             f"{', or say --keep to add to them' * hasattr(options, 'keep')}")  # fmt: skip
+        before = {"before": [UNKNOWN]}
     if indifferent is not None and getattr(options, "overwrite", False):
         _clear(options, settings)
     elif indifferent is not None and path.is_file():
@@ -51,7 +58,9 @@ def begin(
 
 
 def refuse_another_command(options: argparse.Namespace, keep: bool = False) -> None:
-    """keep: --keep may say otherwise."""
+    """And an OUT among the data's files. keep: --keep may say that another command's is meant."""
+    if getattr(options, "data", None) is not None:
+        _refuse_data_folder(options)
     path = options.out / "config.json"
     there = _read_run(path).get("command", options.command) if path.is_file() else options.command
     if there != options.command and not (keep and getattr(options, "keep", False)):
@@ -59,15 +68,22 @@ def refuse_another_command(options: argparse.Namespace, keep: bool = False) -> N
                          f"which `{there}` began; choose another --out")  # fmt: skip
 
 
-def _refuse_unknown_results(options: argparse.Namespace) -> None:
+def _refuse_data_folder(options: argparse.Namespace) -> None:
+    """What is written there would be taken for the data's images and masks, or removed as if it were a run's."""
+    from .data import places_of
+
+    (root, *read), out = (place.resolve() for place in places_of(options.data)), options.out.resolve()
+    own = [out / kind for kind in ("maps", "steps", "masks")]
+    if out == root or any(out.is_relative_to(place) for place in read) or any(root.is_relative_to(p) for p in own):
+        raise ValueError(f"expected an --out apart from the data, got {options.out}, whose files would be taken for "
+                         f"those of {options.data}; choose another --out")  # fmt: skip
+
+
+def _has_unknown_results(options: argparse.Namespace) -> bool:
     from .store import CONFIG, Store
 
     # looked for once more: another process may have begun this run meanwhile
-    if options.out.is_dir() and Store(options.out).has_results() and CONFIG not in os.listdir(options.out):
-        raise ValueError(
-            f"expected an empty --out or a run's, got {options.out}, with maps or masks and no "
-            f"config.json that says whose; choose another --out, or say --keep to add to them"
-        )
+    return options.out.is_dir() and Store(options.out).has_results() and CONFIG not in os.listdir(options.out)
 
 
 def run_of(folder: Path) -> dict:
@@ -86,7 +102,7 @@ def _read_run(path: Path) -> dict:
     except ValueError:
         there = None
     if not isinstance(there, dict):
-        raise ValueError(f"expected a run's configuration in {path}, got no JSON object; remove that folder")
+        raise ValueError(f"expected a run's configuration in {path}, got no JSON object; choose another --out")
     return there
 
 
@@ -101,6 +117,12 @@ def _clear(options: argparse.Namespace, settings) -> None:
 
     several = getattr(settings, "shard", None) is not None or rank_and_world()[1] > 1
     if several or Claims(options.out / CLAIMS).is_alive():
-        raise ValueError(f"expected one process for --overwrite, got several, which would remove one another's files; "
-                         f"remove {options.out} and run without it")  # fmt: skip
-    Store(options.out).clear()
+        raise ValueError("expected one process for --overwrite, got several, which would remove one another's files; "
+                         "run it by one, or choose another --out")  # fmt: skip
+    path = options.out / "config.json"
+    before = _read_run(path).get("before", []) if path.is_file() else []
+    others = [run.get("command") for run in before if run.get("command", options.command) != options.command]
+    if others:
+        raise ValueError(f"expected --overwrite of what `{options.command}` made alone, got {options.out}, where "
+                         f"`{options.command}` went on with files of {others[0]}; choose another --out")  # fmt: skip
+    Store(options.out).clear(*MADE.get(options.command, ()))

@@ -27,7 +27,7 @@ class BenchConfig:
     height: int = 375  # of photographs; what the specification takes long for is measured at a fraction of it
     width: int = 500  # of photographs
     seconds: float = 1.0  # for each operator and for what it is compared with, at least
-    threads: int | None = None  # of torch; None: as many as it takes
+    threads: int | None = None  # of torch; none: as many as it takes
     seed: int = 0  # of what they are given
     device: str = "auto"  # auto, cpu, cuda or cuda:N
 

@@ -58,6 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"ribfast {__version__}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
     parser.add_argument("options", nargs=argparse.REMAINDER, metavar="...", help="its options")
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.print_help(sys.stderr)
+        return 2
     chosen = parser.parse_args(argv)
     options = argparse.Namespace(debug="--debug" in chosen.options)
     handler = _log_to_stderr("--quiet" in chosen.options)
@@ -67,7 +70,8 @@ def main(argv: list[str] | None = None) -> int:
         options, settings = _parse(chosen.command, chosen.options)
         return COMMANDS[chosen.command].run(options, settings) or 0
     except KeyboardInterrupt as stop:
-        again = "the same command" + " with --resume" * (getattr(options, "resume", True) is False)
+        instead = " in place of --overwrite" * getattr(options, "overwrite", False)
+        again = "the same command" + f" with --resume{instead}" * (getattr(options, "resume", True) is False)
         log.error("interrupted%s", f"; {again} goes on where it was" if RESUMING & vars(options).keys() else "")
         return TERMINATED if stop.args == (signal.SIGTERM,) else INTERRUPTED
     except BrokenPipeError:  # whoever read standard output has read enough
@@ -122,10 +126,10 @@ def _parse(name: str, words: list[str]) -> tuple[argparse.Namespace, Any]:
 def _parser_of(name: str, words: list[str]) -> tuple[argparse.ArgumentParser, type | None]:
     command, kind = COMMANDS[name], None
     parser = argparse.ArgumentParser(
-        prog=f"ribfast {name}", usage=f"ribfast {name} OPTIONS", description=_sentence(command.help),
-        allow_abbrev=False,
+        prog=f"ribfast {name}", description=_sentence(command.help), allow_abbrev=False,
     )  # fmt: skip
     command.arguments(parser)
+    parser.usage = f"ribfast {name} {_needed(parser)}[OPTIONS]"
     parser.add_argument("--quiet", action="store_true", help="say only what went wrong")
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     if command.config is not None:
@@ -135,6 +139,19 @@ def _parser_of(name: str, words: list[str]) -> tuple[argparse.ArgumentParser, ty
         kind = getattr(importlib.import_module(module), kind_name)
         _add_config(parser, kind, tuple(methods), command.preset)
     return parser, kind
+
+
+def _needed(parser: argparse.ArgumentParser) -> str:
+    """What a command line must say: options, one of several, positions."""
+    groups = [group._group_actions for group in parser._mutually_exclusive_groups if group.required]
+    found = []
+    for action in parser._actions:
+        group = next((group for group in groups if action in group), [action] if action.required else [])
+        if group and action is group[0]:
+            shown = " | ".join(" ".join([*each.option_strings[:1], each.metavar or "{" + ",".join(each.choices) + "}"])
+                               for each in group)  # fmt: skip
+            found.append(f"({shown}) " if len(group) > 1 else f"{shown} ")
+    return "".join(found)
 
 
 def _method_of(methods: dict[str, str], words: list[str]) -> str:
@@ -239,7 +256,7 @@ def _classifier_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", type=Path, metavar="FILE", help="the backbone to start from, .pth or .safetensors")
     parser.add_argument("--adversary-weights", type=Path, metavar="FILE", help="with --method eader: the adversary's")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for classifier.safetensors")
-    parser.add_argument("--resume", action="store_true", help="go on after the last whole epoch in --out")
+    _resume_arguments(parser, "whole epoch")
 
 
 def _train_classifier(options: argparse.Namespace, settings) -> None:
@@ -259,9 +276,15 @@ def _train_classifier(options: argparse.Namespace, settings) -> None:
 def _train(options: argparse.Namespace, settings, training: Callable[..., Path]) -> None:
     """config.json is written once the training has found nothing wrong with what it was given."""
     refuse_another_command(options)
-    path = training(out=options.out, weights=options.weights, resume=options.resume, progress=_progress(),
-                    begun=lambda inputs: begin(options, settings, **inputs))  # fmt: skip
+    path = training(out=options.out, weights=options.weights, resume=options.resume, overwrite=options.overwrite,
+                    progress=_progress(), begun=lambda inputs: begin(options, settings, **inputs))  # fmt: skip
     log.info("wrote %s", path)
+
+
+def _resume_arguments(parser: argparse.ArgumentParser, after: str) -> None:
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help=f"go on after the last {after} in --out")
+    again.add_argument("--overwrite", action="store_true", help="train anew in an --out where a training is")
 
 
 def _cam_arguments(parser: argparse.ArgumentParser) -> None:
@@ -293,7 +316,7 @@ def _cam(options: argparse.Namespace, settings) -> int:
 
     source, model = _open(options)
     begin(options, settings, INDIFFERENT, checkpoint=options.checkpoint, classifier=model.metadata())
-    return _make_maps(options, settings, make_cams, source, model)
+    return _make_maps(options, settings, make_cams, source, model, keep=options.keep)
 
 
 def _rib(options: argparse.Namespace, settings) -> int:
@@ -423,7 +446,7 @@ def _irn_arguments(parser: argparse.ArgumentParser) -> None:
                         help="confident labels: of masks --preset labels, or a folder of NAME.png")  # fmt: skip
     parser.add_argument("--weights", type=Path, metavar="FILE", help="the frozen backbone: ImageNet's, or a classifier")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for irn.safetensors")
-    parser.add_argument("--resume", action="store_true", help="go on after the last whole epoch in --out")
+    _resume_arguments(parser, "whole epoch")
 
 
 def _train_irn(options: argparse.Namespace, settings) -> None:
@@ -443,7 +466,7 @@ def _segmenter_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", type=Path, metavar="FILE",
                         help="the backbone to start from: ImageNet's, a classifier, deeplab-pytorch's")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for segmenter.safetensors")
-    parser.add_argument("--resume", action="store_true", help="go on after the last pause in --out")
+    _resume_arguments(parser, "pause")
     parser.add_argument("--cycle", action="store_true",
                         help="PMM's: train, predict the training images, train again on these masks")  # fmt: skip
     parser.add_argument("--prediction", type=Path, metavar="FILE",
@@ -716,7 +739,8 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
                         help="a run's folder, or one of map files or of NAME.png; once for each, in order")  # fmt: skip
     parser.add_argument("--threshold-from", action="append", default=[], type=_named_path, metavar="NAME=FILE",
                         help="of a stage of maps: evaluation.json of the split to choose its threshold on")  # fmt: skip
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the page, report.html")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE",
+                        help="the page, or a folder for report.html")  # fmt: skip
 
 
 def _named_path(text: str) -> tuple[str, Path]:
@@ -737,8 +761,9 @@ def _make_report(options: argparse.Namespace, settings) -> None:
     thresholds = {name: read_threshold(path) for name, path in chosen.items()}
     source = open_source(options.data, options.split)
     stages = [open_stage(name, folder, settings.format, thresholds.get(name)) for name, folder in options.stage]
-    write_report(options.out, collect(source, stages, settings, progress=_progress()))
-    log.info("wrote %s, %.1f MB", options.out, options.out.stat().st_size / 1e6)
+    page = options.out / "report.html" if options.out.is_dir() else options.out
+    write_report(page, collect(source, stages, settings, progress=_progress()))
+    log.info("wrote %s, %.1f MB", page, page.stat().st_size / 1e6)
 
 
 def _print_thresholds(result: dict) -> None:
@@ -834,11 +859,11 @@ def _bench(options: argparse.Namespace, settings) -> None:
 
 
 def _completion_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("shell", choices=("bash", "zsh", "fish"))
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="whose script to print, to be run by it")
 
 
 def _completion(options: argparse.Namespace, settings) -> None:
-    """Of commands and options; of what has few values, these; else of files."""
+    """Of commands and options; of what has few values, these; of files where paths are meant."""
     from .completion import Option, script
 
     def offered(name: str) -> list[Option]:
@@ -850,10 +875,19 @@ def _completion(options: argparse.Namespace, settings) -> None:
                     "{" in (action.metavar or "")
                 )
                 for word in action.option_strings:
-                    found[word] = Option(word, tuple(map(str, values)), action.nargs != 0, action.help or "")
+                    found[word] = Option(word, tuple(map(str, values)), _taken(action), action.help or "")
         return list(found.values())
 
     print(script(options.shell, {name: (command.help, offered(name)) for name, command in COMMANDS.items()}), end="")
+
+
+def _taken(action: argparse.Action) -> str:
+    """By completion.Option."""
+    if action.nargs == 0:
+        return ""
+    if action.metavar == "KIND:PATH":
+        return "data"
+    return {Path: "path", _named_path: "named"}.get(action.type, "other")
 
 
 def _toy_arguments(parser: argparse.ArgumentParser) -> None:

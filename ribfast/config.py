@@ -65,10 +65,12 @@ def make(kind: type, values: Mapping | None = None, preset: str | None = None):
 
 def read(path: str | os.PathLike) -> dict:
     """Fields from a JSON file: an object of them, or what `write` wrote."""
+    if not Path(path).exists():  # a pipe is no file and can be read
+        raise ConfigError(f"config: expected a JSON file of fields, got no {path}; check the path")
     try:
-        values = json.loads(Path(path).read_text("utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"config: expected JSON, got {path}: {error}") from error
+        values = json.loads(Path(path).read_text("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"config: expected JSON, got {path}: {files.first_line(error)}") from error
     if isinstance(values, dict) and isinstance(values.get("config"), dict):
         values = values["config"]
     if not isinstance(values, dict):

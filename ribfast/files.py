@@ -22,7 +22,7 @@ def write(path: Path, *parts, lasting: bool = False) -> None:
     """
     with explained(path):
         if path.is_dir():
-            raise ValueError(f"expected no folder at {path}; remove it or choose another folder")
+            raise ValueError(f"expected a place for a file, got {path}, a folder; choose another place")
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{os.urandom(12).hex()}{PARTIAL}")
         try:

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -27,10 +28,9 @@ def rank_and_world() -> tuple[int, int]:
 
 def choose_device(name: str = "auto") -> torch.device:
     """auto: a GPU where there is one; `cuda` is the one of torchrun's LOCAL_RANK."""
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    except RuntimeError as error:
-        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from error
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name, re.ASCII):
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     if device.type == "cuda":
         index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
         if index >= torch.cuda.device_count():

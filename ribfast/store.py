@@ -29,6 +29,7 @@ from torch import Tensor
 from . import files
 from .cams import enlarge_cams
 from .data.decode import VOC_PALETTE, read_mask
+from .data.sources import check_name
 
 SUFFIXES = {"npz": ".npz", "irn": ".npy", "pmm": ".npy"}
 CONFIG, METRICS, FAILURES = "config.json", "metrics.jsonl", "failures.jsonl"
@@ -224,10 +225,12 @@ class Store:
             path.suffix in (*SUFFIXES.values(), ".png") for base in (self._maps, self.masks) for path in _walk(base)
         )
 
-    def clear(self) -> None:
-        """Removes maps, steps, masks, facts and failures, and last the configuration, which says whose maps are left if
-        this is cut off."""
-        for base, suffixes in ((self._maps, {*SUFFIXES.values()}), (self._steps, {".npz"}), (self.masks, {".png"})):
+    def clear(self, *kinds: str) -> None:
+        """Removes what is of these kinds ("maps", "steps", "masks"), facts and failures, and last the configuration,
+        which says whose they are if this is cut off."""
+        places = {"maps": (self._maps, {*SUFFIXES.values()}), "steps": (self._steps, {".npz"}),
+                  "masks": (self.masks, {".png"})}  # fmt: skip
+        for base, suffixes in map(places.__getitem__, kinds):
             for path in _walk(base):
                 if path.suffix in suffixes:
                     path.unlink(missing_ok=True)
@@ -288,8 +291,7 @@ def open_masks(folder: str | os.PathLike) -> Store:
 
 def _place(base: Path, name: str, suffix: str) -> Path:
     parts = f"{name}{suffix}".split("/")
-    if not name.isprintable() or "\\" in name or any(part in ("", ".", "..") for part in [*name.split("/"), *parts]):
-        raise ValueError(f"Store: expected a relative name without `..`, got {name!r}")
+    check_name(name, "Store")
     longest = max(len(os.fsencode(part)) for part in parts)
     if longest > files.LONGEST_NAME:
         raise ValueError(f"Store: expected names of at most {files.LONGEST_NAME} bytes with {suffix}, got {longest} "

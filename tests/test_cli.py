@@ -11,6 +11,7 @@ import torch
 
 from ribfast import cli, config, data, models, progress
 from ribfast.claims import Claims
+from ribfast.processes import choose_device
 from ribfast.store import Store
 
 
@@ -80,8 +81,11 @@ def test_fields_become_options(ran, tmp_path, capsys):
     path.write_text(json.dumps({"steps": 9, "scales": [1], "limit": 2, "rate": 1}))
     assert cli.main(["sample", "--preset", "fast", "--config", str(path), "--limit", "5"]) == 0
     assert ran[-1] == Sample(steps=9, scales=(1.0,), limit=5, rate=1.0)
-    config.write(path, ran[-1], beside=Path("x"))
-    assert cli.main(["sample", "--config", str(path)]) == 0 and ran[-1] == ran[-2]
+    path.write_text("\ufeff" + path.read_text(), "utf-8")  # as some editors save it
+    assert cli.main(["sample", "--config", str(path)]) == 0 and ran[-1].steps == 9
+    assert f"expected a JSON file of fields, got no {path}x; check" in refused(capsys, "sample", "--config", f"{path}x")
+    config.write(path, ran[-2], beside=Path("x"))
+    assert cli.main(["sample", "--config", str(path)]) == 0 and ran[-1] == ran[-3]
     with pytest.raises(SystemExit) as stop:
         cli.main(["sample", "--help"])
     said = " ".join(capsys.readouterr().out.split())
@@ -117,6 +121,7 @@ def test_wrong_options_are_named(ran, words, message, capsys):
     ('{"place": 3}', "place: expected a path or none, got 3"),
     ("[1]", "expected an object of fields, got a list"),
     ("{", "expected JSON"),
+    ("[" * 100_000, "expected JSON"),
 ])  # fmt: skip
 def test_wrong_files_are_named(ran, text, message, tmp_path, capsys):
     (tmp_path / "fields.json").write_text(text)
@@ -145,6 +150,34 @@ def test_commands_list_themselves(capsys):
         with pytest.raises(SystemExit) as stop:
             cli.main([name, "--help"])
         assert stop.value.code == 0
+
+
+def test_every_option_says_what_it_is(capsys):
+    """Beside its default; what must be given stands in the line of usage."""
+    for name, command in cli.COMMANDS.items():
+        for method in command.config if isinstance(command.config, dict) else ("",):
+            parser, _ = cli._parser_of(name, ["--method", method] if method else [])
+            for action in parser._actions:
+                text = re.sub(r"\(default: [^()]*\)$", "", action.help or "").strip()
+                of_run = action.option_strings == ["--seed"] and name in ("run", "demo")
+                assert text or of_run, (name, action.option_strings)
+                assert "None" not in text, (name, text)  # which is typed none
+            usage = parser.format_usage()
+            for action in parser._actions:
+                if action.required and action.option_strings:
+                    assert f"{action.option_strings[0]} {action.metavar} " in usage, (name, usage)
+    assert "(--maps FOLDER | --masks FOLDER) " in cli._parser_of("eval", [])[0].format_usage()
+    assert cli._parser_of("completion", [])[0].format_usage() == "usage: ribfast completion {bash,zsh,fish} [OPTIONS]\n"
+    assert cli.main([]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and all(f"  {name} " in said.err for name in cli.COMMANDS)
+
+
+def test_devices_that_cannot_be():
+    for name in ("mps", "xpu", "meta", "cpu:0", "cuda:x", "cuda:-1", "CUDA", "", "cuda:\u0663", "cpu\n"):
+        with pytest.raises(ValueError, match=r"device: expected auto, cpu, cuda or cuda:N, got"):
+            choose_device(name)
+    assert choose_device("cpu") == torch.device("cpu")
 
 
 def test_documents_show_options_that_exist(capsys):

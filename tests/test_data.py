@@ -100,7 +100,7 @@ def test_folder(folder):
         ("classes.txt", "dog\ncat\ndog\n", r"each name once, got dog in line 3 of .*classes.txt, first in line 1"),
         ("train.txt", "a\nnone\n", r"expected images of .*labels.csv, got none in .*train.txt:2"),
         ("train.txt", "a\nb\na.jpg\n", r"each name once, got a in line 3 of .*train.txt"),
-        ("train.txt", "\n", r"expected at least one image, got none"),
+        ("train.txt", "\n", r"expected at least one image, got none in .*train.txt; fill it"),
         ("images/b.jpg", photo(), r"expected one image called b, got b.* named in .*labels.csv:3"),
     ],
 )
@@ -500,3 +500,123 @@ def test_what_follows_a_jpeg_s_end_is_not_looked_at(tmp_path):
             path.write_bytes(cut)
             with pytest.raises(ValueError, match=r"expected a whole file, got .*photo\.jpg, which ends early"):
                 read_image(path, upright=True)
+
+
+ODD_NAMES = (
+    "Screenshot 2024-01-01 at 3.05.12\u202fPM.png", "a\u00a0b.png", "a\u3000b.png", "\U0001f468\u200d\U0001f469.png",
+    "scan.tif.png", "a .png", " b.png", "\u3000.png", "scan.png", "deep/c.jpg.gif.png",
+)  # fmt: skip
+
+
+def test_names_that_people_have(tmp_path):
+    """They stand in tables, in lists as they are written here, and in lists of files."""
+    for name in ODD_NAMES:
+        write(tmp_path / "images" / name, photo(suffix=".png"))
+    write(tmp_path / "labels.csv", "image,labels\r\n" + "".join(f'"{name}",cat\r\n' for name in ODD_NAMES))
+    source, spec = data.open_source(f"folder:{tmp_path}"), f"folder:{tmp_path}"
+    assert [item.name for item in source] == [name.removesuffix(".png") for name in ODD_NAMES]
+    assert [item.image for item in source] == [tmp_path / "images" / name for name in ODD_NAMES]
+    write(tmp_path / "mine.txt", "".join(f"{item.name}\n" for item in source))
+    assert data.open_source(spec, "mine").items == source.items
+    write(tmp_path / "files.txt", "\r\n".join(ODD_NAMES))
+    assert data.open_source(spec, "files").items == source.items
+    write(tmp_path / "blanks.txt", "  scan.tif.png \n\tscan\n\n")
+    assert data.open_source(spec, "blanks").items == (source[4], source[8])
+    assert [item.name for item in data.open_images(tmp_path / "images", ("cat",))] == sorted(
+        item.name for item in source
+    )
+
+
+def test_names_of_voc_and_coco(voc, coco):
+    root, _ = voc
+    write(root / "JPEGImages" / "a b.c.jpg", photo())
+    write(root / "Annotations" / "a b.c.xml", "<annotation><object><name>dog</name></object></annotation>")
+    write(root / "ImageSets" / "Main" / "mine.txt", "a b.c\n2 1\n")
+    assert [item.name for item in data.open_source(f"voc:{root}", "mine")] == ["a b.c", "2"]
+    root, content = coco
+    content["images"][2]["file_name"] = "7.tif.jpg"
+    (root / "images" / "train2017" / "7.jpg").rename(root / "images" / "train2017" / "7.tif.jpg")
+    write(root / "annotations" / "instances_train2017.json", json.dumps(content))
+    write(root / "mine.txt", "".join(f"{item.name}\n" for item in data.open_source(f"coco:{root}")))
+    assert [item.name for item in data.open_source(f"coco:{root}", "train2017:mine")] == ["5", "6", "7.tif"]
+
+
+@pytest.mark.parametrize("name", ["a\u2028b.png", "a\u2029b.png", "a\x0bb.png", "a\x85b.png", "a\tb.png"])
+def test_names_that_no_line_can_hold(folder, name):
+    write(folder / "images" / name, photo(suffix=".png"))
+    write(folder / "labels.csv", f"image,labels\n{name},cat\n")
+    with pytest.raises(
+        ValueError, match=r"a name that a line of a list can hold, got control characters.*labels.csv:2"
+    ):
+        data.open_source(f"folder:{folder}")
+
+
+@pytest.mark.parametrize(("there", "named", "message"), [
+    ("x.HEIC", "x.HEIC", r"no such image but x.HEIC, of a kind that is not read, .* convert it to one of .jpg"),
+    ("x.HEIC", "x", r"no such image but x.HEIC, of a kind"),
+    ("y.JPG", "y.jpg", r"no such image but y.JPG, named in .*labels.csv:2; name it so"),
+    ("Y.jpg", "y.jpg", r"no such image but Y.jpg, named"),
+    ("y.png", "y.jpg", r"no such image but y.png, named"),
+    ("cafe\u0301.png", "caf\u00e9.png", r"no such image but cafe\u0301.png with its letters composed otherwise"),
+    ("d.png/e.png", "d.png", r"no such image but a folder d.png, .*; name the images in it"),
+    ("z.png", "y.jpg", r"no such image, named in .*labels.csv:2; add it or remove the line"),
+])  # fmt: skip
+def test_images_that_are_nearly_there(folder, there, named, message):
+    write(folder / "images" / there, photo())
+    write(folder / "labels.csv", f"image,labels\n{named},cat\n")
+    with pytest.raises(FileNotFoundError, match=message):
+        data.open_source(f"folder:{folder}")
+
+
+def test_folders_of_images_hold_other_files(tmp_path, caplog):
+    for name in ("a.png", "._a.png", ".hidden/b.png", "b.HEIC", "c.HEIC", "Thumbs.db", ".DS_Store", "none"):
+        write(tmp_path / name, photo(suffix=".png"))
+    assert [item.name for item in data.open_images(tmp_path, ("cat",))] == ["a"]
+    assert "left out: 4 files in" in caplog.text and "(.HEIC 2, .db 1, without suffix 1)" in caplog.text
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(ValueError, match=r"got files of other kinds \(.HEIC 2, .*\); convert them"):
+        data.open_images(tmp_path, ("cat",))
+
+
+def test_classes_that_cannot_be(folder, coco):
+    write(folder / "labels.csv", "image,labels\na.jpg,dog;background\n")
+    with pytest.raises(ValueError, match=r"got one called background in folder:.*; take it out of the labels"):
+        data.open_source(f"folder:{folder}")
+    for count in (254, 255):
+        write(folder / "labels.csv", "image,labels\na.jpg," + ";".join(f"c{i}" for i in range(count)) + "\n")
+        if count == 254:
+            assert len(data.open_source(f"folder:{folder}").classes) == count
+    with pytest.raises(ValueError, match="at most 254 classes, as labels are 8 bits and 255 is none, got 255 in"):
+        data.open_source(f"folder:{folder}")
+    root, content = coco
+    for name, message in (
+        ("background", "got one called background in coco:"), ("car", "got 'car' of those with ids 1, 3; rename one"),
+        (5, "category 1 is called 5, which is no text"), (None, "category 1 is called None, which is no text"),
+    ):  # fmt: skip
+        content["categories"][1]["name"] = name
+        write(root / "annotations" / "instances_train2017.json", json.dumps(content))
+        with pytest.raises(ValueError, match=message):
+            data.open_source(f"coco:{root}")
+
+
+def test_sizes_that_cannot_be(coco):
+    root, content = coco
+    path, spec = root / "annotations" / "instances_train2017.json", f"coco:{root}"
+    for height, message in (
+        ("40", "image 5.jpg has a height of '40' and a width of 60, no whole numbers of pixels"),
+        (40.5, "a height of 40.5"), (-5, "a height of -5"), (None, "a height of None"), (True, "a height of True"),
+        (float("inf"), "instances_train2017.json"), (10**9, "1000000000 x 60 pixels, more than a picture can have"),
+    ):  # fmt: skip
+        content["images"][0]["height"] = height
+        write(path, json.dumps(content))
+        with pytest.raises(ValueError, match=message):
+            data.open_source(spec)
+    for height, problems in ((40.0, []), (10**7, ["5"])):  # the second is never filled
+        content["images"][0]["height"] = height
+        write(path, json.dumps(content))
+        found = data.scan(data.open_source(spec), required=False)
+        assert [problem.name for problem in found.problems] == problems and found.images == 3
+    assert "expected 40 x 60 pixels as" in found.problems[0].reason
+    write(path, "[" * 100_000)
+    with pytest.raises(ValueError, match=r"expected COCO's instances, got .*json: .*recursion"):
+        data.open_source(spec)

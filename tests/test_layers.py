@@ -152,7 +152,7 @@ def test_single_modules():
     assert foreign(PACKAGE / "toy_figure.py", ["numpy", "cv2", "ribfast.toy", *standard]) == []
     assert foreign(PACKAGE / "progress.py", standard) == []
     assert foreign(PACKAGE / "shortage.py", standard) == []
-    below = [f"ribfast.{name}" for name in ("__version__", "claims", "config", "files", "processes", "store")]
+    below = [f"ribfast.{name}" for name in ("__version__", "claims", "config", "data", "files", "processes", "store")]
     assert foreign(PACKAGE / "begin.py", [*below, *standard]) == []
     assert foreign(PACKAGE / "cli.py", ["ribfast", *standard]) == []  # torch only where a command needs it
 

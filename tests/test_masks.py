@@ -238,10 +238,13 @@ def test_what_no_run_made_is_not_touched(folder, source, maps, tmp_path, capsys)
     root = tmp_path / "photographs"
     shutil.copytree(folder.removeprefix("folder:"), root)
     given = ["masks", "--data", f"folder:{root}", "--maps", str(maps.folder), "--device", "cpu", "--out"]
-    for more in ([], ["--overwrite"]):
-        assert main([*given, str(root), *more]) == 1
-        assert "with maps or masks and no config.json that says whose" in capsys.readouterr().err
-    assert len(list((root / "masks").glob("*.png"))) == 6 and not (root / "config.json").exists()
+    others = tmp_path / "others"  # in the same form, and not this data's
+    shutil.copytree(root, others)
+    for out, said in ((root, "expected an --out apart from the data"), (others, "no config.json that says whose")):
+        for more in ([], ["--overwrite"]):
+            assert main([*given, str(out), *more]) == 1
+            assert said in capsys.readouterr().err
+        assert len(list((out / "masks").glob("*.png"))) == 6 and not (out / "config.json").exists()
     cams = tmp_path / "cams"
     shutil.copytree(maps.folder, cams)
     config.write(cams / "config.json", MasksConfig(), command="cam")

@@ -158,6 +158,55 @@ class Hostile:
         return os.mkdir, ("harmed",)
 
 
+@pytest.mark.parametrize("prefix", ["model.", "module.", "backbone.", "net.encoder.", "module.model."])
+def test_names_that_trainers_wrap(prefix, tmp_path):
+    for network in ("resnet10", "mobilenet_v2"):
+        state = models.cam_classifier(network, 3).state_dict()
+        torch.save({"state_dict": {prefix + name: value for name, value in state.items()}}, tmp_path / "lit.pth")
+        assert models.open_classifier(tmp_path / "lit.pth").name == network
+        state["other.weight"] = torch.zeros(1)  # which nothing fits
+        torch.save({prefix + name: value for name, value in state.items()}, tmp_path / "lit.pth")
+        with pytest.raises(ValueError, match=r"with other.weight beside"):
+            models.open_classifier(tmp_path / "lit.pth")
+
+
+def test_what_a_file_holds_is_named(tmp_path):
+    """Of a network in another's place, and of another size."""
+    made = {"a classifier": models.cam_classifier("resnet10", 2), "IRN's network": models.irn_network("resnet10"),
+            "a segmenter": models.segmenter("resnet10", 2)}  # fmt: skip
+    openers = {"a classifier": models.open_classifier, "IRN's network": models.open_irn,
+               "a segmenter": models.open_segmenter}  # fmt: skip
+    for kind, network in made.items():
+        path = tmp_path / f"{network.name if hasattr(network, 'name') else 'irn'}.safetensors"
+        tensors = network.tensors() if hasattr(network, "tensors") else network.state_dict()
+        models.save_checkpoint(path, tensors)
+        for wanted, opener in openers.items():
+            if wanted != kind:
+                with pytest.raises(ValueError, match=rf"got {path}, {kind} on resnet10[,;]"):
+                    opener(path)
+        said = rf"tensors of a resnet18, got {path}, {kind} on resnet10, .*; choose network resnet10, which they fit"
+        with pytest.raises(ValueError, match=said):
+            openers[kind](path, network="resnet18")
+        if kind != "a classifier":
+            with pytest.raises(ValueError, match=rf"tensors of a resnet10, got {path}, {kind} on resnet10, without"):
+                state = models.load_checkpoint(path)
+                models.load_into(models.cam_classifier("resnet10", 2), state, classifier=False, path=path)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda value: value.to(torch.float8_e4m3fn), "of torch.float8_e4m3fn in"),
+    (lambda value: value.to(torch.complex64), "of torch.complex64 in"),  # whose imaginary part would be dropped
+    (lambda value: value.to("meta"), "of no values in"),
+    (lambda value: value.flatten(1).to_sparse(), "of torch.sparse_coo in"),
+])  # fmt: skip
+def test_tensors_that_are_no_weights(change, message, tmp_path):
+    state = models.cam_classifier("resnet10", 2).state_dict()
+    state["conv1.weight"] = change(state["conv1.weight"])
+    torch.save(state, tmp_path / "odd.pth")
+    with pytest.raises(ValueError, match=rf"expected tensors of .*torch.float32.*, got conv1.weight {message}"):
+        models.load_checkpoint(tmp_path / "odd.pth")
+
+
 def test_pickles_run_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"conv1.weight": Hostile()}, tmp_path / "hostile.pth")

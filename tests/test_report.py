@@ -505,6 +505,10 @@ def test_command(spec, runs, tmp_path, capsys):
     (stage,) = facts["stages"]
     assert stage["evaluation"]["reported"]["threshold"] == 0.333 and 0.333 in stage["thresholds"]
     assert stage["evaluation"]["reported"]["chosen"] == "elsewhere" and stage["seconds"] > 0 and stage["rate"] > 0
+    (tmp_path / "pages").mkdir()
+    assert cli.main([*words, "--out", str(tmp_path / "pages"), "--stage", f"CAM={runs / 'maps'}"]) == 0
+    assert (tmp_path / "pages" / "report.html").is_file()
+    capsys.readouterr()
     assert cli.main([*words, *rib]) == 1 and "expected a folder of maps" in capsys.readouterr().err
     assert cli.main([*words, "--stage", f"a={runs / 'maps'}", "--stage", f"a={runs / 'rib'}"]) == 1
     assert "each of a name of its own, got a, a" in capsys.readouterr().err

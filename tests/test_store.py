@@ -296,11 +296,11 @@ def test_refuses_wrong_maps_and_places(tmp_path):
     names = ("../a", "/a", "a//b", "", "a/..", "a/.", "a/", "a\\b", "a\n", "a\0b", "\ud800", "..", "a/../../b")
     for name in names:
         for call in (store.load, store.has_mask, store.__contains__):
-            with pytest.raises(ValueError, match="expected a relative name"):
+            with pytest.raises(ValueError, match=r"expected a (relative path|name that a line)"):
                 call(name)
-        with pytest.raises(ValueError, match="expected a relative name"):
+        with pytest.raises(ValueError, match=r"expected a (relative path|name that a line)"):
             store.save(name, keys, cam, high_res)
-        with pytest.raises(ValueError, match="expected a relative name"):
+        with pytest.raises(ValueError, match=r"expected a (relative path|name that a line)"):
             store.save_mask(name, mask)
     store.save("a" * 251, keys, cam, high_res)
     for name in ("a" * 252, "\u00e9" * 126, f"{'b' * 256}/a"):
@@ -328,7 +328,7 @@ def test_refuses_wrong_maps_and_places(tmp_path):
     assert "b/c" not in store and "c" not in store
     with pytest.raises(ValueError, match="got a file in its place"):
         store.save("b/c", keys, cam, high_res)
-    with pytest.raises(ValueError, match="expected no folder at"):
+    with pytest.raises(ValueError, match=r"expected a place for a file, got .*, a folder; choose"):
         store.save("c", keys, cam, high_res)
     assert store.names() == ["a"]
 
@@ -523,7 +523,9 @@ def test_facts_and_failures(tmp_path, caplog):
     store.save_mask("a", np.zeros((3, 4), int))
     (store.folder / "config.json").write_text("{}")
     (store.folder / "notes.txt").write_text("mine")
-    store.clear()
+    store.clear("maps", "steps")
+    assert store.names() == [] and store.mask_names() == ["a"]
+    store.clear("masks")
     assert [path.name for path in store.folder.rglob("*") if path.is_file()] == ["notes.txt"]
 
 

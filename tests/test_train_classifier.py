@@ -90,6 +90,8 @@ def test_resumed_training_equals_an_uninterrupted_one(source, weights, tmp_path)
     with pytest.raises(KeyboardInterrupt):
         train_classifier(source, config, broken, weights=weights, progress=killed)
     assert not (broken / "classifier.safetensors").exists()
+    with pytest.raises(ValueError, match=r"an unfinished one, unfinished.safetensors; go on with it by resume"):
+        train_classifier(source, config, broken, weights=weights)
     with pytest.raises(ValueError, match=r"another lr \(here 0.5, there 0.003\)"):
         train_classifier(source, dataclasses.replace(config, lr=0.5), broken, weights=weights, resume=True)
     again = dataclasses.replace(config, workers=0)
@@ -106,9 +108,17 @@ def test_resumed_training_equals_an_uninterrupted_one(source, weights, tmp_path)
     def killed_at_once(done, total, text):
         raise KeyboardInterrupt
 
+    with pytest.raises(ValueError, match=r"a finished one, classifier.safetensors; go on with it by resume"):
+        train_classifier(source, config, broken, weights=weights)
+    other = dataclasses.replace(config, lr=0.01)
     with pytest.raises(KeyboardInterrupt):
-        train_classifier(source, config, broken, weights=weights, progress=killed_at_once)
-    assert not path.exists()  # a new run's folder holds no older result
+        train_classifier(source, other, broken, weights=weights, overwrite=True, progress=killed_at_once)
+    assert path.stat().st_mtime_ns == modified  # until the new one is whole
+    train_classifier(source, other, broken, weights=weights, resume=True)
+    expected = models.load_checkpoint(train_classifier(source, other, tmp_path / "other", weights=weights))
+    found = models.load_checkpoint(path)
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert sorted(p.name for p in broken.iterdir()) == ["classifier.safetensors", "metrics.jsonl"]
 
 
 def test_whole_training_from_random_weights(source, tmp_path):

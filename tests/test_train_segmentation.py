@@ -246,13 +246,13 @@ def test_what_is_wrong_leaves_an_earlier_run_alone(source, weights, tmp_path, ca
     few.mkdir()
     for arguments, said in (
         (["--weights", str(tmp_path / "none.pth")], "expected a file, got"),
-        (["--weights", str(wrong)], "a resnet10, got a checkpoint without"),
+        (["--weights", str(wrong)], f"a resnet10, got {wrong}, a classifier on mobilenet_v2, without"),
         (["--weights", str(weights), "--masks", str(few)], "got none of p0"),
         (["--weights", str(weights), "--under-fitting", "pow", "--k", "2"], "k above 0, and at most 1 as a power"),
         (["--weights", str(weights), "--batch", "7", "--parts", "2"], "a batch that 2 parts can share"),
     ):
         with contextlib.suppress(SystemExit):
-            assert main([*words, "--lr", "0.5", *arguments]) == 1
+            assert main([*words, "--lr", "0.5", "--overwrite", *arguments]) == 1
         assert said in capsys.readouterr().err
         assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
@@ -399,7 +399,7 @@ def test_a_cycle_keeps_nothing_of_another(source, weights, tmp_path):
         return progress
 
     with pytest.raises(KeyboardInterrupt):
-        pipeline.train_cycle(source, config, tmp_path, **given, progress=killed)
+        pipeline.train_cycle(source, config, tmp_path, **given, overwrite=True, progress=killed)
     assert not (tmp_path / "segmenter.safetensors").exists() and not Store(tmp_path / "first").mask_names()
     path = pipeline.train_cycle(source, config, tmp_path, **given, resume=True)
     assert path.read_bytes() != old

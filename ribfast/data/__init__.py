@@ -13,7 +13,7 @@ from .images import (
 )
 from .loading import ImageCache, prefetch
 from .scan import Problem, Scan, scan
-from .sources import VOC_CLASSES, Item, Source, open_images, open_source
+from .sources import VOC_CLASSES, Item, Source, open_images, open_source, places_of
 
 __all__ = [
     "IMAGENET",
@@ -30,6 +30,7 @@ __all__ = [
     "make_views",
     "open_images",
     "open_source",
+    "places_of",
     "prefetch",
     "reduce_to",
     "rescale",

@@ -3,9 +3,12 @@
 import csv
 import hashlib
 import json
+import logging
+import math
 import os
+import unicodedata
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,11 +17,15 @@ import torch
 
 from .decode import draw_regions, read_image, read_mask
 
+log = logging.getLogger("ribfast")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
+MOST_CLASSES = 254  # of 8-bit labels, of which 0 is background and 255 ignored
+_VOC_FOLDERS = ("JPEGImages", "Annotations", "SegmentationClass", "SegmentationClassAug", "ImageSets")
+_LARGEST = 1 << 30  # pixels, which OpenCV reads at most
 
 
 @dataclass(frozen=True)
@@ -81,12 +88,29 @@ class Source:
         if item.mask is not None:
             mask, place = read_mask(item.mask), item.mask
         elif item.name in self.drawings:
-            drawing = self.drawings[item.name]
-            mask, place = draw_regions(drawing.size, drawing.regions, item.name), f"the annotations of {item.name}"
+            drawing, place = self.drawings[item.name], f"the annotations of {item.name}"
+            check_size(drawing.size, size, "Source.mask", image=item.image, place=place)  # before it is filled
+            mask = draw_regions(drawing.size, drawing.regions, item.name)
         else:
             return None
         check_mask(mask, size, len(self.classes), "Source.mask", image=item.image, place=place)
         return mask
+
+
+def check_size(
+    shape: tuple[int, int],
+    size: tuple[int, int] | None,
+    op: str,
+    *,
+    image: Path | None = None,
+    place: str | Path | None = None,
+) -> None:
+    """Refuses a mask's (H, W) that is not its image's; arguments as of check_mask."""
+    if size is not None and tuple(shape) != tuple(size):
+        pixels = f"{size[0]} x {size[1]} pixels"
+        expected = f"a mask of the image's {pixels}" if image is None else f"{pixels} as {image} has"
+        where = "" if place is None else f" in {place}"
+        raise ValueError(f"{op}: expected {expected}, got {shape[0]} x {shape[1]}{where}; make both the same size")
 
 
 def check_mask(
@@ -102,12 +126,8 @@ def check_mask(
 
     size: None where the image's is not known.
     """
+    check_size(mask.shape, size, op, image=image, place=place)
     where = "" if place is None else f" in {place}"
-    if size is not None and mask.shape != tuple(size):
-        pixels = f"{size[0]} x {size[1]} pixels"
-        expected = f"a mask of the image's {pixels}" if image is None else f"{pixels} as {image} has"
-        raise ValueError(f"{op}: expected {expected}, got {mask.shape[0]} x {mask.shape[1]}{where}; make both the same "
-                         f"size")  # fmt: skip
     wrong = mask[(mask > classes) & (mask != 255)]
     if wrong.size:
         raise ValueError(f"{op}: expected labels 0..{classes} (class + 1) or 255, got {wrong[0]}{where}; renumber the "
@@ -127,6 +147,28 @@ def open_source(spec: str, split: str | None = None) -> Source:
         of its images that PATH/LIST.txt, or any file, names, one a line. Classes in the order of the categories' ids.
         Masks from masks/SPLIT/NAME.png, else drawn from the annotations, smaller regions on top, crowds as 255.
     """
+    scheme, root = _kind_and_folder(spec)
+    source = _OPENERS[scheme](root, split)
+    if not source.items:
+        place = spec if split is None else f"the list {split} of {spec}"
+        raise ValueError(f"open_source: expected at least one image, got none in {place}; fill it")
+    _check_classes(source.classes, spec)
+    return source
+
+
+def places_of(spec: str) -> tuple[Path, ...]:
+    """A data set's own folder, then those whose files open_source takes for its images, masks and annotations."""
+    scheme, root = _kind_and_folder(spec)
+    if scheme == "voc":
+        root = _voc_folder(root)
+    below = {"folder": ("images", "masks"), "voc": _VOC_FOLDERS, "coco": ("annotations", "images", "masks")}[scheme]
+    found = [root, *(root / name for name in below)]
+    if scheme == "coco":
+        found += [root / split for split in _coco_splits(root)]
+    return tuple(found)
+
+
+def _kind_and_folder(spec: str) -> tuple[str, Path]:
     scheme, colon, place = spec.partition(":")
     if not colon or scheme not in _OPENERS or not place:
         known = ", ".join(f"{name}:PATH" for name in _OPENERS)
@@ -134,27 +176,44 @@ def open_source(spec: str, split: str | None = None) -> Source:
     root = Path(place).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"open_source: expected a folder, got {root}, which is none; check the path")
-    source = _OPENERS[scheme](root, split)
-    if not source.items:
-        raise ValueError(f"open_source: expected at least one image, got none in {spec}; fill the list")
-    return source
+    return scheme, root
+
+
+def _check_classes(classes: tuple[str, ...], spec: str) -> None:
+    """Results have a line a name, labels 8 bits."""
+    if "background" in classes:
+        raise ValueError(f"open_source: expected classes beside the background, which is label 0 of every mask, got "
+                         f"one called background in {spec}; take it out of the labels, or rename it")  # fmt: skip
+    if len(classes) > MOST_CLASSES:
+        raise ValueError(f"open_source: expected at most {MOST_CLASSES} classes, as labels are 8 bits and 255 is none, "
+                         f"got {len(classes)} in {spec}; split the classes among several data sets")  # fmt: skip
 
 
 def open_images(place: str | os.PathLike, classes: Sequence[str]) -> Source:
-    """An image, or all images below a folder, by name, of which nothing else is known; EXIF orientation is applied."""
+    """An image, or all images below a folder, by name, of which nothing else is known; EXIF orientation is applied.
+
+    Hidden files and folders (macOS's ._NAME.png) are passed over; a warning counts files that are no images by their
+    suffix.
+    """
     place = Path(place).expanduser()
     if place.is_file():
         return Source(tuple(classes), (Item(_name(place.name, str(place)), place, (), None),), upright=True)
-    found = _files(place, SUFFIXES)
+    ignored: dict[str, int] = {}
+    found = _files(place, SUFFIXES, hidden=False, ignored=ignored)
+    counted = ", ".join(f"{suffix} {count}" for suffix, count in sorted(ignored.items()))
     if not found:
-        raise ValueError(
-            f"open_images: expected images ({', '.join(SUFFIXES)}) in {place}, got none; name their folder"
-        )
+        instead = f"files of other kinds ({counted}); convert them" if ignored else "none; name their folder"
+        raise ValueError(f"open_images: expected images ({', '.join(SUFFIXES)}) in {place}, got {instead}")
+    if ignored:
+        log.warning("left out: %d files in %s that are no images by their suffix (%s); read are %s",
+                    sum(ignored.values()), place, counted, ", ".join(SUFFIXES))  # fmt: skip
     twice = next((paths for paths in found.values() if len(paths) > 1), None)
     if twice is not None:
         raise ValueError(f"open_images: expected names that differ without suffix, got {twice[0].name} and "
                          f"{twice[1].name} in {twice[0].parent}; rename one")  # fmt: skip
-    items = (Item(_name(name, str(place)), found[name][0], (), None) for name in sorted(found))
+    for name in found:
+        check_name(name, "open_images", str(place))
+    items = (Item(name, found[name][0], (), None) for name in sorted(found))
     return Source(tuple(classes), tuple(items), upright=True)
 
 
@@ -162,12 +221,13 @@ def _open_folder(root: Path, split: str | None) -> Source:
     images, masks = _files(root / "images", SUFFIXES), _files(root / "masks", (".png",), required=False)
     table, classes = root / "labels.csv", None
     if (root / "classes.txt").is_file():
-        classes = tuple(line for _, line in _lines(root / "classes.txt"))
-        _refuse_duplicates(_lines(root / "classes.txt"), root / "classes.txt")
+        lines = [(line, text.strip()) for line, text in _lines(root / "classes.txt")]
+        classes = tuple(text for _, text in lines)
+        _refuse_duplicates(lines, root / "classes.txt")
     rows: dict[str, tuple[int, Path, set[str]]] = {}
     missing = []
     for line, entry, labels in _rows(table):
-        name = _name(entry, f"{table}:{line}")
+        entry, name = _named(images, entry, f"{table}:{line}")
         try:
             image = _find(images, entry, name, root / "images", f"{table}:{line}")
         except FileNotFoundError as error:
@@ -202,12 +262,7 @@ def _open_folder(root: Path, split: str | None) -> Source:
 
 
 def _open_voc(root: Path, split: str | None) -> Source:
-    if not (root / "JPEGImages").is_dir():  # the development kit
-        found = [root / "VOC2012"] if (root / "VOC2012").is_dir() else sorted(root.glob("VOC*/"))
-        if len(found) != 1 or not (found[0] / "JPEGImages").is_dir():
-            raise FileNotFoundError(f"open_source: expected VOC2012 or the VOCdevkit around it, got {root} without "
-                                    f"JPEGImages/; name the folder that holds it")  # fmt: skip
-        (root,) = found
+    root = _voc_folder(root)
     images, notes = _files(root / "JPEGImages", SUFFIXES), _files(root / "Annotations", (".xml",), required=False)
     masks = _files(root / "SegmentationClass", (".png",), required=False)
     masks |= _files(root / "SegmentationClassAug", (".png",), required=False)
@@ -216,11 +271,14 @@ def _open_voc(root: Path, split: str | None) -> Source:
         known = ("train_aug", "trainaug", "train")
         split = next((name for name in known if (lists[0] / f"{name}.txt").is_file()), "train")
     path, number = _list(split, lists), {label: index for index, label in enumerate(VOC_CLASSES)}
-    entries = [(line, text.split()[0].lstrip("/").removeprefix("JPEGImages/")) for line, text in _lines(path)]
-    names = [(line, _name(entry, f"{path}:{line}")) for line, entry in entries]
-    _refuse_duplicates(names, path)
+    entries = []
+    for line, text in _lines(path):
+        if text not in images:  # a list of VOC's own, in place of one of our names a line
+            text = text.split()[0].lstrip("/").removeprefix("JPEGImages/")
+        entries.append((line, *_named(images, text, f"{path}:{line}")))
+    _refuse_duplicates([(line, name) for line, _, name in entries], path)
     items = []
-    for (line, entry), (_, name) in zip(entries, names, strict=True):
+    for line, entry, name in entries:
         image, mask = _find(images, entry, name, root / "JPEGImages", f"{path}:{line}"), _only(masks, name)
         if name in notes:
             classes = _voc_objects(notes[name][0], number)
@@ -231,6 +289,17 @@ def _open_voc(root: Path, split: str | None) -> Source:
                                     f"classes of {path}:{line}, got neither; fetch one of them")  # fmt: skip
         items.append(Item(name, image, tuple(sorted(classes)), mask))
     return Source(VOC_CLASSES, tuple(items))
+
+
+def _voc_folder(root: Path) -> Path:
+    """VOC2012, also where the development kit around it is named."""
+    if (root / "JPEGImages").is_dir():
+        return root
+    found = [root / "VOC2012"] if (root / "VOC2012").is_dir() else sorted(root.glob("VOC*/"))
+    if len(found) != 1 or not (found[0] / "JPEGImages").is_dir():
+        raise FileNotFoundError(f"open_source: expected VOC2012 or the VOCdevkit around it, got {root} without "
+                                f"JPEGImages/; name the folder that holds it")  # fmt: skip
+    return found[0]
 
 
 def _voc_objects(path: Path, number: dict[str, int]) -> set[int]:
@@ -253,7 +322,7 @@ def _open_coco(root: Path, split: str | None) -> Source:
         split = known[0] if known else "train2014"
     path = notes / f"instances_{split}.json"
     if not path.is_file():
-        there = ", ".join(sorted(p.stem.removeprefix("instances_") for p in notes.glob("instances_*.json"))) or "none"
+        there = ", ".join(_coco_splits(root)) or "none"
         raise FileNotFoundError(f"open_source: expected annotations of split {split!r}, got no {path}; the splits "
                                 f"there: {there}")  # fmt: skip
     folder = next((f for f in (root / split, root / "images" / split) if f.is_dir()), root / split)
@@ -272,16 +341,16 @@ def _open_coco(root: Path, split: str | None) -> Source:
         items, drawings = [], {}
         for image in content["images"]:
             entry, there = image["file_name"], regions[image["id"]]
-            name = _name(entry, str(path))
+            entry, name = _named(images, entry, str(path))
             item = Item(name, _find(images, entry, name, folder, path),
                         tuple(sorted({category for *_, category in there})), _only(masks, name))  # fmt: skip
             items.append(item)
             if item.mask is None:
                 there.sort(key=lambda region: -region[0])
                 shapes = tuple((label, _compact(shape)) for _, label, shape, _ in there)
-                drawings[name] = Drawing((image["height"], image["width"]), shapes)
-        classes = tuple(category["name"] for category in categories)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+                drawings[name] = Drawing(_size(image, entry), shapes)
+        classes = _category_names(categories)
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
         if str(error).startswith("open_source"):
             raise
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
@@ -292,6 +361,34 @@ def _open_coco(root: Path, split: str | None) -> Source:
         names = _listed(_list(chosen, [root]), by_name, path)
         items, drawings = [by_name[n] for n in names], {n: drawings[n] for n in names if n in drawings}
     return Source(classes, tuple(items), drawings=drawings)
+
+
+def _coco_splits(root: Path) -> list[str]:
+    return sorted(p.stem.removeprefix("instances_") for p in (root / "annotations").glob("instances_*.json"))
+
+
+def _size(image: dict, entry: str) -> tuple[int, int]:
+    """(H, W); some tools write whole numbers as 64.0."""
+    sides = [image["height"], image["width"]]
+    if not all(type(side) in (int, float) and side == math.trunc(side) and side > 0 for side in sides):
+        raise ValueError(f"image {entry} has a height of {sides[0]!r} and a width of {sides[1]!r}, no whole numbers of "
+                         f"pixels")  # fmt: skip
+    if math.prod(sides) > _LARGEST:
+        raise ValueError(f"image {entry} is said to have {sides[0]} x {sides[1]} pixels, more than a picture can have")
+    return int(sides[0]), int(sides[1])
+
+
+def _category_names(categories: list[dict]) -> tuple[str, ...]:
+    names = [category["name"] for category in categories]
+    for category, name in zip(categories, names, strict=True):
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"category {category['id']} is called {name!r}, which is no text")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        both = ", ".join(str(category["id"]) for category in categories if category["name"] == twice)
+        raise ValueError(f"open_source: expected names that categories do not share, got {twice!r} of those with ids "
+                         f"{both}; rename one, or give their annotations one id")  # fmt: skip
+    return tuple(names)
 
 
 def _compact(segmentation: list | dict) -> list | dict:
@@ -306,20 +403,49 @@ def _compact(segmentation: list | dict) -> list | dict:
 _OPENERS = {"folder": _open_folder, "voc": _open_voc, "coco": _open_coco}
 
 
-def _files(folder: Path, suffixes: tuple[str, ...], required: bool = True) -> dict[str, list[Path]]:
-    """The files below a folder by name (relative, without suffix); each folder is listed once, no file is touched."""
+def _files(
+    folder: Path,
+    suffixes: tuple[str, ...],
+    required: bool = True,
+    hidden: bool = True,
+    ignored: dict[str, int] | None = None,
+) -> dict[str, list[Path]]:
+    """The files below a folder by name (relative, without suffix); each folder is listed once, no file is touched.
+
+    hidden: False passes over what begins with a dot. ignored: takes how many files have each other suffix.
+    """
     if not folder.is_dir():
         if required:
             raise FileNotFoundError(f"open_source: expected a folder, got {folder}, which is none; check the path")
         return {}
     found: dict[str, list[Path]] = {}
-    for place, _, files in os.walk(folder, followlinks=True):
+    for place, folders, files in os.walk(folder, followlinks=True):
         inner = Path(place).relative_to(folder).as_posix()
+        if not hidden:
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            files = [name for name in files if not name.startswith(".")]
         for file in files:
             stem, suffix = os.path.splitext(file)
             if suffix.lower() in suffixes:
                 found.setdefault(stem if inner == "." else f"{inner}/{stem}", []).append(Path(place) / file)
+            elif ignored is not None:
+                kind = suffix or "without suffix"
+                ignored[kind] = ignored.get(kind, 0) + 1
     return found
+
+
+def _named(images: Mapping[str, list[Path]], text: str, where: str) -> tuple[str, str]:
+    """A table's or list's text -> its entry and its image's name: the text as it stands where an image has it, else
+    without the blanks around it; a file with its suffix before a name that looks as if it had one (scan.tif of
+    scan.tif.png)."""
+    for entry in (text, text.strip()):
+        stem = _stem(entry)
+        if any(path.name == entry.rpartition("/")[2] for path in images.get(stem, ())):
+            return entry, _name(entry, where)
+        if entry in images:
+            check_name(entry, "open_source", where)
+            return entry, entry
+    return text.strip(), _name(text.strip(), where)
 
 
 def _find(images: dict[str, list[Path]], entry: str, name: str, folder: Path, where: str | Path) -> Path:
@@ -327,12 +453,35 @@ def _find(images: dict[str, list[Path]], entry: str, name: str, folder: Path, wh
     found = images.get(name, [])
     exact = [path for path in found if path.name == entry.rpartition("/")[2]]
     if not found or (entry != name and not exact):
-        raise FileNotFoundError(f"open_source: expected {entry} in {folder}, got no such image, named in {where}; add "
-                                f"it or remove the line")  # fmt: skip
+        near, advice = _near(folder, entry)
+        raise FileNotFoundError(f"open_source: expected {entry} in {folder}, got no such image{near}, named in "
+                                f"{where}; {advice}")  # fmt: skip
     if len(found) > 1 and not exact:
         raise ValueError(f"open_source: expected one image called {name}, got {found[0].name} and {found[1].name} in "
                          f"{folder}, named in {where}; name one with its suffix or remove the other")  # fmt: skip
     return (exact or found)[0]
+
+
+def _near(folder: Path, entry: str) -> tuple[str, str]:
+    """What there is in place of an image that is not, and what to do."""
+
+    def plain(text: str) -> str:
+        return unicodedata.normalize("NFC", text).casefold()
+
+    place = (folder / entry).parent
+    there = sorted(os.listdir(place)) if place.is_dir() else []
+    wanted = Path(entry).name
+    similar = [name for name in there if plain(wanted) in (plain(name), plain(Path(name).stem))]
+    similar += [name for name in there if name not in similar and plain(Path(name).stem) == plain(_stem(wanted))]
+    for name in similar:
+        if (place / name).is_dir():
+            return f" but a folder {name}", "name the images in it, or remove the line"
+        if Path(name).suffix.lower() not in SUFFIXES:
+            return f" but {name}, of a kind that is not read", f"convert it to one of {', '.join(SUFFIXES)}"
+        if unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", wanted):
+            return f" but {name} with its letters composed otherwise (Unicode NFC and NFD)", "rename it as it is named"
+        return f" but {name}", "name it so, add the one that is named, or remove the line"
+    return "", "add it or remove the line"
 
 
 def _only(masks: dict[str, list[Path]], name: str) -> Path | None:
@@ -341,11 +490,24 @@ def _only(masks: dict[str, list[Path]], name: str) -> Path | None:
 
 def _name(entry: str, where: str) -> str:
     """An entry without its suffix: also the name of files to be written, so it must stay below their folder."""
-    stem, dot, suffix = entry.rpartition(".")
-    name = stem if dot and f".{suffix.lower()}" in SUFFIXES else entry
-    if not name.isprintable() or "\\" in name or any(part in ("", ".", "..") for part in name.split("/")):
-        raise ValueError(f"open_source: expected a relative path without `..`, got {entry!r} in {where}; rename it")
+    name = _stem(entry)
+    check_name(name, "open_source", where, entry)
     return name
+
+
+def _stem(entry: str) -> str:
+    stem, dot, suffix = entry.rpartition(".")
+    return stem if dot and f".{suffix.lower()}" in SUFFIXES else entry
+
+
+def check_name(name: str, op: str, where: str = "", entry: str | None = None) -> None:
+    """Refuses a name that files cannot be written by. entry: what it was made of."""
+    place = f" in {where}" * bool(where)
+    if "\\" in name or any(part in ("", ".", "..") for part in name.split("/")):
+        raise ValueError(f"{op}: expected a relative path without `..`, got {entry or name!r}{place}; rename it")
+    if any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in name):
+        raise ValueError(f"{op}: expected a name that a line of a list can hold, got control characters, line ends or "
+                         f"bytes that are no UTF-8 in {entry or name!a}{place}; rename it")  # fmt: skip
 
 
 def _list(split: str, folders: Iterable[Path]) -> Path:
@@ -360,13 +522,22 @@ def _list(split: str, folders: Iterable[Path]) -> Path:
 
 def _listed(path: Path, known: Mapping[str, object], table: Path) -> list[str]:
     """A list's names, each of which the table knows."""
-    names = [(line, _name(entry, f"{path}:{line}")) for line, entry in _lines(path)]
+    names = [(line, _known(text, known, f"{path}:{line}")) for line, text in _lines(path, known)]
+    if not names:
+        raise ValueError(f"open_source: expected at least one image, got none in {path}; fill it")
     _refuse_duplicates(names, path)
     for line, name in names:
         if name not in known:
             raise ValueError(f"open_source: expected images of {table}, got {name} in {path}:{line}; add its labels "
                              f"there or remove it")  # fmt: skip
     return [name for _, name in names]
+
+
+def _known(text: str, known: Mapping[str, object], where: str) -> str:
+    """The name that a list's line means: itself as it stands, as lists are written here, else without the blanks around
+    it, else either without its suffix."""
+    entry = text.strip()
+    return next((name for name in (text, entry, _stem(text)) if name in known), None) or _name(entry, where)
 
 
 def _text(path: Path) -> str:
@@ -379,14 +550,15 @@ def _text(path: Path) -> str:
         raise ValueError(f"open_source: expected UTF-8, got {path}:{line}: {error.reason}; save it as UTF-8") from error
 
 
-def _lines(path: Path) -> list[tuple[int, str]]:
-    """(line number, text) of the lines that are not empty."""
-    return [(line, text.strip()) for line, text in enumerate(_text(path).split("\n"), 1) if text.strip()]
+def _lines(path: Path, known: Container[str] = ()) -> list[tuple[int, str]]:
+    """(line number, text as it stands) of the lines that are not blank; known: of these too."""
+    lines = enumerate(_text(path).split("\n"), 1)
+    return [(line, text) for line, text in lines if text.strip() or text in known]
 
 
 def _rows(path: Path) -> Iterator[tuple[int, str, tuple[str, ...]]]:
     """(line number, image, labels) of labels.csv."""
-    reader = csv.reader(_text(path).splitlines(), strict=True)
+    reader = csv.reader(_text(path).removesuffix("\n").split("\n"), strict=True)
     filled = (cells for cells in reader if any(cell.strip() for cell in cells))
     try:
         header = [cell.strip() for cell in next(filled, [])]
@@ -402,7 +574,7 @@ def _rows(path: Path) -> Iterator[tuple[int, str, tuple[str, ...]]]:
                 raise ValueError(f"open_source: expected an image, got none in {path}:{reader.line_num}; name it or "
                                  f"remove the line")  # fmt: skip
             labels = tuple(label.strip() for label in cells[1].split(";") if label.strip())
-            yield reader.line_num, cells[0].strip(), labels
+            yield reader.line_num, cells[0], labels
     except csv.Error as error:
         raise ValueError(f"open_source: expected a table, got {path}:{reader.line_num}: {error}; correct it") from error
 

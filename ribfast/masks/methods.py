@@ -24,7 +24,7 @@ Colours = tuple[float, float, float] | None
 class MaskConfig:
     """The presets set the constants that each method was published with; a method reads what is its own."""
 
-    method: Literal["threshold", "crf", "labels", "irn", "ppmg", "par", "pamr"] = "crf"
+    method: Literal["threshold", "crf", "labels", "irn", "ppmg", "par", "pamr"] = "crf"  # how a mask is made
     # of threshold, crf, irn, par, pamr: background where no map, of 0 to 1, is above this; of labels: sure of it then
     background: float = 0.25
     foreground: float = 0.30  # of labels: a class where its map is above this; unknown (255) between the two

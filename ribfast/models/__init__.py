@@ -6,12 +6,12 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from .checkpoint import load_checkpoint, load_into, read_metadata, save_checkpoint
+from .checkpoint import kind_of, load_checkpoint, load_into, network_of, read_metadata, save_checkpoint
 from .classifier import CamClassifier
 from .folding import folded, trained_folded
 from .irn import IRNet
 from .mobilenet import MobileNetV2
-from .resnet import BASIC, LAYERS, Form, ResNet
+from .resnet import LAYERS, Form, ResNet
 from .segmenter import Segmenter
 
 NAMES = (*LAYERS, "mobilenet_v2")
@@ -55,9 +55,8 @@ def open_classifier(
     """
     op, state, known = "open_classifier", load_checkpoint(path), read_metadata(path)
     if "classifier.weight" not in state:
-        kind = "IRN's network" if "fc_edge6.weight" in state else "a backbone"
-        raise ValueError(f"{op}: expected a trained classifier, got {path}, {kind} without classifier.weight; train "
-                         f"one on it first")  # fmt: skip
+        raise ValueError(f"{op}: expected a trained classifier, got {path}, {kind_of(state)}, without "
+                         f"classifier.weight; name a classifier's, or train one on it first")  # fmt: skip
     has = len(state["classifier.weight"])
     if n_classes is not None and has != n_classes:
         raise ValueError(f"{op}: expected a classifier of the data's {n_classes} classes, got {has} in {path}; train "
@@ -65,7 +64,7 @@ def open_classifier(
     name = network or known.get("network") or _network(state, path, op)
     tensorflow_padding, normalization = _input(op, known, tensorflow_padding, normalization)
     model = cam_classifier(name, has, tensorflow_padding=tensorflow_padding)
-    load_into(model, state)
+    load_into(model, state, path=path)
     model.normalization = normalization
     model.classes = _classes(op, known, has, path)
     return model
@@ -86,13 +85,12 @@ def open_irn(
     """The trained network that a checkpoint holds, ours or IRN's own res50_irn.pth; arguments as of open_classifier."""
     op, state, known = "open_irn", load_checkpoint(path), read_metadata(path)
     if "fc_edge6.weight" not in state:
-        kind = "a classifier" if "classifier.weight" in state else "a backbone or another network"
-        raise ValueError(f"{op}: expected IRN's network, with fc_edge6.weight, got {path}, {kind}; train IRN on it "
-                         f"first")  # fmt: skip
+        raise ValueError(f"{op}: expected IRN's network, with fc_edge6.weight, got {path}, {kind_of(state)}; name "
+                         f"IRN's, or train it first")  # fmt: skip
     name = network or known.get("network") or _network(state, path, op)
     tensorflow_padding, normalization = _input(op, known, tensorflow_padding, normalization)
     model = irn_network(name, tensorflow_padding=tensorflow_padding)
-    model.fill(state)
+    model.fill(state, path=path)
     crop = known.get("crop", str(model.crop))
     if not crop.isdecimal() or not 0 < int(crop) <= LARGEST_CROP:
         raise ValueError(f"{op}: expected a crop of 1 to {LARGEST_CROP} pixels, got {crop!r} in {path}; train it again")
@@ -133,8 +131,8 @@ def open_segmenter(
     op, state, known = "open_segmenter", load_checkpoint(path), read_metadata(path)
     last = next((state[name] for name in ("head.coarse.weight", "head.c0.weight") if name in state), None)
     if last is None:
-        kind = "a classifier" if "classifier.weight" in state else "a backbone or another network"
-        raise ValueError(f"{op}: expected a trained segmenter, with head., got {path}, {kind}; train one on it first")
+        raise ValueError(f"{op}: expected a trained segmenter, with head., got {path}, {kind_of(state)}; name a "
+                         f"segmenter's, or train one on it first")  # fmt: skip
     has = len(last) - 1
     if n_classes is not None and has != n_classes:
         raise ValueError(f"{op}: expected a segmenter of the data's {n_classes} classes, got {has} in {path}; train "
@@ -147,7 +145,7 @@ def open_segmenter(
         network or known.get("network") or _network(state, path, op), has,
         tensorflow_padding=tensorflow_padding, caffe=caffe,
     )  # fmt: skip
-    model.fill(state)
+    model.fill(state, path=path)
     model.backbone.normalization = normalization
     model.classes = _classes(op, known, has, path)
     return model
@@ -182,14 +180,10 @@ def _classes(op: str, known: Mapping[str, str], count: int, path) -> tuple[str, 
 
 def _network(state: dict[str, Tensor], path, op: str = "open_classifier") -> str:
     """Told by the names of its tensors."""
-    if "features.0.0.weight" in state:
-        return "mobilenet_v2"
-    blocks = [{name.split(".")[1] for name in state if name.startswith(f"layer{i}.")} for i in (1, 2, 3, 4)]
-    counts, bottlenecks = tuple(map(len, blocks)), "layer1.0.conv3.weight" in state
-    for name, layers in LAYERS.items():
-        if layers == counts and bottlenecks == (name not in BASIC):
-            return name
-    raise ValueError(f"{op}: expected the tensors of one of {', '.join(NAMES)}, got others in {path}")
+    name = network_of(state)
+    if name is None:
+        raise ValueError(f"{op}: expected the tensors of one of {', '.join(NAMES)}, got others in {path}")
+    return name
 
 
 __all__ = [

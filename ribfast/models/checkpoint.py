@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import files
+from .resnet import BASIC, LAYERS
 
+_ROOTS = {"conv1.weight", "features.0.0.weight", "stage1.0.weight"}  # one of which every network has, unless wrapped
 _STAGES = {"stage1.0": "conv1", "stage1.1": "bn1", "stage1.4": "layer1", "stage2.0": "layer2", "stage3.0": "layer3",
            "stage4.0": "layer4"}  # fmt: skip
 _IRN_STAGES = {"stage1.0": "conv1", "stage1.1": "bn1", "stage2.0": "layer1", "stage3.0": "layer2", "stage4.0": "layer3",
@@ -30,7 +32,8 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     """The tensors of a checkpoint under torchvision's names (and classifier.weight), whoever wrote it.
 
     Knows torchvision's state dicts (their ImageNet head is left out), IRN's and RIB's res50_cam.pth and res50_irn.pth
-    with their copies of every tensor, deeplab-pytorch's files and safetensors. deeplab-pytorch's weights are Caffe's:
+    with their copies of every tensor, deeplab-pytorch's files and safetensors; what trainers write before every name
+    (module., Lightning's model.) is left out. deeplab-pytorch's weights are Caffe's:
     `caffe` (a one) among the tensors says so, their first layer is turned from BGR to RGB, their pyramid is `head.`.
     """
     path = Path(path)
@@ -53,7 +56,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         kind = f"a {type(state).__name__}" if not isinstance(state, dict) else f"a dict of {_some(state)}"
         raise ValueError(f"load_checkpoint: expected a dict of tensors, got {kind} in {path}")
-    state = {str(key).removeprefix("module."): value for key, value in state.items()}
+    state = _unwrapped({str(key).removeprefix("module."): value for key, value in state.items()})
     if any(".reduce.conv." in key for key in state):
         found = _from_deeplab(state, path)
     else:
@@ -61,6 +64,10 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
         found = {name: value for key, value in state.items() if (name := _torchvision_name(key, stages)) is not None}
     size = path.stat().st_size
     for name, value in found.items():
+        if value.dtype not in _NAMES or value.layout != torch.strided or value.device.type != "cpu":
+            kind = value.layout if value.layout != torch.strided else "no values" if value.is_meta else value.dtype
+            raise ValueError(f"load_checkpoint: expected tensors of {', '.join(map(str, _NAMES))}, got {name} of "
+                             f"{kind} in {path}; save it as torch.float32")  # fmt: skip
         if value.numel() * value.element_size() > size:  # by strides of 0
             raise ValueError(f"load_checkpoint: expected tensors that the file holds, got {name} of "
                              f"{tuple(value.shape)} in {path}'s {size} bytes; fetch it again")  # fmt: skip
@@ -70,11 +77,53 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     return found
 
 
-def load_into(model: torch.nn.Module, state: dict[str, Tensor], *, classifier: bool = True) -> None:
+def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without what stands before every name, if a network's own names are then left."""
+    found = state
+    while not _ROOTS & found.keys():
+        first = {name.partition(".")[0] for name in found}
+        if len(first) != 1 or not all("." in name for name in found):
+            return state
+        found = {name.partition(".")[2]: value for name, value in found.items()}
+    return found
+
+
+def kind_of(state: Mapping[str, Tensor]) -> str:
+    """What a checkpoint's tensors are of, in words."""
+    names = {"head.coarse.weight": "a segmenter", "head.c0.weight": "a segmenter", "fc_edge6.weight": "IRN's network",
+             "classifier.weight": "a classifier"}  # fmt: skip
+    network = network_of(state)
+    kind = next((kind for name, kind in names.items() if name in state), "a backbone" if network else "other tensors")
+    return f"{kind} on {network}" if network and kind != "a backbone" else f"{kind} ({network})" if network else kind
+
+
+def network_of(names) -> str | None:
+    """The backbone that has tensors of these names; None where none has."""
+    if "features.0.0.weight" in names:
+        return "mobilenet_v2"
+    blocks = [{name.split(".")[1] for name in names if name.startswith(f"layer{i}.")} for i in (1, 2, 3, 4)]
+    counts, bottlenecks = tuple(map(len, blocks)), "layer1.0.conv3.weight" in names
+    for name, layers in LAYERS.items():
+        if layers == counts and bottlenecks == (name not in BASIC):
+            return name
+    return None
+
+
+def load_into(
+    model: torch.nn.Module,
+    state: dict[str, Tensor],
+    *,
+    classifier: bool = True,
+    path: str | os.PathLike | None = None,
+    kind: str | None = None,
+) -> None:
     """Fills the model, all of it: what is missing, too much or of another shape is an error that names it.
 
-    classifier: whether the classifier's weight is to come from the checkpoint too (False: a backbone's alone).
+    classifier: whether the classifier's weight is to come from the checkpoint too (False: a backbone's alone). path:
+    the checkpoint's, to be named; kind: what it holds, where the state is a part of it.
     """
+    where = "" if path is None else f" in {path}"
+    place = "a checkpoint" if path is None else f"{path}, {kind or kind_of(state)},"
     wanted = {name: value for name, value in model.state_dict().items() if not name.endswith("num_batches_tracked")}
     if not classifier:
         wanted.pop("classifier.weight")
@@ -83,16 +132,20 @@ def load_into(model: torch.nn.Module, state: dict[str, Tensor], *, classifier: b
         given.pop("classifier.weight", None)
     missing, unknown = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
     if missing or unknown:
-        advice = "; pass classifier=False to keep a new classifier" if missing == ["classifier.weight"] else ""
-        raise ValueError(f"load_into: expected the tensors of a {model.name}, got a checkpoint without "
+        advice, network = "", network_of(state)
+        if missing == ["classifier.weight"]:
+            advice = "; pass classifier=False to keep a new classifier"
+        elif network not in (None, model.name):
+            advice = f"; choose network {network}, which they fit"
+        raise ValueError(f"load_into: expected the tensors of a {model.name}, got {place} without "
                          f"{_some(missing)} and with {_some(unknown)} beside{advice}")  # fmt: skip
     for name, value in wanted.items():
         if value.shape != given[name].shape:
             classes = f", a classifier of {value.shape[0]} classes," if name == "classifier.weight" else ""
             raise ValueError(f"load_into: expected {name} of shape {tuple(value.shape)}{classes} "
-                             f"got {tuple(given[name].shape)}")  # fmt: skip
+                             f"got {tuple(given[name].shape)}{where}")  # fmt: skip
         if not torch.isfinite(given[name]).all():
-            raise ValueError(f"load_into: expected finite weights, got NaN or infinity in {name}")
+            raise ValueError(f"load_into: expected finite weights, got NaN or infinity in {name}{where}")
     with torch.no_grad():
         for name, value in wanted.items():
             value.copy_(given[name])

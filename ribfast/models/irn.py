@@ -1,12 +1,13 @@
 """IRN's network (Ahn et al. 2019): class boundaries and displacements, on a classifier's frozen backbone."""
 
+import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .checkpoint import load_into
+from .checkpoint import kind_of, load_into
 from .classifier import CamClassifier
 
 STRIDE = 4  # of both outputs
@@ -99,12 +100,14 @@ class IRNet(nn.Module):
         state.pop("classifier.weight")
         return {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
 
-    def fill(self, state: dict[str, Tensor], *, branches: bool = True) -> None:
-        """The opposite of `tensors`; branches: False to fill the backbone alone, from a classifier's for instance."""
+    def fill(self, state: dict[str, Tensor], *, branches: bool = True, path: str | os.PathLike | None = None) -> None:
+        """The opposite of `tensors`; branches: False to fill the backbone alone, from a classifier's for instance.
+        path: the checkpoint's, to be named."""
         own = {name: value for name, value in state.items() if name.startswith(_OWN)}
-        load_into(self.backbone, {name: x for name, x in state.items() if name not in own}, classifier=False)
+        backbone = {name: value for name, value in state.items() if name not in own}
+        load_into(self.backbone, backbone, classifier=False, path=path, kind=kind_of(state))
         if branches:
-            load_into(self.branches, own)
+            load_into(self.branches, own, path=path, kind=kind_of(state))
 
     def features(self, images: Tensor) -> list[Tensor]:
         with torch.no_grad():

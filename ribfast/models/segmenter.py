@@ -1,11 +1,12 @@
 """Segmentation networks: DeepLab-v2 (Chen et al. 2018) on a ResNet, and a light head on MobileNetV2."""
 
 import json
+import os
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .checkpoint import load_into
+from .checkpoint import kind_of, load_into
 from .classifier import CamClassifier
 
 RATES = (6, 12, 18, 24)  # of the pyramid's convolutions, in positions of stride 8
@@ -106,25 +107,26 @@ class Segmenter(nn.Module):
         state.pop("classifier.weight")
         return {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
 
-    def fill(self, state: dict[str, Tensor], *, heads: bool = True) -> None:
-        """The opposite of `tensors`. heads: False to fill the backbone alone, from ImageNet's or a classifier's.
+    def fill(self, state: dict[str, Tensor], *, heads: bool = True, path: str | os.PathLike | None = None) -> None:
+        """The opposite of `tensors`. heads: False to fill the backbone alone, from ImageNet's or a classifier's. path:
+        the checkpoint's, to be named.
 
         An auxiliary head that only one of both has is left as it is, or out.
         """
-        state = dict(state)
+        state, named = dict(state), {"path": path, "kind": kind_of(state)}
         caffe = state.pop("caffe", None) is not None
         if not heads and caffe != self.caffe:
             layers = ("torchvision's", "Caffe's")
-            raise ValueError(f"Segmenter.fill: expected weights of {layers[self.caffe]} layers, got {layers[caffe]}; "
-                             f"set caffe to {str(caffe).lower()}")  # fmt: skip
+            raise ValueError(f"Segmenter.fill: expected weights of {layers[self.caffe]} layers, got {layers[caffe]}"
+                             f"{'' if path is None else f' in {path}'}; set caffe to {str(caffe).lower()}")  # fmt: skip
         own = {name: value for name, value in state.items() if name.startswith(_HEADS)}
         backbone = {name: value for name, value in state.items() if name not in own}
-        load_into(self.backbone, backbone, classifier=False)
+        load_into(self.backbone, backbone, classifier=False, **named)
         if heads:
-            load_into(self.head, _within(own, "head."))
+            load_into(self.head, _within(own, "head."), **named)
             auxiliary = _within(own, "auxiliary.")
             if auxiliary and self.auxiliary is not None:
-                load_into(self.auxiliary, auxiliary)
+                load_into(self.auxiliary, auxiliary, **named)
 
     def freeze(self, depths: int, norms: bool) -> None:
         """What does not train: the backbone up to the first so many of five depths; norms: nor do batch

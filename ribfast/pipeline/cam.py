@@ -10,9 +10,20 @@ import torch
 
 from .. import data, models
 from ..cams import CROP_SCALES, merge_cams, multi_crop_cams, shrink_cams
+from ..config import AnotherRun
 from ..processes import choose_device, choose_shard
 from ..store import Store
-from .stage import Made, Stage, check_classes, failure_of, keep_maps, own_share, save_all, seconds_since
+from .stage import (
+    Made,
+    Stage,
+    check_classes,
+    failure_of,
+    first_few,
+    keep_maps,
+    own_share,
+    save_all,
+    seconds_since,
+)
 
 
 @dataclass(frozen=True)
@@ -57,16 +68,20 @@ def make_cams(
     store: Store,
     config: CamConfig | None = None,
     *,
+    keep: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Made:
     """Class activation maps of each image's classes, merged over scales and mirrors, into the store.
 
-    What is there already is left alone, so a run that was cut off goes on. An image that cannot be read is recorded
+    What is there already is left alone, so a run that was cut off goes on; unless maps there are of other classes than
+    their image's, which is an error if not keep. An image that cannot be read is recorded
     as a failure and does not stop the others; it is tried again the next time. One without classes is recorded as
     skipped in the store's metrics.
     """
     config = config or CamConfig()
     check_classes("make_cams", source, model)
+    if not keep:
+        _refuse_other_labels(source, store)
     device, start = choose_device(config.device), time.perf_counter()
     model = model.to(device, memory_format=torch.channels_last).eval()
     units = own_share([(number,) for number, item in enumerate(source) if item.classes], config)
@@ -101,13 +116,28 @@ def make_cams(
                 continue
             yield item, None, *found
 
-    def keep(item: data.Item, cam, high_res) -> None:
-        keep_maps(store, item.name, item.classes, cam, high_res, seconds=seconds_since(start))
+    def save(item: data.Item, cam, high_res) -> None:
+        facts = {"classes": list(item.classes), "seconds": seconds_since(start)}
+        keep_maps(store, item.name, item.classes, cam, high_res, **facts)
 
     with Stage(source, store, "maps", units, config, progress, skipped) as stage:
         for begun in stage.rounds():
-            save_all(stage, maps(number for _, left in begun for number in left), keep, ahead=4)
+            save_all(stage, maps(number for _, left in begun for number in left), save, ahead=4)
     return stage.result
+
+
+def _refuse_other_labels(source: data.Source, store: Store) -> None:
+    """Whose maps would be taken for those of the images: labels that have changed since, or another data set."""
+    known = store.metrics()
+    other = [item.name for item in source if item.name in known
+             and known[item.name].get("classes", list(item.classes)) != list(item.classes)
+             and item.name in store]  # fmt: skip
+    if other:
+        raise AnotherRun(
+            f"make_cams: expected maps of the classes that images are labelled with, got others of {first_few(other)} in "
+            f"{store.folder}; choose another folder, say --overwrite to make all anew, or --keep to leave them as they are",
+            [f"labels of {first_few(other)}"],
+        )
 
 
 @torch.inference_mode()

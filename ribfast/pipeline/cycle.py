@@ -22,6 +22,7 @@ def train_cycle(
     validation: data.Source | None = None,
     prediction: PredictConfig | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     progress: Callable[[str], Callable[[int, int, str], None] | None] = lambda stage: None,
     begun: Callable[[dict[str, str]], None] | None = None,
 ) -> Path:
@@ -29,7 +30,7 @@ def train_cycle(
     (OUT/first/masks), and another one is trained on these from the start, in OUT, without pretended under-fitting.
 
     Arguments as of train.train_segmenter. prediction: None: PredictConfig.multi(). resume: goes on where it was
-    stopped. progress: of a stage's name, what it reports to.
+    stopped. overwrite: replaces what is there. progress: of a stage's name, what it reports to.
     """
     out, folder, prediction = Path(out), Path(out) / "first", prediction or PredictConfig.multi()
     if prediction.shard is not None:
@@ -37,7 +38,9 @@ def train_cycle(
     if resume and not folder.exists() and train.is_begun(out):
         raise configuration.AnotherRun(f"train_cycle: expected to go on with a cycle, got {out}, where a training "
                                        f"without one began; choose another folder", ["training"])  # fmt: skip
-    given, store = dict(weights=weights, validation=validation, resume=resume), Store(folder)
+    if not resume and not overwrite:
+        train.refuse_begun("train_cycle", out)
+    given, store = dict(weights=weights, validation=validation, resume=resume, overwrite=overwrite), Store(folder)
     path = folder / "prediction.json"
     with processes(config.device) as here:
 

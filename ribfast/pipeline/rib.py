@@ -32,7 +32,7 @@ class AdaptConfig(RIBConfig):
     format: Literal["npz", "irn", "pmm"] = "npz"  # of the files
     high_res: bool = False  # keep maps of the photograph's size in npz files too, not only at a quarter of it
     shard: str | None = None  # i/n: the i-th of n shares alone, from 0; none: all, with whoever shares OUT
-    workers: int | None = None  # threads that decode; None: 2, or, for a GPU, one for each core of its share, up to 16
+    workers: int | None = None  # threads that decode; none: 2, or, for a GPU, one for each core of its share, up to 16
     cache_mib: int = 1024  # of decoded images that are kept
     device: str = "auto"  # auto, cpu, cuda or cuda:N
 

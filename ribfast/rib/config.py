@@ -10,12 +10,12 @@ Precision = Literal["float32", "float16", "bfloat16", "auto"]
 @dataclass(frozen=True)
 class RIBConfig:
     steps: int = 10  # maps that are summed: those of theta_0 .. theta_{steps - 1}
-    lr: float = 8e-6
-    horizon: int | None = None  # updates over which the rate falls to 0; None: steps
+    lr: float = 8e-6  # learning rate of what adapts of the backbone, at the first update
+    horizon: int | None = None  # updates over which the rate falls to 0; none: as many as steps
     power: float = 0.9  # of the rate's polynomial
-    classifier_lr_scale: float = 10.0
-    weight_decay: float = 1e-4
-    momentum: float = 1e-4
+    classifier_lr_scale: float = 10.0  # the classifier's learning rate is so many times the backbone's
+    weight_decay: float = 1e-4  # of SGD, of all that adapts
+    momentum: float = 1e-4  # of SGD; the released code passes its weight decay here
     pooling: Pooling = "gndrp"  # or the plain mean over all positions
     tau: float = 0.4  # where map / maximum is at most this, the map is pooled
     divide_by: Literal["all", "kept"] = (
@@ -25,19 +25,19 @@ class RIBConfig:
     margin: float | None = None  # logits above it count as this much in the loss
     stop_logit: float | None = 600.0  # stop after the step whose own logits sum up to more
     explode_level: float = 0.3  # a map runs away where the part of the image above this share of its maximum ...
-    explode_area: float | None = 0.7  # ... is larger than this; None: no such guard
+    explode_area: float | None = 0.7  # ... is larger than this; none: no such guard
     scales: tuple[float, ...] = (1.0, 0.5, 1.5, 2.0)  # of a target's views; the guard looks at scale 1
     loss_scales: tuple[float, ...] = (1.0, 1.5, 2.0)  # the other scales feed the maps alone
     n_others: int = 20  # other images beside the target's views at each step
-    others_crop: int = 512
-    others_long_side: tuple[int, int] = (320, 640)
+    others_crop: int = 512  # side of the square that is cut from each other image
+    others_long_side: tuple[int, int] = (320, 640)  # before that its longer side gets a length between these
     disjoint: bool = True  # the others share no class with the target
     anchored: bool = (
         False  # the others' gradient is taken at theta_0 alone, once for each `share_others` images of a label set
     )
     anchor_batches: int = 4  # batches of others that an anchored gradient averages
     share_others: int = 8  # images of one label set that see the same others; what they see never depends on timing
-    concurrency: int | None = None  # images at once; None: up to 8 that fit a GPU's memory, and 1 on a CPU
+    concurrency: int | None = None  # images at once; none: up to 8 that fit a GPU's memory, and 1 on a CPU
     graphs: bool = True  # steps as CUDA graphs, on a GPU
     precision: Precision = "float32"  # of everything after the trunk; "auto": 16 bits where the device is fast in them
 

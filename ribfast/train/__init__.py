@@ -3,7 +3,7 @@
 from .adversarial import EaderConfig, train_eader
 from .classifier import ClassifierConfig, train_classifier
 from .irn import IrnConfig, train_irn
-from .segmentation import SegmentationConfig, clear_segmenter, is_begun, train_segmenter
+from .segmentation import SegmentationConfig, clear_segmenter, is_begun, refuse_begun, train_segmenter
 
 __all__ = [
     "ClassifierConfig",
@@ -12,6 +12,7 @@ __all__ = [
     "SegmentationConfig",
     "clear_segmenter",
     "is_begun",
+    "refuse_begun",
     "train_classifier",
     "train_eader",
     "train_irn",

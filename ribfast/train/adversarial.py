@@ -85,6 +85,7 @@ def train_eader(
     adversary_weights: str | Path | None = None,
     validation: data.Source | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     progress: loop.Progress | None = None,
     scanned: loop.Progress | None = None,
     begun: loop.Begun | None = None,
@@ -95,7 +96,7 @@ def train_eader(
     """
     task = EaderTask(source, config, weights, adversary_weights, validation, scanned)
     with processes(config.device) as here:
-        return loop.train(task, Path(out), here, resume=resume, progress=progress, begun=begun)
+        return loop.train(task, Path(out), here, resume=resume, overwrite=overwrite, progress=progress, begun=begun)
 
 
 class _Tail(nn.Module):

@@ -31,7 +31,7 @@ class ClassifierConfig:
     batch: int = 16  # images a step, of all processes together; the last ones that fill no batch are left out
     lr: float = 0.1  # learning rate of the backbone at the start
     classifier_lr_scale: float = 10.0  # the classifier's learning rate is so many times the backbone's
-    weight_decay: float = 1e-4
+    weight_decay: float = 1e-4  # of SGD, of all that trains
     momentum: float = 1e-4  # the released code passes its weight decay here; paper: 0.9
     power: float = 0.9  # learning rate = lr * (1 - step / steps) ** power
     long_side: tuple[int, int] = (320, 640)  # photographs are rescaled to a longer side between these
@@ -81,6 +81,7 @@ def train_classifier(
     weights: str | Path | None = None,
     validation: data.Source | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     progress: loop.Progress | None = None,
     scanned: loop.Progress | None = None,
     begun: loop.Begun | None = None,
@@ -88,13 +89,14 @@ def train_classifier(
     """Trains on a source's image-level labels and returns the checkpoint, which models.open_classifier opens.
 
     weights: the backbone to start from. validation: its loss and mean average precision follow every epoch. resume:
-    goes on after the last whole epoch in `out`, if there is one. Every image is looked at first, which `scanned`
+    goes on after the last whole epoch in `out`, if there is one; overwrite: replaces what is there; without either, a
+    training there is an error. Every image is looked at first, which `scanned`
     reports. begun: called with digests of the inputs once nothing is wrong, before anything is written. Under torchrun
     the processes share each batch. Writes classifier.safetensors and metrics.jsonl.
     """
     task = ClassifierTask(source, config, weights, validation, scanned)
     with processes(config.device) as here:
-        return loop.train(task, Path(out), here, resume=resume, progress=progress, begun=begun)
+        return loop.train(task, Path(out), here, resume=resume, overwrite=overwrite, progress=progress, begun=begun)
 
 
 class _Whole(nn.Module):
@@ -167,7 +169,7 @@ class ClassifierTask:
             log.warning("no %sweights to start from: the layers up to stride 8 stay random", role and f"{role}_")
             return
         inputs.check_weights(self.name, weights, network.metadata(), role)
-        models.load_into(network, models.load_checkpoint(weights), classifier=False)
+        models.load_into(network, models.load_checkpoint(weights), classifier=False, path=weights)
 
     def _first_images(self) -> Tensor:
         """(N, 3, crop, crop) of a drawn order, the same for every process."""

@@ -29,7 +29,7 @@ class IrnConfig:
     batch: int = 32  # images a step, of all processes together; the last ones that fill no batch are left out
     lr: float = 0.1  # learning rate of the boundary branch at the start
     displacement_lr_scale: float = 10.0  # the displacement branch's learning rate is so many times that
-    weight_decay: float = 1e-4
+    weight_decay: float = 1e-4  # of SGD, of all that trains
     momentum: float = 1e-4  # the released code passes its weight decay here
     power: float = 0.9  # learning rate = lr * (1 - step / steps) ** power
     rescale: tuple[float, float] = (0.5, 1.5)  # photographs are rescaled by a factor between these
@@ -77,6 +77,7 @@ def train_irn(
     *,
     weights: str | Path | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     progress: loop.Progress | None = None,
     scanned: loop.Progress | None = None,
     begun: loop.Begun | None = None,
@@ -85,7 +86,8 @@ def train_irn(
 
     labels: each image's (H, W) uint8 by its name: 0 background, class + 1, 255 unknown (masks.confident_labels makes
     them), from a function, a mapping, or a folder of NAME.png. weights: the backbone's, of ImageNet or of a classifier.
-    resume: goes on after the last whole epoch in `out`, if there is one. Under torchrun the processes share each batch.
+    resume: goes on after the last whole epoch in `out`, if there is one; overwrite: replaces what is there; without
+    either, a training there is an error. Under torchrun the processes share each batch.
     Every image and its labels are looked at first, which `scanned` reports.
     begun: called with digests of the inputs once nothing is wrong, before anything is written. Writes irn.safetensors
     and metrics.jsonl.
@@ -95,7 +97,7 @@ def train_irn(
     reader = inputs.reader("train_irn", source, labels)
     task = _Irn(source, reader, config, weights, inputs.digests(source, weights, labels=labels), scanned)
     with processes(config.device) as here:
-        return loop.train(task, Path(out), here, resume=resume, progress=progress, begun=begun)
+        return loop.train(task, Path(out), here, resume=resume, overwrite=overwrite, progress=progress, begun=begun)
 
 
 class _Irn:
@@ -123,7 +125,7 @@ class _Irn:
             log.warning("no weights to start from: the backbone stays random")
             return
         inputs.check_weights(self.name, self.weights, self.model.metadata())
-        self.model.fill(models.load_checkpoint(self.weights), branches=False)
+        self.model.fill(models.load_checkpoint(self.weights), branches=False, path=self.weights)
 
     def schedule(self, per_epoch: int) -> loop.Schedule:
         return loop.Schedule(self.config.epochs * per_epoch, per_epoch)

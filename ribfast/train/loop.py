@@ -109,10 +109,20 @@ class Task(Protocol):
 
 
 def train(
-    task: Task, out: Path, here: Processes, *, resume: bool, progress: Progress | None, begun: Begun | None
+    task: Task,
+    out: Path,
+    here: Processes,
+    *,
+    resume: bool,
+    overwrite: bool,
+    progress: Progress | None,
+    begun: Begun | None,
 ) -> Path:
-    """Trains in `out` and returns the checkpoint. begun: called with the inputs once nothing is wrong, before an
-    earlier run's files are removed."""
+    """Trains in `out` and returns the checkpoint. What an earlier training left there is an error, unless resume says
+    to go on with it or overwrite to replace it, its checkpoint once the new one is whole. begun: called with the inputs
+    once nothing is wrong, before an earlier run's files are removed."""
+    if not resume and not overwrite:
+        refuse_begun(task.name, out, task.checkpoint)
     return _Training(task, out, here, resume).run(progress or _silent, begun or _silent)
 
 
@@ -132,6 +142,15 @@ def check(config: Config) -> None:
             raise ValueError(f"{kind}: expected {name} of at least 0, got {getattr(config, name)}")
     if config.tensorflow_padding and config.network != "mobilenet_v2":
         raise ValueError(f"{kind}: expected tensorflow_padding with mobilenet_v2, got {config.network}")
+
+
+def refuse_begun(op: str, out: Path, checkpoint: str) -> None:
+    """Where hours of another training would be lost."""
+    for name, kind in ((checkpoint, "a finished"), (UNFINISHED, "an unfinished")):
+        if (out / name).is_file():
+            raise ValueError(f"{op}: expected a folder without a training, got {out} with {kind} one, {name}; go on "
+                             f"with it by resume (--resume), train anew by overwrite (--overwrite), or choose another "
+                             f"folder")  # fmt: skip
 
 
 def clear(out: Path, *names: str) -> None:
@@ -196,7 +215,9 @@ class _Training:
         self.task.inspect(self.here)
         begun(self.task.inputs)
         if self.here.rank == 0 and not goes_on:  # or another run's would be taken for this one's
-            clear(self.out, self.task.checkpoint, *self.task.files)
+            clear(self.out, *self.task.files)
+            if checkpoint.is_file():  # which stays until this run's is whole: resumed, this run goes on from here
+                self._save(unfinished, 0)
         journal = Journal(self.out / "metrics.jsonl" if self.here.rank == 0 else None, first)
         self._run(first, journal, progress, unfinished)
         self.task.finish(self.here)
@@ -343,7 +364,7 @@ class _Training:
         if found:
             raise configuration.AnotherRun(
                 f"{self.task.name}: expected to go on as {path} began, got another {', '.join(found)}; choose another "
-                f"folder, or start anew without resume", found
+                f"folder, or start anew by overwrite (--overwrite)", found
             )  # fmt: skip
 
 

@@ -29,13 +29,13 @@ class SegmentationConfig:
     """The defaults are DeepLab-v2's on VOC."""
 
     network: Literal["resnet10", "resnet18", "resnet50", "resnet101", "mobilenet_v2"] = "resnet101"  # its backbone
-    steps: int = 20000
+    steps: int = 20000  # batches that it trains on
     batch: int = 10  # images a step, of all processes together; the last ones that fill no batch are left out
     parts: int = 1  # of a process's share of a batch, one after another, to save memory
     lr: float = 2.5e-4  # learning rate of the backbone at the start
     head_lr_scale: float = 10.0  # the heads' learning rate is so many times the backbone's; their biases' twice that
     weight_decay: float = 5e-4  # not of the heads' biases
-    momentum: float = 0.9
+    momentum: float = 0.9  # of SGD
     power: float = 0.9  # learning rate = lr * (1 - step / steps) ** power
     rescale: tuple[float, float] = (0.5, 1.5)  # photographs are rescaled by a factor between these
     crop: int = 321  # side of the crops
@@ -125,6 +125,7 @@ def train_segmenter(
     weights: str | Path | None = None,
     validation: data.Source | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     progress: loop.Progress | None = None,
     scanned: loop.Progress | None = None,
     begun: loop.Begun | None = None,
@@ -136,9 +137,10 @@ def train_segmenter(
     mapping, or a folder of NAME.png; None: the source's own masks. weights: the backbone to start from, of ImageNet, a
     classifier or deeplab-pytorch. validation: images with masks, whose mIoU is reported at every pause; the last
     weights are kept all the same, unless choose says otherwise. resume: goes on after the last pause in `out`, if there
-    is one. Under torchrun the processes share each batch. Every image and mask is looked at first, which `scanned`
-    reports. begun: called with digests of the inputs once nothing is wrong, before anything is written. Writes
-    segmenter.safetensors and metrics.jsonl.
+    is one; overwrite: replaces what is there; without either, a training there is an error. Under torchrun the
+    processes share each batch. Every image and mask is looked at first, which `scanned` reports. begun: called with
+    digests of the inputs once nothing is wrong, before anything is written. Writes segmenter.safetensors and
+    metrics.jsonl.
     """
     if not len(source):
         raise ValueError("train_segmenter: expected images, got none")
@@ -156,7 +158,12 @@ def train_segmenter(
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     with processes(config.device) as here, _deterministic(config, here):
-        return loop.train(task, Path(out), here, resume=resume, progress=progress, begun=begun)
+        return loop.train(task, Path(out), here, resume=resume, overwrite=overwrite, progress=progress, begun=begun)
+
+
+def refuse_begun(op: str, out: str | Path) -> None:
+    """Refuses an `out` where a training was begun or has ended."""
+    loop.refuse_begun(op, Path(out), CHECKPOINT)
 
 
 def is_begun(out: str | Path) -> bool:
@@ -231,7 +238,7 @@ class _Segmentation:
                 log.warning("no weights to start from: the backbone begins with random ones")
         else:
             inputs.check_weights(self.name, self.weights, self.model.metadata())
-            self.model.fill(models.load_checkpoint(self.weights), heads=False)
+            self.model.fill(models.load_checkpoint(self.weights), heads=False, path=self.weights)
 
     def groups(self) -> list[dict]:
         """As Caffe's DeepLab has them: biases of the heads at twice their rate, without decay."""
