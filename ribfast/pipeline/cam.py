@@ -1,7 +1,6 @@
 """Class activation maps of a trained classifier."""
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -12,7 +11,7 @@ from .. import data, models
 from ..cams import CROP_SCALES, merge_cams, multi_crop_cams, shrink_cams
 from ..processes import choose_device, choose_shard
 from ..store import Store
-from .stage import LACKING, Made, Stage, check_classes, keep_maps, own_share, reason_of, save_all, seconds_since
+from .stage import LACKING, Clock, Made, Stage, check_classes, keep_maps, own_share, reason_of, save_all
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def make_cams(
     """
     config = config or CamConfig()
     check_classes("make_cams", source, model)
-    device, start = choose_device(config.device), time.perf_counter()
+    device, clock = choose_device(config.device), Clock()
     model = model.to(device, memory_format=torch.channels_last).eval()
     units = own_share([(number,) for number, item in enumerate(source) if item.classes], config)
     skipped = own_share([number for number, item in enumerate(source) if not item.classes], config)
@@ -94,7 +93,7 @@ def make_cams(
             yield item, None, *found
 
     def keep(item: data.Item, cam, high_res) -> None:
-        keep_maps(store, item.name, item.classes, cam, high_res, seconds=seconds_since(start))
+        keep_maps(store, item.name, item.classes, cam, high_res, **clock.facts())
 
     with Stage(source, store, "maps", units, config, progress, skipped) as stage:
         for begun in stage.rounds():
