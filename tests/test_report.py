@@ -690,6 +690,8 @@ def test_other_images_trainings_and_the_run(spec, runs, chromium, tmp_path, caps
     assert "expected --split-of of stages CAM, val, got other" in capsys.readouterr().err
     assert cli.main([*words, f"val={tmp_path / 'few.txt'}", "--training", f"net={runs / 'maps'}"]) == 1
     assert "expected a training's steps in" in capsys.readouterr().err
+    assert cli.main([*words, f"val={tmp_path / 'few.txt'}", "--run", str(tmp_path / "none")]) == 1
+    assert "expected the configuration of a run in" in capsys.readouterr().err
     with pytest.raises(ValueError, match="expected a stage of the page's own images, got a of others"):
         collect(few, [open_stage("a", runs / "masks", split="x", source=few)])
 

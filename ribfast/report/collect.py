@@ -128,6 +128,8 @@ def collect(
     own = [stage for stage in stages if stage.source is None]
     if not own:
         raise ValueError(f"report: expected a stage of the page's own images, got {stages[0].name} of others; add one")
+    if run is not None and not _run_in(run):
+        raise FileNotFoundError(f"report: expected the configuration of a run in {Path(run) / CONFIG}, got none")
     judged, first, scores, facts = _with_masks(source), None, {}, {}
     for stage in stages:
         images = source if stage.source is None else stage.source
