@@ -739,30 +739,54 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
                         help="a run's folder, or one of map files or of NAME.png; once for each, in order")  # fmt: skip
     parser.add_argument("--threshold-from", action="append", default=[], type=_named_path, metavar="NAME=FILE",
                         help="of a stage of maps: evaluation.json of the split to choose its threshold on")  # fmt: skip
+    parser.add_argument("--split-of", action="append", default=[], type=_named, metavar="NAME=SPLIT",
+                        help="of a stage of other images than --split's, which the gallery lacks")  # fmt: skip
+    parser.add_argument("--training", action="append", default=[], type=_named_path, metavar="NAME=FOLDER",
+                        help="a training's folder, whose steps and time the page has; repeatable")  # fmt: skip
+    parser.add_argument("--run", type=Path, metavar="FOLDER", help="of `ribfast run`: the page has its configuration")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE",
                         help="the page, or a folder for report.html")  # fmt: skip
 
 
+def _named(text: str, what: str = "SPLIT") -> tuple[str, str]:
+    name, is_named, value = text.partition("=")
+    if not is_named or not name or not value:
+        raise argparse.ArgumentTypeError(f"expected NAME={what}, got {text!r}")
+    return name, value
+
+
 def _named_path(text: str) -> tuple[str, Path]:
-    name, is_named, place = text.partition("=")
-    if not is_named or not name or not place:
-        raise argparse.ArgumentTypeError(f"expected NAME=PATH, got {text!r}")
+    name, place = _named(text, "PATH")
     return name, Path(place)
 
 
 def _make_report(options: argparse.Namespace, settings) -> None:
     from .data import open_source
+    from .info import machine
     from .pipeline import read_threshold
-    from .report import collect, open_stage, write_report
+    from .report import collect, open_stage, open_training, write_report
 
-    chosen, names = dict(options.threshold_from), [name for name, _ in options.stage]
-    if not chosen.keys() <= {*names}:
-        raise ValueError(f"expected --threshold-from of stages {', '.join(names)}, got {', '.join(chosen)}")
+    names = [name for name, _ in options.stage]
+    chosen, splits = dict(options.threshold_from), dict(options.split_of)
+    for option, found in (("--threshold-from", chosen), ("--split-of", splits)):
+        if not found.keys() <= {*names}:
+            raise ValueError(f"expected {option} of stages {', '.join(names)}, got {', '.join(found)}")
     thresholds = {name: read_threshold(path) for name, path in chosen.items()}
     source = open_source(options.data, options.split)
-    stages = [open_stage(name, folder, settings.format, thresholds.get(name)) for name, folder in options.stage]
+    others = {split: open_source(options.data, split) for split in {*splits.values()}}
+    stages = [
+        open_stage(name, folder, settings.format, thresholds.get(name), splits.get(name), others.get(splits.get(name)))
+        for name, folder in options.stage
+    ]
+    if settings.title is None:
+        place = Path(options.data.partition(":")[2]).absolute().name
+        title = f"{place}, {options.split}" if options.split else place
+        settings = dataclasses.replace(settings, title=title)
+    trainings = [open_training(name, folder) for name, folder in options.training]
+    report = collect(source, stages, settings, trainings=trainings, run=options.run, machine=machine(),
+                     progress=_progress())  # fmt: skip
     page = options.out / "report.html" if options.out.is_dir() else options.out
-    write_report(page, collect(source, stages, settings, progress=_progress()))
+    write_report(page, report)
     log.info("wrote %s, %.1f MB", page, page.stat().st_size / 1e6)
 
 
@@ -775,6 +799,8 @@ def _print_thresholds(result: dict) -> None:
             marks = "  best" * (value == best)
             marks += "  chosen on other images" * (value == at and result["reported"]["chosen"] == "elsewhere")
             print(f"{value:9.4g}  {100 * miou:6.2f}{marks}")
+    if result["best"]["at_end"]:
+        print(f"the best is the end of these thresholds and may lie beyond {best:.4g}: give --thresholds")
     print()
 
 

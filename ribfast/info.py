@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+from pathlib import Path
 
 import torch
 
@@ -38,6 +39,19 @@ def collect() -> dict:
         "cuda": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "requested": _ext.requested,
         "ops": {op: {device: _served(op, device) for device in devices} for op in _ext.OPS},
+    }
+
+
+def machine() -> dict:
+    """This one, in a few words."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "cuda": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "torch": torch.__version__,
     }
 
 

@@ -213,12 +213,30 @@ def bootstrap_interval(
 
     numbers: (images, 3, labels), as PerImage has them. The same numbers and seed give the same interval.
     """
+    return _interval(_resampled(numbers, resamples, seed, "bootstrap_interval"), confidence, "bootstrap_interval")
+
+
+def bootstrap_gain(
+    numbers: np.ndarray, before: np.ndarray, *, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """The percentile interval of what mIoU gains over `before`, numbers of the same images in the same order.
+
+    Each resample draws the same images of both: what makes an image hard for both does not widen the interval.
+    """
+    if np.shape(numbers) != np.shape(before):
+        raise ValueError(f"bootstrap_gain: expected numbers of the same images and labels, got {np.shape(numbers)} and "
+                         f"{np.shape(before)}")  # fmt: skip
+    after, before = (_resampled(part, resamples, seed, "bootstrap_gain") for part in (numbers, before))
+    return _interval(after - before, confidence, "bootstrap_gain")
+
+
+def _resampled(numbers: np.ndarray, resamples: int, seed: int, op: str) -> np.ndarray:
+    """(resamples,): mIoU of images drawn with replacement, which are the same of as many images and a seed."""
     numbers = np.asarray(numbers)
     if numbers.ndim != 3 or numbers.shape[1] != 3 or not len(numbers):
-        raise ValueError(f"bootstrap_interval: expected numbers (images, 3, labels), got {numbers.shape}")
-    if resamples < 1 or not 0 < confidence < 1:
-        raise ValueError(f"bootstrap_interval: expected resamples of at least 1 and a confidence below 1, got "
-                         f"{resamples} and {confidence}")  # fmt: skip
+        raise ValueError(f"{op}: expected numbers (images, 3, labels), got {numbers.shape}")
+    if resamples < 1:
+        raise ValueError(f"{op}: expected resamples of at least 1, got {resamples}")
     draw, images, mious = np.random.default_rng(seed), len(numbers), []
     flat, at_once = numbers.reshape(images, -1), max(1, (1 << 21) // images)
     for begin in range(0, resamples, at_once):
@@ -229,11 +247,17 @@ def bootstrap_interval(
             total += times[:, part : part + 8192].astype(np.float64) @ flat[part : part + 8192].astype(np.float64)
         right, predicted, true = total.reshape(count, *numbers.shape[1:]).transpose(1, 0, 2)
         mious.append(_mean(_iou(right, predicted, true)))
-    mious = np.concatenate(mious)
-    mious = mious[~np.isnan(mious)]
-    if not len(mious):
+    return np.concatenate(mious)
+
+
+def _interval(values: np.ndarray, confidence: float, op: str) -> tuple[float, float]:
+    """The percentiles that hold so much of them; NaN if there are none."""
+    if not 0 < confidence < 1:
+        raise ValueError(f"{op}: expected a confidence between 0 and 1, got {confidence}")
+    values = values[~np.isnan(values)]
+    if not len(values):
         return math.nan, math.nan
-    low, high = np.quantile(mious, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 

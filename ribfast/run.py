@@ -204,10 +204,14 @@ def stages(given: Given, config: RunConfig, facts: Facts) -> list[Stage]:
             compare("masks", add("relabelled", "predict", *words))
         part = "validation" if unseen else "split"
         compare("masks", add("predicted", "predict", *words, part=part), part)
-    names = {stage.name for stage in found if stage.part == "split"}
-    shown = [name for name in ("cam", "rib", "masks", *c.compared, "relabelled", "predicted") if name in names]
+    parts = {stage.name: stage.part for stage in found}
+    shown = [name for name in ("cam", "rib", "masks", *c.compared, "relabelled", "predicted") if name in parts]
     words = [word for name in shown for word in ("--stage", f"{name}={here / name}")]
-    add("report", "report", *words, "--workers", c.workers, of=shown, out="report.html")
+    if parts.get("predicted") == "validation":
+        words += ["--split-of", f"predicted={given.validation}"]
+    words += [word for name in CHECKPOINTS if name in parts for word in ("--training", f"{name}={here / name}")]
+    of = [name for name in shown if parts[name] == "split"]
+    add("report", "report", *words, "--run", here, "--workers", c.workers, of=of, out="report.html")
     return found
 
 

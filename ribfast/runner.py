@@ -245,21 +245,32 @@ class Runner:
         listed, part, out, whole = self.lists[stage.part], stage.part, self.given.out, True
         if stage.of and stage.command not in BY_IMAGE:
             source = self._images(part)
-            there = _with_results(source, [out / name for name in stage.of])
+            there, file = _with_results(source, [out / name for name in stage.of]), f"images-{stage.name}.txt"
             if stage.command in ALONE:
                 if stage.command == "eval" and not there & {item.name for item in _masked(source)}:
                     return None, whole
-                path = out / f"images-{stage.of[-1]}-{stage.command}.txt"
+                file = f"images-{stage.of[-1]}-{stage.command}.txt"
             else:
-                path = out / f"images-{stage.name}.txt"
-                there, whole = self._kept(stage, path, source, there)
-            if len(there) < len(source):
-                files.write(path, _lines(item.name for item in source if item.name in there))
-                listed = _split(self.given, part, path)
+                there, whole = self._kept(stage, out / file, source, there)
+            listed = self._listed(part, there, file)
         line = stage.line(self.given, listed)
         if "--validation" in line:
-            line[line.index("--validation") + 1] = self._judged()
+            names = {item.name for item in _masked(self._images("validation"))}
+            line[line.index("--validation") + 1] = self._listed("validation", names, "images-validation-with-masks.txt")
+        if "--split-of" in line:
+            names = _with_results(self._images("validation"), [out / "predicted"])
+            split = self._listed("validation", names, "images-predicted-report.txt")
+            line[line.index("--split-of") + 1] = f"predicted={split}"
         return line, whole
+
+    def _listed(self, part: str, names: set[str], file: str) -> str | None:
+        """A split of these of a part's images alone, by a list where they are not all."""
+        source = self._images(part)
+        if len(names) == len(source):
+            return self.lists[part] or getattr(self.given, part)
+        path = self.given.out / file
+        files.write(path, _lines(item.name for item in source if item.name in names))
+        return _split(self.given, part, path)
 
     def _kept(self, stage: Stage, path: Path, source: data.Source, there: set[str]) -> tuple[set[str], bool]:
         """The images that a training began with, or begins with now; and whether these are all that are there."""
@@ -278,15 +289,6 @@ class Runner:
             log.warning("%s was trained without %d images that are there now (%s): say --remake to make it and what "
                         "follows from it anew", stage.name, len(late), ", ".join(late[:SHOWN]))  # fmt: skip
         return began, not late
-
-    def _judged(self) -> str:
-        """The images of --validation that have masks."""
-        source, listed = self._images("validation"), self.lists["validation"]
-        if len(masked := _masked(source)) < len(source):
-            path = self.given.out / "images-validation-with-masks.txt"
-            files.write(path, _lines(item.name for item in masked))
-            listed = _split(self.given, "validation", path)
-        return listed or self.given.validation
 
     def _refuse_many(self, stage: Stage) -> None:
         """Where more than half of the images fail, it is not the images that are at fault."""

@@ -20,7 +20,8 @@ AWAKE = [
     "--disable-renderer-backgrounding",
 ]
 _DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-KEYS = {"left": "\ue012", "right": "\ue014", "tab": "\ue004", "enter": "\ue007", "home": "\ue011", "end": "\ue010"}
+KEYS = {"left": "\ue012", "right": "\ue014", "tab": "\ue004", "enter": "\ue007", "home": "\ue011", "end": "\ue010",
+        "escape": "\ue00c"}  # fmt: skip
 
 
 class Browser:

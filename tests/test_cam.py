@@ -237,7 +237,7 @@ def test_evaluation_of_maps_that_are_right(source, tmp_path):
         store.save(item.name, item.classes, np.zeros((len(item.classes), 13, 18)), high_res)
     result = evaluate_maps(source, store, EvaluateConfig("0.1:0.6:0.1"))
     assert result["thresholds"] == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6] and result["images"] == 6
-    assert result["best"] == {"threshold": 0.2, "miou": 1.0} and result["mious"][0] < 0.5
+    assert result["best"] == {"threshold": 0.2, "miou": 1.0, "at_end": False} and result["mious"][0] < 0.5
     for measure in ("ious", "precision", "recall", "f1"):
         assert result[measure] == {"background": 1.0, "square": 1.0, "disc": 1.0}
     assert result["interval"] == {"low": 1.0, "high": 1.0, "confidence": 0.95, "resamples": 1000, "seed": 0}

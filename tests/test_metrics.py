@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from ribfast.metrics import Confusion, PerImage, ThresholdSweep, bootstrap_interval
+from ribfast.metrics import Confusion, PerImage, ThresholdSweep, bootstrap_gain, bootstrap_interval
 
 RNG = np.random.default_rng(5)
 
@@ -237,3 +237,37 @@ def test_bootstrap_covers_and_narrows():
                              (one, {"confidence": 1.0})):  # fmt: skip
         with pytest.raises(ValueError, match="bootstrap_interval: expected"):
             bootstrap_interval(numbers, **options)
+
+
+def test_gain_resamples_the_same_images_of_both():
+    first, second = PerImage(3), PerImage(3)
+    pairs = [(RNG.integers(0, 4, (2, 9, 9)), random_mask(3, (9, 9))) for _ in range(12)]
+    for (before, after), mask in pairs:
+        first.add_matrix(Confusion(3).count(before, mask))
+        second.add_matrix(Confusion(3).count(after, mask))
+    found = bootstrap_gain(second.numbers(), first.numbers(), resamples=100, seed=3, confidence=0.9)
+    draw, gains = np.random.default_rng(3), []
+    for _ in range(100):
+        both = Confusion(3), Confusion(3)
+        for index in draw.integers(12, size=12):
+            labels, mask = pairs[index]
+            for confusion, own in zip(both, labels, strict=True):
+                confusion.add(own, mask)
+        gains.append(both[1].miou() - both[0].miou())
+    np.testing.assert_allclose(found, np.quantile(gains, [0.05, 0.95]), rtol=1e-12)
+
+
+def test_gain_of_what_is_better_on_every_image_is_sure():
+    """However much images differ: intervals of either alone overlap."""
+    true = np.repeat(RNG.integers(50, 5000, (30, 1)), 2, 1)
+    right = (true * RNG.uniform(0.1, 0.8, (30, 1))).astype(int)
+    before, after = (np.stack([part, true, true], 1) for part in (right, right + true // 20))
+    low, high = bootstrap_gain(after, before)
+    assert 0.02 < low < high < 0.2
+    assert bootstrap_interval(after)[0] < bootstrap_interval(before)[1]
+    assert bootstrap_gain(after, after) == (0, 0)
+    with pytest.raises(ValueError, match=r"bootstrap_gain: expected numbers of the same images and labels, got \(29"):
+        bootstrap_gain(after[1:], before)
+    with pytest.raises(ValueError, match="bootstrap_gain: expected a confidence between 0 and 1, got 1"):
+        bootstrap_gain(after, before, confidence=1)
+    assert np.isnan(bootstrap_gain(np.zeros((3, 3, 2)), np.zeros((3, 3, 2)))).all()

@@ -1,7 +1,6 @@
 """Class activation maps of a trained classifier."""
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -13,17 +12,7 @@ from ..cams import CROP_SCALES, merge_cams, multi_crop_cams, shrink_cams
 from ..config import AnotherRun
 from ..processes import choose_device, choose_shard
 from ..store import Store
-from .stage import (
-    Made,
-    Stage,
-    check_classes,
-    failure_of,
-    first_few,
-    keep_maps,
-    own_share,
-    save_all,
-    seconds_since,
-)
+from .stage import Clock, Made, Stage, check_classes, failure_of, first_few, keep_maps, own_share, save_all
 
 
 @dataclass(frozen=True)
@@ -82,7 +71,7 @@ def make_cams(
     check_classes("make_cams", source, model)
     if not keep:
         _refuse_other_labels(source, store)
-    device, start = choose_device(config.device), time.perf_counter()
+    device, clock = choose_device(config.device), Clock()
     model = model.to(device, memory_format=torch.channels_last).eval()
     units = own_share([(number,) for number, item in enumerate(source) if item.classes], config)
     skipped = own_share([number for number, item in enumerate(source) if not item.classes], config)
@@ -117,8 +106,7 @@ def make_cams(
             yield item, None, *found
 
     def save(item: data.Item, cam, high_res) -> None:
-        facts = {"classes": list(item.classes), "seconds": seconds_since(start)}
-        keep_maps(store, item.name, item.classes, cam, high_res, **facts)
+        keep_maps(store, item.name, item.classes, cam, high_res, classes=list(item.classes), **clock.facts())
 
     with Stage(source, store, "maps", units, config, progress, skipped) as stage:
         for begun in stage.rounds():

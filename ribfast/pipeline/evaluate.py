@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from .. import data
-from ..metrics import Confusion, Counts, PerImage, ThresholdSweep, bootstrap_interval
+from ..metrics import Confusion, PerImage, ThresholdSweep, bootstrap_interval
 from ..store import Store
 from .stage import first_few
 
@@ -49,13 +49,13 @@ def evaluate_maps(
     *,
     threshold: float | None = None,
     progress: Callable[[int, int, str], None] | None = None,
-    each: Callable[[data.Item, Counts], None] | None = None,
+    keep: Callable[[np.ndarray], None] | None = None,
 ) -> dict:
     """mIoU of the store's maps against the source's masks at every threshold; IoU, precision and recall of each class
     at one of them, and mIoU's interval over images.
 
     threshold: that one, as chosen on other images; None: the best, which says too much of the images it is chosen on.
-    each: is shown every image's counts, in order, at these thresholds and at that one.
+    keep: is given what each image with a mask adds at that one, in order, as PerImage.numbers has it.
     Images without masks are left out; those without classes count as background.
     """
     config = config or EvaluateConfig()
@@ -76,12 +76,10 @@ def evaluate_maps(
                 return sweep.count(maps.cam, maps.keys, mask, stride=4)
             return sweep.count(maps.high_res, maps.keys, mask)
 
-    for item, counts in _counted(count, items, config, progress):
+    for counts in _counted(count, items, config, progress):
         sweep.add_counts(counts)
-        if config.resamples:
+        if config.resamples or keep is not None:
             images.add_counts(counts)
-        if each is not None:
-            each(item, counts)
     mious, (best, best_miou) = sweep.mious(), sweep.best()
     at = best if threshold is None else threshold
     row = int(np.flatnonzero(grid == at)[0])
@@ -89,13 +87,13 @@ def evaluate_maps(
         "images": len(items),
         "thresholds": grid.tolist(),
         "mious": mious.tolist(),
-        "best": {"threshold": best, "miou": best_miou},
+        "best": {"threshold": best, "miou": best_miou, "at_end": len(grid) > 2 and best in (grid[0], grid[-1])},
         "reported": {
             "threshold": at,
             "miou": float(mious[row]),
             "chosen": "here" if threshold is None else "elsewhere",
         },
-        "interval": _interval(images, row, config),
+        "interval": _interval(images, row, config, keep),
         **_of_classes(sweep.confusion(row), source.classes),
     }
 
@@ -106,11 +104,11 @@ def evaluate_masks(
     config: EvaluateConfig | None = None,
     *,
     progress: Callable[[int, int, str], None] | None = None,
-    each: Callable[[data.Item, np.ndarray], None] | None = None,
+    keep: Callable[[np.ndarray], None] | None = None,
 ) -> dict:
     """The same of the store's masks. 255 in them, where they leave a label open, counts as background, as in IRN.
 
-    each: is shown every image's confusion matrix, in order.
+    keep: is given what each image with a mask adds, in order, as PerImage.numbers has it.
     """
     config = config or EvaluateConfig()
     items = _with_masks(source)
@@ -128,17 +126,15 @@ def evaluate_masks(
             counted = int((open_ & (mask != 255)).sum()) if open_.any() else 0
             return confusion.count(labels, mask), counted
 
-    for item, (matrix, open_pixels) in _counted(count, items, config, progress):
+    for matrix, open_pixels in _counted(count, items, config, progress):
         confusion.matrix += matrix
         unsure, pixels = unsure + open_pixels, pixels + int(matrix.sum())
-        if config.resamples:
+        if config.resamples or keep is not None:
             images.add_matrix(matrix)
-        if each is not None:
-            each(item, matrix)
     return {
         "images": len(items),
         "reported": {"miou": confusion.miou()},
-        "interval": _interval(images, 0, config),
+        "interval": _interval(images, 0, config, keep),
         "unsure": unsure / max(1, pixels),
         **_of_classes(confusion, source.classes),
     }
@@ -181,17 +177,19 @@ def _counted(count: Callable, items: list[data.Item], config: EvaluateConfig, pr
         progress(0, len(items), "")
     for done, (item, found) in enumerate(zip(items, data.prefetch(count, items, workers=config.workers, ahead=ahead),
                                              strict=True), 1):  # fmt: skip
-        yield item, found
+        yield found
         if progress is not None:
             progress(done, len(items), item.name)
 
 
-def _interval(images: PerImage, row: int, config: EvaluateConfig) -> dict | None:
+def _interval(images: PerImage, row: int, config: EvaluateConfig, keep: Callable | None) -> dict | None:
+    numbers = images.numbers(row) if config.resamples or keep is not None else None
+    if keep is not None:
+        keep(numbers)
     if not config.resamples:
         return None
     facts = {"confidence": config.confidence, "resamples": config.resamples, "seed": config.seed}
-    low, high = bootstrap_interval(images.numbers(row), resamples=config.resamples, confidence=config.confidence,
-                                   seed=config.seed)  # fmt: skip
+    low, high = bootstrap_interval(numbers, **facts)
     return {"low": _number(low), "high": _number(high), **facts}
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from ..cams import strided_cams
 from ..processes import choose_device, choose_shard
 from ..rib import RIBConfig
 from ..store import Store
-from .stage import Failure, Made, Stage, check_classes, failure_of, keep_maps, own_share, seconds_since
+from .stage import Clock, Failure, Made, Stage, check_classes, failure_of, keep_maps, own_share
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def adapt_maps(
     """
     config = config or AdaptConfig.released()
     check_classes("adapt_maps", source, model)
-    device, start = choose_device(config.device), time.perf_counter()
+    device, clock = choose_device(config.device), Clock()
     model = model.to(device, memory_format=torch.channels_last).eval()
     engine = rib.Engine(model, config)
     draws = rib.Draws(source, source if others is None else others, config, config.seed)
@@ -117,7 +116,7 @@ def adapt_maps(
         try:
             if steps is not None:  # before the maps, as the facts
                 store.save_steps(name, found.keys, steps)
-            facts = {"steps": found.steps, "stopped": found.stopped, "seconds": seconds_since(start)}
+            facts = {"steps": found.steps, "stopped": found.stopped, **clock.facts()}
             keep_maps(store, name, found.keys, found.cam, found.high_res, **facts)
             stage.mend(name)
         except Exception as unfit:

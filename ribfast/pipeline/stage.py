@@ -231,7 +231,7 @@ def label_all(source, store: Store, config, load: Callable, label: Callable, pro
     """
     size = config.batch if together else 1
     units = own_share([tuple(range(len(source)))[i : i + size] for i in range(0, len(source), size)], config)
-    known, start = store.metrics(), time.perf_counter()
+    known, clock = store.metrics(), Clock()
 
     def read(place: tuple) -> tuple:
         unit, number, wanted = place
@@ -262,7 +262,7 @@ def label_all(source, store: Store, config, load: Callable, label: Callable, pro
 
     def keep(item: data.Item, mask: np.ndarray) -> None:
         """With the facts of the image's maps, which may be in the same store."""
-        store.record(item.name, **known.get(item.name, {}) | {"mask_seconds": seconds_since(start)})
+        store.record(item.name, **known.get(item.name, {}) | clock.facts("mask_"))
         store.save_mask(item.name, mask)
 
     with Stage(source, store, "masks", units, config, progress) as stage:
@@ -293,5 +293,13 @@ def failure_of(error: Exception, *kinds: type[Exception]) -> Failure:
     return Failure(f"not enough memory: {reason}; reduce the image, or free some" if lacks else reason, lacks)
 
 
-def seconds_since(start: float) -> float:
-    return round(time.perf_counter() - start, 3)
+class Clock:
+    """When a process began with a stage, and for how long it has been at it: together the time that it took, which
+    that of others, before or beside it, may overlap."""
+
+    def __init__(self):
+        self._began, self._start = round(time.time(), 3), time.perf_counter()
+
+    def facts(self, of: str = "") -> dict[str, float]:
+        """Of an image's line in metrics.jsonl, in seconds since 1970 and since then."""
+        return {f"{of}began": self._began, f"{of}seconds": round(time.perf_counter() - self._start, 3)}

@@ -2,7 +2,9 @@
 
 import base64
 import json
+import logging
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +15,17 @@ import torch
 
 from .. import __version__, data, files
 from ..cams import enlarge_cams
-from ..metrics import Counts, PerImage, ThresholdSweep
+from ..metrics import Counts, ThresholdSweep, bootstrap_gain
 from ..pipeline import EvaluateConfig, evaluate_maps, evaluate_masks
 from ..store import CONFIG, METRICS, Store, open_maps, open_masks
+from .page import Report, page
 
+log = logging.getLogger("ribfast")
 MAP_VALUES = 40 << 10  # of an image's maps in the page, however many there are: 13 of 64 x 48
+# shares of the sides of maps and of pictures, tried one after another where the page would become too large
+SHRUNK = ((1.0, 1.0), (0.9, 0.9), (0.8, 0.85), (0.7, 0.8), (0.7, 0.7), (0.6, 0.6), (0.5, 0.5), (0.4, 0.4), (0.3, 0.3))
 
 Progress = Callable[[int, int, str], None]
-Report = dict  # of what JSON has
 
 
 @dataclass(frozen=True)
@@ -31,12 +36,16 @@ class ReportConfig(EvaluateConfig):
     photo_side: int = 240  # pixels of the longer side of photographs and label maps in the page
     map_side: int = 64  # of class maps in the page, which shows them enlarged; less for many classes and steps
     quality: int = 80  # of the photographs' JPEG, of 100
+    megabytes: float = 15.0  # of the page, at most: where it would have more, the images that take most are shrunk
+    title: str | None = None  # of the page; none: the data and the split
 
     def __post_init__(self):
         super().__post_init__()
         for name, most in {"images": 10000, "photo_side": 4096, "map_side": 4096, "quality": 100}.items():
             if not 1 <= getattr(self, name) <= most:
                 raise ValueError(f"ReportConfig: expected {name} of 1 to {most}, got {getattr(self, name)}")
+        if not self.megabytes > 0:
+            raise ValueError(f"ReportConfig: expected megabytes above 0, got {self.megabytes}")
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,8 @@ class Stage:
     store: Store
     has_maps: bool  # else masks
     threshold: float | None = None  # of its maps, as chosen on other images; None: the best
+    split: str | None = None  # of which its images are, where they are not the page's: `source`
+    source: data.Source | None = None
 
     @property
     def kind(self) -> str:
@@ -56,17 +67,42 @@ class Stage:
         return item.name in self.store if self.has_maps else self.store.has_mask(item.name)
 
 
-def open_stage(name: str, folder: Path, format: str = "auto", threshold: float | None = None) -> Stage:
-    """A run's folder, or one of map files or NAME.png; of a run that has both, its maps."""
+@dataclass(frozen=True)
+class Training:
+    """A training's folder, under the name that the page gives it."""
+
+    name: str
+    folder: Path
+
+
+def open_stage(
+    name: str,
+    folder: Path,
+    format: str = "auto",
+    threshold: float | None = None,
+    split: str | None = None,
+    source: data.Source | None = None,
+) -> Stage:
+    """A run's folder, or one of map files or NAME.png; of a run that has both, its maps.
+
+    split, source: where it is of other images than the page's, which has its row in the tables alone.
+    """
     maps = open_maps(folder, format)
     if maps.names():
-        return Stage(name, maps, True, threshold)
+        return Stage(name, maps, True, threshold, split, source)
     masks = open_masks(folder)
     if not masks.mask_names():
         raise FileNotFoundError(f"report: expected maps or masks in {folder}, got none; make them first")
     if threshold is not None:
         raise ValueError(f"report: expected a threshold of maps, got one of {name}, which are masks")
-    return Stage(name, masks, False)
+    return Stage(name, masks, False, None, split, source)
+
+
+def open_training(name: str, folder: Path) -> Training:
+    """A folder that train-classifier, train-irn or train-seg wrote."""
+    if not any({"step", "loss"} <= facts.keys() for facts in files.lines(Path(folder) / METRICS)):
+        raise FileNotFoundError(f"report: expected a training's steps in {Path(folder) / METRICS}, got none")
+    return Training(name, Path(folder))
 
 
 def collect(
@@ -74,76 +110,153 @@ def collect(
     stages: Sequence[Stage],
     config: ReportConfig | None = None,
     *,
+    trainings: Sequence[Training] = (),
+    run: Path | None = None,
+    machine: dict | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """What `eval` finds of each stage, over all images, and pictures and counts of those that the page shows.
 
     An image's counts are what sums up to `eval`'s numbers, at every threshold. Data without masks have no mIoU.
+    run: the folder that `ribfast run` made these in. machine: what made the page, as info.machine has it.
     """
     config = config or ReportConfig()
-    names = [stage.name for stage in stages]
-    if not stages or len({*names}) < len(names):
-        raise ValueError(f"report: expected stages, each of a name of its own, got {', '.join(names) or 'none'}")
-    judged = [item for item in source if item.mask is not None or item.name in source.drawings]
-    found, scores = [], {}
+    for what, named in (("stages", stages), ("trainings", trainings)):
+        names = [one.name for one in named]
+        if len({*names}) < len(names) or (what == "stages" and not names):
+            raise ValueError(f"report: expected {what}, each of a name of its own, got {', '.join(names) or 'none'}")
+    own = [stage for stage in stages if stage.source is None]
+    if not own:
+        raise ValueError(f"report: expected a stage of the page's own images, got {stages[0].name} of others; add one")
+    if run is not None and not _run_in(run):
+        raise FileNotFoundError(f"report: expected the configuration of a run in {Path(run) / CONFIG}, got none")
+    judged, first, scores, facts = _with_masks(source), None, {}, {}
     for stage in stages:
-        evaluation, scores = _evaluate(source, stage, config, progress) if judged else (None, {})
-        found.append(_facts(source, stage, evaluation, config))
-    shown = _sample(source, scores, config.images)
-    read, images = ImageReader(source, stages, [facts["thresholds"] for facts in found], config), []
-    if progress is not None:
-        progress(0, len(shown), "")
-    for item, image in zip(shown, data.prefetch(read, shown, workers=config.workers, ahead=4), strict=True):
-        images.append(image)
-        if progress is not None:
-            progress(len(images), len(shown), item.name)
-    for number, facts in enumerate(found):
-        facts["steps"] = max(1, *(len(image["stages"][number].get("counts", ())) for image in images))
-    return {
+        images = source if stage.source is None else stage.source
+        there = _with_masks(images)
+        evaluation, numbers = _evaluate(images, stage, config, progress) if there else (None, None)
+        facts[stage.name] = found = _facts(images, stage, evaluation, config)
+        if stage.source is not None or not there:
+            continue
+        if first is None:
+            first = found, numbers
+        else:
+            found["gain"] = _gain(found, numbers, *first, config)
+        scores = dict(zip((item.name for item in judged), _own_mious(numbers), strict=True))
+    shown, found = _sample(source, scores, config.images), [facts[stage.name] for stage in own]
+    report = {
         "ribfast": __version__,
+        "title": config.title or "ribfast report",
+        "made": time.strftime("%Y-%m-%d"),
+        "machine": machine,
         "classes": list(source.classes),
         "total": len(source),
         "judged": len(judged),
         "confidence": config.confidence if config.resamples and judged else None,
+        "run": None if run is None else _run_text(_run_in(run)),
+        "trainings": [_training(training) for training in trainings],
+        "elsewhere": [facts[stage.name] for stage in stages if stage.source is not None],
         "stages": found,
-        "images": images,
+        "images": [],
     }
+    read = ImageReader(source, own, [facts["thresholds"] for facts in found], config)
+    room = 1e6 * config.megabytes - len(page(report).encode())
+    report["images"] = images = _pictured(read, shown, room, config, progress)
+    for number, facts in enumerate(found):
+        facts["steps"] = max([1, *(len(image["stages"][number].get("counts", ())) for image in images)])
+    return report
 
 
-def _evaluate(source, stage: Stage, config: ReportConfig, progress) -> tuple[dict, dict[str, float]]:
-    """What `eval` says, and each image's own mIoU there, by name, where not all are shown."""
-    grid = config.values() if stage.threshold is None else np.union1d(config.values(), [stage.threshold])
-    names, images = [], PerImage(len(source.classes), grid if stage.has_maps else (0.0,))
+def _pictured(read: "ImageReader", items: list[data.Item], room: float, config, progress) -> list[dict]:
+    """What the page has of each image; where all take more than `room` bytes, those that take most of it are shrunk."""
 
-    def note(item: data.Item, counts: Counts | np.ndarray) -> None:
-        names.append(item.name)
-        images.add_counts(counts) if stage.has_maps else images.add_matrix(counts)
+    def pictures(limits: dict[int, float]) -> dict[int, dict]:
+        found = {}
+        if progress is not None:
+            progress(0, len(limits), "")
+        makes = data.prefetch(lambda n: read(items[n], limits[n]), [*limits], workers=config.workers, ahead=4)
+        for number, image in zip(limits, makes, strict=True):
+            found[number] = image
+            if progress is not None:
+                progress(len(found), len(limits), items[number].name)
+        return found
 
-    each = note if len(source) > config.images else None  # or all are shown, and the page ranks them
+    found = pictures(dict.fromkeys(range(len(items)), math.inf))
+    sizes = {number: _size(image) for number, image in found.items()}
+    most = _largest(list(sizes.values()), room)
+    if math.isfinite(most):
+        found |= pictures({number: most for number, size in sizes.items() if size > most})
+        if sum(map(_size, found.values())) > room:
+            log.warning("report: its %d images do not fit into %g MB, however small; show fewer (images), or allow "
+                        "more (megabytes)", len(items), config.megabytes)  # fmt: skip
+    return [found[number] for number in range(len(items))]
+
+
+def _size(image: dict) -> int:
+    """In the page, with a comma."""
+    return len(json.dumps(image, separators=(",", ":")).replace("<", "\\u003c")) + 1
+
+
+def _largest(sizes: list[int], room: float) -> float:
+    """The most that one may have so that all fit: infinity if they do as they are."""
+    for number, size in enumerate(sorted(sizes)):
+        share = room / (len(sizes) - number)
+        if size > share:
+            return max(0.0, share)
+        room -= size
+    return math.inf
+
+
+def _with_masks(source: data.Source) -> list[data.Item]:
+    return [item for item in source if item.mask is not None or item.name in source.drawings]
+
+
+def _evaluate(source, stage: Stage, config: ReportConfig, progress) -> tuple[dict, np.ndarray]:
+    """What `eval` says, and what each image adds to it."""
+    kept = []
     if stage.has_maps:
-        found = evaluate_maps(source, stage.store, config, threshold=stage.threshold, progress=progress, each=each)
-        row = found["thresholds"].index(found["reported"]["threshold"])
+        found = evaluate_maps(source, stage.store, config, threshold=stage.threshold, progress=progress,
+                              keep=kept.append)  # fmt: skip
     else:
-        found, row = evaluate_masks(source, stage.store, config, progress=progress, each=each), 0
-    if not names:
-        return found, {}
-    right, predicted, true = images.numbers(row).astype(np.int64).transpose(1, 0, 2)
+        found = evaluate_masks(source, stage.store, config, progress=progress, keep=kept.append)
+    return found, kept[0]
+
+
+def _own_mious(numbers: np.ndarray) -> list[float]:
+    """Each image's own; 0 where it has no pixel to count."""
+    right, predicted, true = numbers.astype(np.int64).transpose(1, 0, 2)
     union = predicted + true - right
-    ious = np.where(union > 0, right / np.maximum(union, 1), 0).sum(1) / np.maximum((union > 0).sum(1), 1)
-    return found, dict(zip(names, ious.tolist(), strict=True))
+    ious = np.where(union > 0, right / np.maximum(union, 1), 0)
+    return (ious.sum(1) / np.maximum((union > 0).sum(1), 1)).tolist()
+
+
+def _gain(found: dict, numbers: np.ndarray, first: dict, before: np.ndarray, config: ReportConfig) -> dict | None:
+    """Of mIoU over the first stage's, and its interval, for which each resample draws the same images of both."""
+    mious = [facts["evaluation"]["reported"]["miou"] for facts in (first, found)]
+    if None in mious:
+        return None
+    gain = {"miou": mious[1] - mious[0], "low": None, "high": None}
+    if config.resamples:
+        settings = {"resamples": config.resamples, "confidence": config.confidence, "seed": config.seed}
+        gain["low"], gain["high"] = bootstrap_gain(numbers, before, **settings)
+    return gain
 
 
 def _facts(source, stage: Stage, evaluation: dict | None, config: ReportConfig) -> dict:
-    run, seconds = _run_of(stage.store), _seconds(stage.store, "seconds" if stage.has_maps else "mask_seconds")
+    run, lines = _run_of(stage.store), files.lines(stage.store.folder / METRICS)
+    names = {item.name for item in source}
+    took = _took([line for line in lines if line.get("name") in names], "" if stage.has_maps else "mask_")
     facts = {
         "name": stage.name,
         "kind": stage.kind,
         "images": sum(stage.is_there(item) for item in source),
-        "failed": len({item.name for item in source} & stage.store.failures().keys()),
-        "seconds": seconds and seconds[0],
-        "rate": seconds and seconds[1],
+        "failed": len(names & stage.store.failures().keys()),
+        "split": stage.split,
+        "seconds": took and took[0],
+        "rate": took and took[1] / took[0],
         "command": run.get("command"),
-        "run": json.dumps(run, indent=2) if run else None,
+        "run": _run_text(run),
+        "gain": None,
         "threshold": stage.threshold,
         "thresholds": evaluation["thresholds"] if evaluation and stage.has_maps else config.values().tolist(),
         "evaluation": None,
@@ -158,25 +271,63 @@ def _facts(source, stage: Stage, evaluation: dict | None, config: ReportConfig) 
     return facts
 
 
+def _training(training: Training) -> dict:
+    """Its steps, their time and rate, and the mean loss of the last tenth of them."""
+    run = _run_in(training.folder) or _run_in(training.folder.parent)  # a cycle's first
+    steps = [facts for facts in files.lines(training.folder / METRICS) if {"step", "loss"} <= facts.keys()]
+    took, settings = _took(steps, ""), run.get("config", {})
+    batch, last = settings.get("batch"), [facts["loss"] for facts in steps[-max(1, len(steps) // 10) :]]
+    return {
+        "name": training.name,
+        "command": run.get("command"),
+        "network": settings.get("network"),
+        "batch": batch,
+        "steps": len(steps),
+        "loss": sum(last) / len(last),
+        "seconds": took and took[0],
+        "rate": took[1] * batch / took[0] if took and batch else None,
+        "run": _run_text(run),
+    }
+
+
 def _run_of(store: Store) -> dict:
     """The folder's config.json, or that of the run which it is a part of."""
-    for folder in (store.folder, store.folder.parent)[: 2 if store.folder.name in ("maps", "masks") else 1]:
-        if (folder / CONFIG).is_file():
-            try:
-                run = json.loads((folder / CONFIG).read_text("utf-8"))
-            except ValueError:
-                run = None
-            if not isinstance(run, dict):
-                raise ValueError(f"report: expected a run's configuration in {folder / CONFIG}, got no JSON object")
-            return run
-    return {}
+    is_part = store.folder.name in ("maps", "masks")
+    return _run_in(store.folder) or (_run_in(store.folder.parent) if is_part else {})
 
 
-def _seconds(store: Store, key: str) -> tuple[float, float] | None:
-    """(seconds, images a second) of all runs that made what is there; where times fall by half another run began."""
-    times = [facts[key] for facts in files.lines(store.folder / METRICS) if isinstance(facts.get(key), (int, float))]
-    ends = [now for now, later in zip(times, [*times[1:], 0], strict=False) if later < now / 2]
-    return (sum(ends), len(times) / sum(ends)) if sum(ends) > 0 else None
+def _run_in(folder: Path) -> dict:
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        return {}
+    try:
+        run = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        run = None
+    if not isinstance(run, dict):
+        raise ValueError(f"report: expected a run's configuration in {path}, got no JSON object")
+    return run
+
+
+def _run_text(run: dict) -> str | None:
+    return json.dumps(run, indent=2) if run else None
+
+
+def _took(lines: list[dict], of: str) -> tuple[float, int] | None:
+    """(seconds, images or steps): the time in which any process was at it. Each line has when its process began, and
+    for how long it had been at it; processes beside one another share their time, those after one another add theirs.
+    """
+    runs, things = {}, set()
+    for facts in lines:
+        began, seconds = (facts.get(f"{of}{name}") for name in ("began", "seconds"))
+        if isinstance(began, (int, float)) and isinstance(seconds, (int, float)):
+            runs[began] = max(seconds, runs.get(began, 0.0))
+            things.add(facts.get("name", facts.get("step")))
+    total, until = 0.0, -math.inf
+    for began, seconds in sorted(runs.items()):
+        total += max(0.0, began + seconds - max(began, until))
+        until = max(until, began + seconds)
+    return (round(total, 3), len(things)) if total > 0 else None
 
 
 def _sample(source, scores: dict[str, float], most: int) -> list[data.Item]:
@@ -203,56 +354,67 @@ class ImageReader:
         self.source, self.stages, self.config = source, stages, config
         self.sweeps = [ThresholdSweep(len(source.classes), grid) for grid in thresholds]
 
-    def __call__(self, item: data.Item) -> dict:
+    def __call__(self, item: data.Item, limit: float = math.inf) -> dict:
+        """limit: of its bytes, for which its pictures become smaller, down to the smallest of SHRUNK."""
         photo, mask = self.source.image(item), self.source.mask(item)
-        small = data.scaled_size(photo.shape[:2], min(1.0, self.config.photo_side / max(photo.shape[:2])))
-        facts = {
-            "name": item.name,
-            "size": small,
-            "classes": list(item.classes),
-            "photo": _encode(".jpg", _shrink(photo, small)[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, self.config.quality]),
-            "truth": None,
-        }
+        facts = {"name": item.name, "classes": list(item.classes)}
         if mask is not None:
-            facts["truth"] = _encode(".png", _shrink_labels(mask, small))
             labels, pixels = np.unique(mask[mask != 255], return_counts=True)
             facts["true"] = np.stack([labels, pixels], 1).tolist()
         stages = zip(self.stages, self.sweeps, strict=True)
-        facts["stages"] = [self._stage(stage, sweep, item, photo, mask, small) for stage, sweep in stages]
-        return facts
+        read = [self._stage(stage, sweep, item, photo.shape[:2], mask) for stage, sweep in stages]
+        for of_maps, of_pictures in SHRUNK:
+            found = facts | self._drawn(photo, mask, read, of_maps, of_pictures)
+            if limit == math.inf or _size(found) <= limit:
+                break
+        return found
 
-    def _stage(self, stage: Stage, sweep: ThresholdSweep, item, photo, mask, small) -> dict:
+    def _drawn(self, photo, mask, read: list[tuple], of_maps: float, of_pictures: float) -> dict:
+        """The image's part that is pictures, at these shares of their sides."""
+        own = min(1.0, self.config.photo_side * of_pictures / max(photo.shape[:2]))
+        size, quality = data.scaled_size(photo.shape[:2], own), [cv2.IMWRITE_JPEG_QUALITY, self.config.quality]
+        stages = []
+        for facts, labels, stacks in read:
+            if labels is not None:
+                facts = facts | {"labels": _encode(".png", _shrink_labels(labels, size))}
+            if stacks is not None:
+                facts = facts | self._maps(stacks, photo.shape[:2], of_maps)
+            stages.append(facts)
+        return {
+            "size": size,
+            "photo": _encode(".jpg", _shrink(photo, size)[..., ::-1], quality),
+            "truth": None if mask is None else _encode(".png", _shrink_labels(mask, size)),
+            "stages": stages,
+        }
+
+    def _stage(self, stage: Stage, sweep: ThresholdSweep, item, size, mask) -> tuple[dict, np.ndarray | None, list]:
+        """(what is counted, labels, maps of each step)."""
         if stage.has_maps and not item.classes:  # background, as evaluate_maps counts it
-            return {"keys": []}
+            return {"keys": []}, None, None
         if not stage.is_there(item):
-            return {}
+            return {}, None, None
         if stage.has_maps:
-            return self._maps(stage, sweep, item, photo.shape[:2], mask)
+            return self._steps(stage, sweep, item, size, mask)
         labels = stage.store.load_mask(item.name)
-        facts = {"labels": _encode(".png", _shrink_labels(labels, small)), "found": np.unique(labels).tolist()}
+        facts = {"found": np.unique(labels).tolist()}
         if mask is not None:
-            labels = np.where(labels == 255, 0, labels)[mask != 255]  # as evaluate_masks counts
+            counted = np.where(labels == 255, 0, labels)[mask != 255]  # as evaluate_masks counts
             true = mask[mask != 255]
-            present = np.union1d(labels, true)
-            facts["pixels"] = [[int(c), int((true[labels == c] == c).sum()), int((labels == c).sum())] for c in present]
-        return facts
+            present = np.union1d(counted, true)
+            facts["pixels"] = [[int(c), int((true[counted == c] == c).sum()), int((counted == c).sum())]
+                               for c in present]  # fmt: skip
+        return facts, labels, None
 
-    def _maps(self, stage: Stage, sweep: ThresholdSweep, item, size, mask) -> dict:
-        """The maps after each step but the last, and the final ones, below one another, each but the first step's as
-        differences to the step before: they hardly change, and shrink best so."""
+    def _steps(self, stage: Stage, sweep: ThresholdSweep, item, size, mask) -> tuple[dict, None, list | None]:
+        """The maps after each step but the last, and the final ones."""
         own, kept = stage.store.load(item.name), stage.store.load_steps(item.name)
         keys, strided = own.keys.tolist(), ()
         if not keys:
-            return {"keys": []}
+            return {"keys": []}, None, None
         if kept is not None and kept[0].tolist() == keys:
             strided = torch.from_numpy(kept[1][:-1]).float() / 255
         stacks = [*(enlarge_cams(cam, size).numpy() for cam in strided), own.high_res]
-        share = math.sqrt(MAP_VALUES / (len(stacks) * len(keys) * size[0] * size[1]))
-        side = data.scaled_size(size, min(1.0, self.config.map_side / max(size), share))
-        layers = np.stack([np.concatenate([_shrink(plane, side) for plane in stack]) for stack in stacks])
-        layers = np.rint(255 * np.clip(layers, 0, 1)).astype(np.uint8)
-        layers[1:] -= layers[:-1].copy()  # modulo 256
-        facts = {"keys": keys, "map_size": side, "maps": _encode(".png", layers.reshape(-1, side[1]))}
+        facts = {"keys": keys, "counts": [""] * len(stacks)}
         if mask is not None:
             counts = [sweep.count(cam, keys, mask, stride=4) for cam in strided]
             exact = stage.store.read(item.name)  # counted from what `eval` reads
@@ -261,9 +423,17 @@ class ImageReader:
             else:
                 counts.append(sweep.count(exact.high_res, exact.keys, mask))
             facts["counts"] = [_pack(part) for part in counts]
-        else:
-            facts["counts"] = [""] * len(stacks)
-        return facts
+        return facts, None, stacks
+
+    def _maps(self, stacks: list[np.ndarray], size: tuple[int, int], share: float) -> dict:
+        """Of all steps below one another, each but the first step's as differences to the step before: they hardly
+        change, and shrink best so."""
+        fits = math.sqrt(MAP_VALUES / (len(stacks) * len(stacks[0]) * size[0] * size[1]))
+        side = data.scaled_size(size, share * min(1.0, self.config.map_side / max(size), fits))
+        layers = np.stack([np.concatenate([_shrink(plane, side) for plane in stack]) for stack in stacks])
+        layers = np.rint(255 * np.clip(layers, 0, 1)).astype(np.uint8)
+        layers[1:] -= layers[:-1].copy()  # modulo 256
+        return {"map_size": side, "maps": _encode(".png", layers.reshape(-1, side[1]))}
 
 
 def _pack(counts: Counts) -> str:

@@ -93,7 +93,7 @@ class Sums {
     [this.right, this.predicted, this.true] = [0, 1, 2].map(() => new Float64Array(labels.length));
   }
   /** False where there is no mask to count against, or nothing to count. */
-  add(image, stage) {
+  add(image, stage, step = state.steps[stage]) {
     const { true: pixels, stages } = facts.images[image], own = stages[stage];
     if (!pixels || !(own.keys || own.pixels)) return false;
     let total = 0, background = 0;
@@ -110,7 +110,7 @@ class Sums {
       return true;
     }
     const index = state.thresholds[stage];
-    const rows = own.keys.length ? rowsOf(image, stage, layerOf(own, state.steps[stage])) : [];
+    const rows = own.keys.length ? rowsOf(image, stage, layerOf(own, step)) : [];
     let foreground = 0;
     own.keys.forEach((key, row) => {
       this.predicted[key + 1] += rows[2 * row][index];
@@ -130,9 +130,11 @@ class Sums {
     return ious.length ? ious.reduce((sum, iou) => sum + iou, 0) / ious.length : NaN;
   }
 }
-function scoreOf(image, stage) {
+/** An image's own mIoU, or IoU of the class that is chosen. */
+function scoreOf(image, stage, step = state.steps[stage]) {
   const sums = new Sums();
-  return sums.add(image, stage) ? sums.miou() : NaN;
+  if (!sums.add(image, stage, step)) return NaN;
+  return state.label < 0 ? sums.miou() : sums.iou(state.label + 1);
 }
 
 // ---- what is chosen
@@ -145,13 +147,21 @@ function startOf(stage) {
 }
 const mapStages = facts.stages.flatMap((stage, index) => stage.kind === "maps" ? [index] : []);
 const withMostSteps = (best, index) => facts.stages[index].steps > facts.stages[best].steps ? index : best;
+const PAGE = 24;  // cards that are there before more are asked for
 const state = {
   stage: mapStages.length ? mapStages.reduce(withMostSteps) : -1,
   thresholds: facts.stages.map(startOf),
   steps: facts.stages.map((stage) => stage.steps),
   label: -1,
   order: "data",
+  cards: PAGE,
 };
+/** What the chosen stage's maps are shown beside: the first stage's, or its own after the first step; null: nothing. */
+function compared() {
+  if (state.stage < 0) return null;
+  if (state.stage !== mapStages[0]) return { stage: mapStages[0], step: facts.stages[mapStages[0]].steps };
+  return facts.stages[state.stage].steps > 1 ? { stage: state.stage, step: 1 } : null;
+}
 const threshold = (stage) => facts.stages[stage].thresholds[state.thresholds[stage]];
 
 // ---- the tables and the curves
@@ -167,29 +177,36 @@ function row(tag, cells, labels = []) {
     return found;
   }));
 }
+const everyStage = [...facts.stages, ...facts.elsewhere];
+const points = (value) => (value < 0 ? "−" : "+") + Math.abs(100 * value).toFixed(2);
 function drawStages() {
-  const { stages, judged, confidence } = facts;
-  const said = confidence === null ? "" : `${number(100 * confidence)} % interval`;
-  const measures = judged ? ["mIoU", "threshold", "precision", "recall"] : [];
+  const { judged, confidence } = facts;
+  const anyJudged = everyStage.some(({ evaluation }) => evaluation);
+  const anyGain = facts.stages.some(({ gain }) => gain);
+  const measures = anyJudged ? ["mIoU", ...(anyGain ? ["gain"] : []), "threshold", "precision", "recall"] : [];
   const head = ["Stage", ...measures, "images", "time", "images / s"];
   const mean = (values) => {
     const there = values.filter((value) => value !== null);
     return there.length ? there.reduce((sum, value) => sum + value, 0) / there.length : null;
   };
-  const rows = stages.map((stage) => {
+  const between = (found, write) => found && found.low !== null
+    ? [el("small", {}, `${write(found.low)} to ${write(found.high)}`)] : [];
+  const rows = everyStage.map((stage, index) => {
     const by = stage.command ? `${stage.kind}, ribfast ${stage.command}` : stage.kind;
-    const cells = [[stage.name, el("small", {}, by)]], found = stage.evaluation;
-    if (judged) {
-      const interval = found.interval && found.interval.low !== null
-        ? [el("small", {}, `${percent(found.interval.low)} to ${percent(found.interval.high)}`)] : [];
-      cells.push([el("b", {}, percent(found.reported.miou)), ...interval]);
+    const name = el("span", { class: "named" }, swatch(stageColour(index)), stage.name);
+    const cells = [[name, el("small", {}, by)]], found = stage.evaluation;
+    if (anyJudged && !found) {
+      cells.push(...measures.map(() => "–"));
+    } else if (anyJudged) {
+      cells.push([el("b", {}, percent(found.reported.miou)), ...between(found.interval, percent)]);
+      if (anyGain) cells.push(stage.gain ? [points(stage.gain.miou), ...between(stage.gain, points)] : "–");
       const { threshold, chosen } = found.reported;
       const where = el("small", {}, chosen === "here" ? "the best here" : "chosen elsewhere");
       cells.push(threshold === undefined ? "–" : [number(threshold), where]);
       cells.push(percent(mean(found.precision)), percent(mean(found.recall)));
     }
-    const failed = stage.failed ? [el("small", {}, `${stage.failed} failed`)] : [];
-    cells.push([stage.images.toLocaleString("en"), ...failed]);
+    const beside = [stage.split ? [`of ${stage.split}`] : [], stage.failed ? [`${stage.failed} failed`] : []].flat();
+    cells.push([stage.images.toLocaleString("en"), ...beside.map((text) => el("small", {}, text))]);
     cells.push(...(stage.seconds === null ? ["–", "–"] : [duration(stage.seconds), number(stage.rate, 3)]));
     return row("td", cells, head);
   });
@@ -198,15 +215,38 @@ function drawStages() {
   if (judged) {
     notes.push(`In percent, of ${count(judged, "image")} with a mask, as ribfast eval counts.`);
     notes.push("Precision and recall are means over labels.");
-    if (said) notes.push(`Below mIoU its ${said} over images.`);
+    if (confidence !== null) notes.push(`Below mIoU its ${number(100 * confidence)} % interval over images.`);
+    if (anyGain) {
+      const paired = confidence === null ? "" : ", its interval from resamples of the same images for both";
+      notes.push(`The gain is in points over ${facts.stages[0].name}${paired}.`);
+    }
   } else {
     notes.push("The data have no masks: there is no mIoU.");
   }
-  if (stages.some((stage) => stage.evaluation?.reported.chosen === "here"))
-    notes.push("A threshold that is the best on the images it is reported on says too much.");
-  if (judged && stages.some((stage) => stage.evaluation.unsure))
+  if (everyStage.some((stage) => stage.evaluation?.reported.chosen === "here"))
+    notes.push("The best threshold here is chosen on these same images, so optimistic.");
+  for (const { name, evaluation } of everyStage) {
+    if (evaluation?.reported.chosen === "here" && evaluation.best.at_end) {
+      notes.push(`${name}'s best may lie beyond ${number(evaluation.best.threshold)}, the end of the thresholds: `
+        + "give --thresholds.");
+    }
+  }
+  if (everyStage.some((stage) => stage.evaluation?.unsure))
     notes.push("Pixels that masks leave open count as background.");
   at("stages-note").textContent = notes.join(" ");
+}
+function drawTrainings() {
+  at("trainings-section").hidden = !facts.trainings.length;
+  const head = ["Training", "network", "steps", "loss", "time", "images / s"];
+  const rows = facts.trainings.map(({ name, command, network, batch, steps, loss, seconds, rate }) => row("td", [
+    [name, ...(command ? [el("small", {}, `ribfast ${command}`)] : [])],
+    network ?? "–",
+    [steps.toLocaleString("en"), ...(batch ? [el("small", {}, `of ${count(batch, "image")}`)] : [])],
+    [number(loss, 3), el("small", {}, "in the last tenth")],
+    seconds === null ? "–" : duration(seconds),
+    rate === null ? "–" : number(rate, 3),
+  ], head));
+  at("trainings").append(el("thead", {}, row("th", head)), el("tbody", {}, ...rows));
 }
 function drawLegend(list, entries) {
   list.replaceChildren(...entries.map(([mark, text]) => el("li", {}, mark, text)));
@@ -288,29 +328,53 @@ function drawCurveTable() {
   const head = row("th", ["threshold", ...mapStages.map((index) => facts.stages[index].name)]);
   at("curve-table").append(el("thead", {}, head), el("tbody", {}, ...rows));
 }
+/** The class table, which its heads sort: once from the largest (a name: from A), again the other way, again as it was. */
 function drawBars() {
-  if (!facts.judged) {
-    at("bars").hidden = true;
-    return;
-  }
-  const cell = (value, index) => {
+  const stages = everyStage.filter(({ evaluation }) => evaluation);
+  at("bars").hidden = !stages.length;
+  if (!stages.length) return;
+  const colour = (stage) => stageColour(everyStage.indexOf(stage));
+  const cell = (value, stage) => {
     const inner = el("span");
     inner.style.width = `${100 * (value ?? 0)}%`;
-    inner.style.background = stageColour(index);
+    inner.style.background = colour(stage);
     return [percent(value), el("span", { class: "bar", "aria-hidden": "true" }, inner)];
   };
-  const rows = labels.flatMap((name, label) => {
-    const ious = facts.stages.map((stage) => stage.evaluation.ious[label]);
-    return ious.every((iou) => iou === null) ? [] : [row("td", [name, ...ious.map(cell)])];
+  const found = labels.flatMap((name, label) => {
+    const ious = stages.map((stage) => stage.evaluation.ious[label]);
+    return ious.every((iou) => iou === null) ? [] : [{ name, values: [name, ...ious] }];
   });
-  const mean = row("td", ["mean", ...facts.stages.map((stage, index) => cell(stage.evaluation.reported.miou, index))]);
-  mean.className = "mean";
-  const head = row("th", ["Class", ...facts.stages.map((stage) => stage.name)]);
-  for (const cell of [...head.cells].slice(1)) cell.style.width = `${80 / facts.stages.length}%`;
-  at("bar-table").append(el("thead", {}, head), el("tbody", {}, ...rows, mean));
+  for (const one of found) {
+    one.row = row("td", [one.name, ...one.values.slice(1).map((iou, index) => cell(iou, stages[index]))]);
+  }
+  const mean = row("td", ["mean", ...stages.map((stage) => cell(stage.evaluation.reported.miou, stage))]);
+  const body = el("tbody"), buttons = ["Class", ...stages.map(({ name }) => name)].map((text) => (
+    el("button", { type: "button", title: `Sort by ${text}` }, el("span", {}, text))));
+  const head = row("th", buttons.map((button, column) => {
+    const split = stages[column - 1]?.split;
+    return split ? [button, el("small", { title: split }, `of ${split}`)] : button;
+  }));
+  let sorted = -1, turned = 0;
+  const sort = (column) => {
+    turned = column === sorted ? (turned + 1) % 3 : 1;
+    sorted = column;
+    const sign = (turned === 1) === (column === 0) ? 1 : -1;
+    const rank = ({ values }) => values[column] ?? -1;  // of a class that is neither there nor predicted
+    const order = (one, other) => sign * (rank(one) < rank(other) ? -1 : rank(one) > rank(other) ? 1 : 0);
+    body.replaceChildren(...(turned ? [...found].sort(order) : found).map((one) => one.row));
+    [...head.cells].forEach((one, index) => {
+      if (index === column && turned) one.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
+      else one.removeAttribute("aria-sort");
+    });
+  };
+  buttons.forEach((button, column) => button.addEventListener("click", () => sort(column)));
+  body.append(...found.map((one) => one.row));
+  at("bar-table").append(el("thead", {}, head), body, el("tfoot", {}, mean));
 }
 function drawConfiguration() {
-  at("configuration").append(...facts.stages.map(({ name, command, run }) => {
+  const runs = [...everyStage, ...facts.trainings];
+  if (facts.run) runs.unshift({ name: "the run", command: "run", run: facts.run });
+  at("configuration").append(...runs.map(({ name, command, run }) => {
     const text = run ? el("pre", { tabindex: "0" }, run) : el("p", { class: "note" }, "Its folder has no config.json.");
     return el("details", {}, el("summary", {}, command ? `${name}: ribfast ${command}` : name), text);
   }));
@@ -381,8 +445,11 @@ class Card {
       [canvas.height, canvas.width] = [1, 1];
       canvas.style.aspectRatio = `${size[1]} / ${size[0]}`;
       const [text, score] = [el("span", {}, said), el("b")];
-      pictures.append(el("figure", { "data-kind": key }, canvas, el("figcaption", {}, text, score)));
-      this.figures.set(key, { canvas, text, score });
+      const button = el("button", { type: "button", "aria-haspopup": "dialog", title: "Enlarge" }, canvas);
+      button.addEventListener("click", () => enlargePicture(this, key));
+      const element = el("figure", { "data-kind": key }, button, el("figcaption", {}, text, score));
+      pictures.append(element);
+      this.figures.set(key, { element, canvas, text, score });
     }
     this.element = el("article", { "aria-label": name }, el("header", {}, el("h3", {}, name), chips), pictures);
   }
@@ -390,8 +457,9 @@ class Card {
     const kinds = [["photo", "photograph"]];
     if (facts.judged) kinds.push(["truth", "ground truth"]);
     if (state.stage >= 0) {
-      if (mapStages.some((index) => facts.stages[index].steps > 1)) kinds.push(["step", "map after a step"]);
-      kinds.push(["map", "final map"], ["mask", "mask at the threshold"]);
+      if (mapStages.length > 1 || facts.stages[mapStages[0]].steps > 1)
+        kinds.push(["first", "first map"], ["first-mask", "its mask"]);
+      kinds.push(["map", "map after the step"], ["mask", "mask at the threshold"]);
     }
     facts.stages.forEach((stage, index) => stage.kind === "masks" && kinds.push([`masks-${index}`, stage.name]));
     return kinds;
@@ -434,19 +502,21 @@ class Card {
   paint() {
     this.caption();
     if (!this.pixels || state.stage < 0) return;
-    const { photo } = this.pixels;
-    const own = this.facts.stages[state.stage];
+    const other = compared();
+    if (other) this.paintMaps("first", "first-mask", other.stage, other.step);
+    this.paintMaps("map", "mask", state.stage, state.steps[state.stage]);
+  }
+  /** A stage's maps after a step, and their mask. */
+  paintMaps(kind, maskKind, stage, step) {
+    const own = this.facts.stages[stage], [height, width] = this.facts.size, found = new Uint8Array(height * width);
     if (!own.keys?.length) {
-      const nothing = new Uint8Array(photo.length / 4);
-      if (own.keys) this.drawLabels("mask", nothing);
-      for (const kind of ["step", "map", ...(own.keys ? [] : ["mask"])]) this.draw(kind, (out) => out.fill(0));
+      this.draw(kind, (out) => out.fill(0));
+      if (own.keys) this.drawLabels(maskKind, found);
+      else this.draw(maskKind, (out) => out.fill(0));
       return;
     }
-    const last = own.counts.length - 1, layer = layerOf(own, state.steps[state.stage]);
-    const planes = this.planes(own, layer);
-    this.drawHeat("map", layer === last ? planes : this.planes(own, last), own.keys);
-    this.drawHeat("step", planes, own.keys);
-    const limit = 255 * threshold(state.stage), found = new Uint8Array(photo.length / 4);
+    const planes = this.planes(own, stage, layerOf(own, step)), limit = 255 * threshold(stage);
+    this.drawHeat(kind, planes, own.keys);
     for (let place = 0; place < found.length; place++) {
       let best = limit;
       for (let key = 0; key < planes.length; key++) {
@@ -456,10 +526,10 @@ class Card {
         }
       }
     }
-    this.drawLabels("mask", found);
+    this.drawLabels(maskKind, found);
   }
-  planes(own, layer) {
-    const area = own.map_size[0] * own.map_size[1], maps = this.pixels.maps[state.stage];
+  planes(own, stage, layer) {
+    const area = own.map_size[0] * own.map_size[1], maps = this.pixels.maps[stage];
     return own.keys.map((_, key) => {
       const first = (layer * own.keys.length + key) * area;
       return enlarge(maps.subarray(first, first + area), own.map_size, this.facts.size);
@@ -517,22 +587,24 @@ class Card {
     });
     if (facts.judged && !this.facts.truth) set("truth", "no ground truth");
     if (state.stage < 0) return;
-    const { name } = facts.stages[state.stage], own = this.facts.stages[state.stage], step = state.steps[state.stage];
-    if (!own.keys) {
-      for (const kind of ["step", "map", "mask"]) set(kind, `${name}: no map`);
-      return;
+    const describe = (kind, maskKind, stage, step) => {
+      const { name, steps } = facts.stages[stage], own = this.facts.stages[stage];
+      if (!own.keys?.length) {
+        set(kind, own.keys ? `${name}: no classes, no map` : `${name}: no map`);
+        set(maskKind, own.keys ? `${name}: background` : `${name}: no map`, scoreOf(this.index, stage, step));
+        return;
+      }
+      const made = own.counts.length, stopped = step >= made && made < steps;
+      const after = stopped ? `, stopped after ${made}` : steps > 1 ? ` after step ${step}` : "";
+      set(kind, name + after);
+      set(maskKind, `${name} above ${number(threshold(stage))}`, scoreOf(this.index, stage, step));
+    };
+    const other = compared();
+    for (const kind of ["first", "first-mask"]) {
+      if (this.figures.has(kind)) this.figures.get(kind).element.hidden = !other;
     }
-    if (!own.keys.length) {
-      for (const kind of ["step", "map"]) set(kind, `${name}: no classes, no map`);
-      set("mask", `${name}: background`, scoreOf(this.index, state.stage));
-      return;
-    }
-    const steps = own.counts.length;
-    const shown = own.keys.includes(state.label) ? ` of ${facts.classes[state.label]}` : "";
-    set("step", steps > 1 ? `${name} after step ${Math.min(step, steps)} of ${steps}` : `${name}, no steps kept`);
-    set("map", `${name}, final map${shown}`);
-    const early = step < steps ? ` after step ${step}` : "";
-    set("mask", `${name}${early} above ${number(threshold(state.stage))}`, scoreOf(this.index, state.stage));
+    if (other) describe("first", "first-mask", other.stage, other.step);
+    describe("map", "mask", state.stage, state.steps[state.stage]);
   }
 }
 
@@ -556,23 +628,80 @@ function arrange() {
     }
     shown.sort((a, b) => scores.get(a) - scores.get(b));
   }
-  at("cards").replaceChildren(...shown.map((card) => card.element));
+  state.cards = PAGE;
+  drawCards();
+}
+function drawCards() {
+  const left = shown.length - state.cards;
+  at("cards").replaceChildren(...shown.slice(0, state.cards).map((card) => card.element));
+  at("more").hidden = left <= 0;
+  at("more").textContent = `Show ${Math.min(PAGE, left)} more of ${shown.length}`;
+}
+/** As many pictures beside one another as leave the fewest places empty. */
+function drawColumns() {
+  const pictures = [...cards[0]?.figures.values() ?? []].filter(({ element }) => !element.hidden).length;
+  const width = at("cards").clientWidth, most = Math.max(2, Math.floor(width / (width < 500 ? 112 : 170)));
+  let columns = Math.min(most, pictures);
+  const empty = (wide) => (wide - pictures % wide) % wide;
+  for (let fewer = columns; fewer >= Math.max(2, most / 2); fewer--) {
+    if (empty(fewer) < empty(columns)) columns = fewer;
+  }
+  at("cards").style.setProperty("--columns", columns);
+}
+
+// ---- one picture, enlarged
+
+let large = null;
+function enlargePicture(card, kind) {
+  const { canvas, text, score } = card.figures.get(kind), to = at("large-picture");
+  large = { card, kind };
+  [to.height, to.width] = [canvas.height, canvas.width];
+  to.getContext("2d").drawImage(canvas, 0, 0);
+  at("large-title").textContent = [card.facts.name, text.textContent, score.textContent].filter(Boolean).join(" · ");
+  to.style.setProperty("--ratio", canvas.width / canvas.height);
+  if (!at("large").open) at("large").showModal();
+}
+/** To the card's next picture, or the one before. */
+function turn(by) {
+  const kinds = [...large.card.figures].filter(([, { element }]) => !element.hidden).map(([kind]) => kind);
+  enlargePicture(large.card, kinds[(kinds.indexOf(large.kind) + by + kinds.length) % kinds.length]);
 }
 function drawLive() {
   const judged = shown.filter((card) => card.facts.true).length;
-  const parts = [el("span", {}, facts.judged ? `mIoU of ${count(judged, "image")}:` : count(shown.length, "image"))];
+  const chosen = state.label < 0 ? "" : facts.classes[state.label];
+  const images = count(facts.judged ? judged : shown.length, "image");
+  const lead = el("span", { class: "lead", title: chosen });
+  if (facts.judged) lead.append("mIoU", ...(chosen ? [" (", el("span", { class: "cut" }, chosen), ")"] : []), " of ");
+  lead.append(images);
+  const parts = [lead];
   if (judged) {
     facts.stages.forEach((stage, index) => {
       const sums = new Sums();
       for (const card of shown) sums.add(card.index, index);
       const early = state.steps[index] < stage.steps ? `, step ${state.steps[index]}` : "";
       const where = stage.kind === "maps" ? ` at ${number(threshold(index))}${early}` : "";
-      const own = state.label < 0 ? "" : `; ${facts.classes[state.label]} ${percent(sums.iou(state.label + 1))}`;
+      const own = chosen ? ` (${percent(sums.iou(state.label + 1))})` : "";
       const value = el("b", { "data-stage": String(index) }, percent(sums.miou()));
-      parts.push(el("span", {}, `${stage.name} `, value, `${where}${own}`));
+      parts.push(el("span", {}, `${stage.name} `, value, `${own}${where}`));
     });
   }
   at("live").replaceChildren(...parts);
+}
+function drawSample() {
+  const { stages, images, total } = facts, notes = [];
+  if (images.length < total) {
+    const worst = facts.judged ? `the worst and the best of ${stages.at(-1).name}, the others ` : "";
+    notes.push(`${images.length} of ${total.toLocaleString("en")} images: ${worst}spread evenly.`,
+      "The tables above are of all images; the numbers below of those shown here.");
+  }
+  const open = stages.some(({ kind }) => kind === "masks") ? "masks leave open" : "";
+  const out = facts.judged ? "the ground truth leaves out" : "";
+  if (open || out) notes.push(`Hatched is what ${[out, open].filter(Boolean).join(" and ")}.`);
+  if (facts.judged) {
+    const of = state.label < 0 ? "mIoU" : `IoU of ${facts.classes[state.label]}`;
+    notes.push(`The number below a picture is that image's own ${of}.`);
+  }
+  at("sample").textContent = notes.join(" ");
 }
 function drawTools() {
   if (state.stage < 0) return;
@@ -598,10 +727,12 @@ function redraw() {
   requestAnimationFrame(() => {
     waiting = false;
     drawLive();
-    for (const card of shown) card.near ? card.paint() : card.caption();
+    for (const card of shown.slice(0, state.cards)) card.near ? card.paint() : card.caption();
+    drawColumns();
   });
 }
 function rearrange() {
+  drawSample();
   arrange();
   redraw();
 }
@@ -610,19 +741,17 @@ function begin() {
   const { stages, images, total } = facts;
   document.title = at("title").textContent = facts.title;
   at("summary").textContent = `${count(total, "image")}, ${count(facts.classes.length, "class", "classes")}, `
-    + `${count(stages.length, "stage")}; made by ribfast ${facts.ribfast}.`;
+    + count(everyStage.length, "stage");
+  const { machine } = facts, cuda = machine?.cuda.length ? [...new Set(machine.cuda)].join(", ") : null;
+  const on = machine ? ` on ${cuda ? `${cuda}, ` : ""}${machine.processor}, ${count(machine.threads, "thread")}, `
+    + `torch ${machine.torch}` : "";
+  at("made").textContent = `Made ${facts.made} by ribfast ${facts.ribfast}${on}.`;
   drawStages();
+  drawTrainings();
   drawCurves();
   drawCurveTable();
   drawBars();
   drawConfiguration();
-  const notes = ["Hatched is what the ground truth leaves out and masks leave open; a number is an image's own mIoU."];
-  if (images.length < total) {
-    const worst = facts.judged ? `the worst and the best of ${stages.at(-1).name}, the others ` : "";
-    notes.unshift(`${images.length} of ${total.toLocaleString("en")} images: ${worst}spread evenly.`,
-      "The tables above are of all images; the numbers below of those shown here.");
-  }
-  at("sample").textContent = notes.join(" ");
   at("stage").append(...mapStages.map((index) => el("option", { value: String(index) }, stages[index].name)));
   at("class").append(el("option", { value: "-1" }, `all (${images.length})`));
   facts.classes.forEach((name, key) => {
@@ -640,16 +769,28 @@ function begin() {
   for (const id of ["threshold-label", "step-label"]) at(id).hidden = state.stage < 0;
   at("stage").parentElement.hidden = mapStages.length < 2;
   at("stage").value = String(state.stage);
-  const on = (id, event, act) => at(id).addEventListener(event, () => act(Number(at(id).value)));
-  on("stage", "change", (value) => { state.stage = value; redraw(); });
-  on("class", "change", (value) => { state.label = value; rearrange(); });
+  const listen = (id, event, act) => at(id).addEventListener(event, () => act(Number(at(id).value)));
+  listen("stage", "change", (value) => { state.stage = value; redraw(); });
+  listen("class", "change", (value) => { state.label = value; rearrange(); });
   at("order").addEventListener("change", () => { state.order = at("order").value; rearrange(); });
-  on("threshold", "input", (value) => { state.thresholds[state.stage] = value; redraw(); });
-  on("step", "input", (value) => { state.steps[state.stage] = value; redraw(); });
-  for (const id of ["threshold", "step"]) on(id, "change", () => state.order.includes(" ") && rearrange());
+  listen("threshold", "input", (value) => { state.thresholds[state.stage] = value; redraw(); });
+  listen("step", "input", (value) => { state.steps[state.stage] = value; redraw(); });
+  for (const id of ["threshold", "step"]) listen(id, "change", () => state.order.includes(" ") && rearrange());
+  at("more").addEventListener("click", () => {
+    state.cards += PAGE;
+    drawCards();
+    redraw();
+  });
+  at("large-before").addEventListener("click", () => turn(-1));
+  at("large-after").addEventListener("click", () => turn(1));
+  at("large").addEventListener("keydown", ({ key }) => {
+    if (key === "ArrowLeft" || key === "ArrowRight") turn(key === "ArrowLeft" ? -1 : 1);
+  });
+  at("large").addEventListener("click", (event) => event.target === at("large") && at("large").close());  // beside it
   at("tools").addEventListener("submit", (event) => event.preventDefault());
   rearrange();
   for (const card of cards) nearby.observe(card.element);
   new ResizeObserver(drawCurves).observe(at("chart"));
+  new ResizeObserver(drawColumns).observe(at("cards"));
 }
 begin();

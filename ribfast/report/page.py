@@ -6,17 +6,18 @@ import json
 from pathlib import Path
 
 from .. import files
-from .collect import Report
+
+Report = dict  # of what JSON has
 
 _HERE = Path(__file__).parent
 
 
-def page(report: Report, title: str = "ribfast report") -> str:
+def page(report: Report) -> str:
     """Names reach the page as JSON in which no tag can begin, and its script sets them as text alone."""
     parts = {name: (_HERE / f"page.{name}").read_text("utf-8") for name in ("html", "css", "js")}
     style, script = _hash(parts["css"]), _hash(parts["js"])
     policy = f"default-src 'none'; style-src '{style}'; script-src '{script}'"
-    facts = json.dumps({"title": title, **report}, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    facts = json.dumps(report, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     text = parts.pop("html")
     for name, part in {
         "policy": policy,

@@ -229,7 +229,7 @@ class _Training:
         return checkpoint
 
     def _run(self, first: int, journal: Journal, progress: Progress, unfinished: Path) -> None:
-        c, here, start = self.config, self.here, time.perf_counter()
+        c, here, start, began = self.config, self.here, time.perf_counter(), round(time.time(), 3)
         forward = self.task.prepared(here, self.batch // here.world // self.task.parts)
         if here.world > 1:
             devices = [here.device] if here.device.type == "cuda" else None
@@ -257,7 +257,7 @@ class _Training:
                     raise FloatingPointError(f"{self.task.name}: expected a finite loss, got {loss} in step {step}; "
                                              f"lower lr ({c.lr})")  # fmt: skip
                 epoch, seconds = step // self.per_epoch, round(time.perf_counter() - start, 3)
-                journal.write(step=step, epoch=epoch, **found, lr=rate, seconds=seconds)
+                journal.write(step=step, epoch=epoch, **found, lr=rate, began=began, seconds=seconds)
                 epochs = math.ceil(self.steps / self.per_epoch)
                 progress(step + 1, self.steps, f"epoch {epoch + 1} of {epochs}, loss {loss:.4f}")
 
