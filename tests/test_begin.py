@@ -9,7 +9,7 @@ from faults import as_coco
 from faults import own as own
 from faults import place as place
 
-from ribfast import cli, data
+from ribfast import cli, data, models
 from ribfast.store import Store
 
 
@@ -89,16 +89,22 @@ def test_maps_of_other_labels(own, tmp_path, capsys):
 
 
 def test_a_training_is_not_lost_by_its_command(place, tmp_path, capsys):
-    for command in ("train-classifier", "train-irn", "train-seg"):
-        words, out = place.words(command, tmp_path / command), tmp_path / command
-        assert cli.main(words) == 0
-        before = files_of(out)
-        assert cli.main(words) == cli.FAILED
-        said = capsys.readouterr().err
-        assert "--resume" in said and "--overwrite" in said and files_of(out) == before
+    made = {"train-classifier": "classifier", "train-irn": "irn", "train-seg": "segmenter"}
+    for command, name in made.items():
+        for left in (f"{name}.safetensors", "unfinished.safetensors"):
+            out = tmp_path / command / left
+            out.mkdir(parents=True)
+            (out / left).write_bytes(b"of hours")
+            words = place.words(command, out)
+            for more in ([], ["--cycle"]) if command == "train-seg" else ([],):
+                assert cli.main([*words, *more]) == cli.FAILED
+                said = capsys.readouterr().err
+                assert f"one, {left}; go on with it by resume (--resume), train anew by overwrite (--overwrite)" in said
+                assert files_of(out) == {left: b"of hours"}
         parser, _ = cli._parser_of(command, words)
         with pytest.raises(SystemExit):
             parser.parse_args([*words[1:], "--resume", "--overwrite"])
-    capsys.readouterr()
-    assert cli.main([*words, "--cycle"]) == cli.FAILED and "train_cycle: expected a folder" in capsys.readouterr().err
-    assert cli.main([*words, "--overwrite"]) == 0
+    out = tmp_path / "train-classifier" / "classifier.safetensors"
+    assert cli.main([*place.words("train-classifier", out), "--epochs", "1", "--overwrite"]) == 0
+    assert sorted(files_of(out)) == ["classifier.safetensors", "config.json", "metrics.jsonl"]
+    assert models.load_checkpoint(out / "classifier.safetensors")

@@ -424,6 +424,11 @@ def test_the_command(folder, masks, tmp_path, capsys):
     written = json.loads((out / "config.json").read_text())
     assert written["command"] == "export" and len(written["before"]) == 1
     assert cli.main([*words[:5], "--out", str(folder)]) == 1
+    assert "expected an --out apart from the data" in capsys.readouterr().err
+    assert cli.main([*words[:5], "--out", str(folder / "masks" / "..")]) == 1  # the same folder
+    assert "expected an --out apart from the data" in capsys.readouterr().err
+    write(tmp_path / "theirs" / "notes.txt", "mine")
+    assert cli.main([*words[:5], "--out", str(tmp_path / "theirs")]) == 1
     assert "expected an empty --out, or one that `export` began" in capsys.readouterr().err
     masks.mask_path("a").unlink()
     assert cli.main([*words[:5], "--out", str(tmp_path / "other")]) == 1

@@ -172,22 +172,30 @@ def test_refuses_wrong_files(tmp_path):
 
     classifier = models.cam_classifier("resnet18", 20).state_dict()
     refused(
-        models.open_irn, classifier, r"expected IRN's network, with fc_edge6.weight, got .*, a classifier; train IRN"
+        models.open_irn,
+        classifier,
+        r"expected IRN's network, with fc_edge6.weight, got .*, a classifier on resnet18; name",
     )
-    refused(models.open_irn, as_irn_writes_it(classifier), "a classifier; train IRN")
+    refused(models.open_irn, as_irn_writes_it(classifier), "a classifier on resnet18; name IRN's, or train")
     classifier.pop("classifier.weight")
-    refused(models.open_irn, classifier, "a backbone or another network; train IRN")
-    refused(models.open_classifier, state, "expected a trained classifier, got .*, IRN's network without classifier")
+    refused(models.open_irn, classifier, r"a backbone \(resnet18\); name IRN's, or train")
+    refused(
+        models.open_classifier,
+        state,
+        "expected a trained classifier, got .*, IRN's network on resnet18, without classifier",
+    )
     less = {name: value for name, value in state.items() if not name.startswith("fc_dp7")}
     refused(
-        models.open_irn, less, r"IRN's branches on resnet18, got a checkpoint without fc_dp7.0.weight, fc_dp7.1.bias"
+        models.open_irn,
+        less,
+        r"IRN's branches on resnet18, got .*, IRN's network on resnet18, without fc_dp7.0.weight, fc_dp7.1.bias",
     )
     wide = state | {"fc_edge4.0.weight": torch.zeros(32, 1024, 1, 1)}
     refused(models.open_irn, wide, r"expected fc_edge4.0.weight of shape \(32, 256, 1, 1\) got \(32, 1024, 1, 1\)")
     ill = state | {"fc_edge6.bias": torch.tensor([float("nan")])}
     refused(models.open_irn, ill, "finite weights, got NaN or infinity in fc_edge6.bias")
     torch.save(state, path)
-    with pytest.raises(ValueError, match=r"tensors of a resnet50, got a checkpoint without"):
+    with pytest.raises(ValueError, match=r"a resnet50, got .*, IRN's network on resnet18, .*; choose network resnet18"):
         models.open_irn(path, network="resnet50")
     with pytest.raises(ValueError, match="open_irn: expected normalization of imagenet, symmetric, caffe"):
         models.open_irn(path, normalization="none")

@@ -239,7 +239,7 @@ def test_refuses_what_cannot_train(source, weights, tmp_path):
         train_classifier(source, SMALL, tmp_path, validation=dataclasses.replace(source, classes=("disc", "square")))
     with pytest.raises(FloatingPointError, match=r"expected a finite loss, got (nan|inf) in step \d; lower lr"):
         train_classifier(source, dataclasses.replace(SMALL, lr=1e9), tmp_path, weights=weights)
-    with pytest.raises(ValueError, match="a resnet10, got a checkpoint without"):
+    with pytest.raises(ValueError, match=r"a resnet10, got .*, a .* without"):
         other = tmp_path / "other.safetensors"
         models.save_checkpoint(other, models.cam_classifier("mobilenet_v2", 2).state_dict())
         train_classifier(source, SMALL, tmp_path, weights=other)

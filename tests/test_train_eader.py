@@ -294,7 +294,7 @@ def test_refuses_what_cannot_train(source, weights, tmp_path):
         train_eader(dataclasses.replace(source, items=unlabelled), SMALL, tmp_path)
     other = tmp_path / "other.safetensors"
     models.save_checkpoint(other, models.cam_classifier("mobilenet_v2", 2).state_dict())
-    with pytest.raises(ValueError, match="a resnet10, got a checkpoint without"):
+    with pytest.raises(ValueError, match=r"a resnet10, got .*, a .* without"):
         train_eader(source, SMALL, tmp_path, weights=weights, adversary_weights=other)
     with pytest.raises(
         ValueError, match=r"more steps than the localiser's first turn of 200, got 4, .*lower localiser"

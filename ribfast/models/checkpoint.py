@@ -28,12 +28,12 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-def load_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
+def load_checkpoint(path: str | os.PathLike, *, unwrap: bool = True) -> dict[str, Tensor]:
     """The tensors of a checkpoint under torchvision's names (and classifier.weight), whoever wrote it.
 
     Knows torchvision's state dicts (their ImageNet head is left out), IRN's and RIB's res50_cam.pth and res50_irn.pth
     with their copies of every tensor, deeplab-pytorch's files and safetensors; what trainers write before every name
-    (module., Lightning's model.) is left out. deeplab-pytorch's weights are Caffe's:
+    (module., Lightning's model.) is left out, if unwrap. deeplab-pytorch's weights are Caffe's:
     `caffe` (a one) among the tensors says so, their first layer is turned from BGR to RGB, their pyramid is `head.`.
     """
     path = Path(path)
@@ -56,7 +56,8 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         kind = f"a {type(state).__name__}" if not isinstance(state, dict) else f"a dict of {_some(state)}"
         raise ValueError(f"load_checkpoint: expected a dict of tensors, got {kind} in {path}")
-    state = _unwrapped({str(key).removeprefix("module."): value for key, value in state.items()})
+    state = {str(key).removeprefix("module."): value for key, value in state.items()}
+    state = _unwrapped(state) if unwrap else state
     if any(".reduce.conv." in key for key in state):
         found = _from_deeplab(state, path)
     else:

@@ -340,7 +340,7 @@ class _Training:
         """The step to go on with."""
         self._refuse_another_run(path)
         with self._readable(path):
-            state, steps = models.load_checkpoint(path), int(models.read_metadata(path).get("steps", ""))
+            state, steps = models.load_checkpoint(path, unwrap=False), int(models.read_metadata(path).get("steps", ""))
         self.task.fill({n.removeprefix("model."): value for n, value in state.items() if n.startswith("model.")})
         for name, p in self.task.model.named_parameters():
             if f"momentum.{name}" in state:
