@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import socket
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -131,8 +132,9 @@ class Claims:
                     try:
                         os.makedirs(self.folder)
                     except FileExistsError:
-                        if self.folder.exists() and not self.folder.is_dir():
-                            raise
+                        with contextlib.suppress(FileNotFoundError):  # gone again
+                            if not stat.S_ISDIR(os.stat(self.folder).st_mode):
+                                raise
                 except FileExistsError:
                     return False
             try:

@@ -583,10 +583,10 @@ def _demo(options: argparse.Namespace, settings) -> int:
     if (world := rank_and_world()[1]) > 1:
         raise ValueError(f"expected one process to draw pictures, got {world}; give --data, or run it by one")
     folder, count = options.out / "pictures", 160 if options.pictures is None else options.pictures
+    refuse_another_command(options)
     options.data, options.split, options.validation = f"folder:{folder}", "train", "val"
     if options.dry_run:
         return _print_plan(options, settings, Facts(count, True, count > 3))
-    refuse_another_command(options)
     drawn = {"pictures": count, "pictures' seed": settings.seed}
     _refuse_another_origin(options, drawn)
     if options.remake:
@@ -602,6 +602,7 @@ def _run(options: argparse.Namespace, settings, **drawn) -> int:
     from .run import Given
     from .runner import Data, Runner, check, fit_classifier
 
+    refuse_another_command(options)
     given = Given(*(getattr(options, name) for name in Given._fields))
     sources = Data.open(given)
     if given.classifier is not None:
@@ -621,7 +622,6 @@ def _run(options: argparse.Namespace, settings, **drawn) -> int:
     named = {name: value for name in ("weights", "classifier") if (value := getattr(given, name)) is not None}
 
     def begin_run() -> None:
-        refuse_another_command(options)
         _refuse_another_origin(options, origin)
         begin(options, settings, **origin, **named)
 

@@ -159,8 +159,7 @@ def test_every_option_says_what_it_is(capsys):
             parser, _ = cli._parser_of(name, ["--method", method] if method else [])
             for action in parser._actions:
                 text = re.sub(r"\(default: [^()]*\)$", "", action.help or "").strip()
-                of_run = action.option_strings == ["--seed"] and name in ("run", "demo")
-                assert text or of_run, (name, action.option_strings)
+                assert text, (name, action.option_strings)
                 assert "None" not in text, (name, text)  # which is typed none
             usage = parser.format_usage()
             for action in parser._actions:

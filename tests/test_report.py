@@ -168,7 +168,7 @@ def test_steps_go_on_where_a_run_was_cut_off_and_go_with_its_maps(source, runs, 
     (tmp_path / "steps" / "p1.npz").unlink()
     assert adapt_maps(two, model, store, config, others=source).made == 1
     assert store.load_steps("p1") is not None and (tmp_path / "steps" / "p0.npz").stat().st_mtime_ns == before
-    store.clear()
+    store.clear("maps", "steps")
     assert not list(tmp_path.rglob("*.npz"))
     adapt_maps(two, model, store, AdaptConfig.released(**SMALL | {"steps": 2}), others=source)
     assert store.names() == ["p0", "p1"] and store.load_steps("p0") is None

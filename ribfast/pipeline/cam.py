@@ -121,10 +121,9 @@ def _refuse_other_labels(source: data.Source, store: Store) -> None:
              and known[item.name].get("classes", list(item.classes)) != list(item.classes)
              and item.name in store]  # fmt: skip
     if other:
-        found = f"labels of {first_few(other)}"
-        raise AnotherRun(f"make_cams: expected maps of the classes that images are labelled with, got other {found} in "
-                         f"{store.folder}; choose another folder, say --overwrite to make all anew, or --keep to leave "
-                         f"them as they are", [found])  # fmt: skip
+        raise AnotherRun(f"make_cams: expected maps of the classes that images are labelled with, got others of "
+                         f"{first_few(other)} in {store.folder}; choose another folder, say --overwrite to make all "
+                         f"anew, or --keep to leave them as they are", [f"labels of {first_few(other)}"])  # fmt: skip
 
 
 @torch.inference_mode()
