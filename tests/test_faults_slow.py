@@ -1,6 +1,7 @@
 """Faults that take minutes: kills at any moment of a run, disks that are full indeed, very long images."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -23,7 +24,7 @@ from ribfast import cli, pipeline, report, run, train
 def start(out):
     child = os.fork()  # of a process without threads: nothing is imported again
     if not child:
-        os._exit(cli.main([*sys.argv[3:], "--out", out]))
+        os._exit(cli.main([*sys.argv[4:], "--out", out]))
     return child
 
 def finish(out):  # in how many seconds
@@ -34,12 +35,12 @@ def finish(out):  # in how many seconds
 def kill(out, after):  # False where it had ended before
     child = start(out)
     time.sleep(after)
-    os.kill(child, signal.SIGKILL)
+    os.kill(child, by)
     status = os.waitpid(child, 0)[1]
-    assert status in (0, signal.SIGKILL), status
-    return status == signal.SIGKILL
+    assert status in (0, signal.SIGKILL, cli.INTERRUPTED << 8), status
+    return status != 0
 
-folder, count, draw, ended = sys.argv[1], int(sys.argv[2]), random.Random(1), 0
+folder, count, by, draw, ended = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), random.Random(1), 0
 duration = finish(f"{folder}/whole")
 for number in range(count):
     out = f"{folder}/{number}"
@@ -61,12 +62,14 @@ def whole_run(place, tmp_path_factory):
     return faults.results(out)
 
 
-def test_run_killed_at_any_moment_goes_on_to_the_same_files(place, tmp_path):
-    count = 20
+@pytest.mark.parametrize("by, count", [(signal.SIGKILL, 20), (signal.SIGINT, 6)], ids=["killed", "interrupted"])
+def test_run_ended_at_any_moment_goes_on_to_the_same_files(place, by, count, tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-c", KILLED, str(tmp_path), str(count), *place.words("run")]
+    words = [sys.executable, "-c", KILLED, str(tmp_path), str(count), str(int(by)), *place.words("run")]
     done = subprocess.run(words, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    said = "interrupted; the same command goes on where it was"
+    assert done.stderr.count(said) >= count * (by == signal.SIGINT)
     whole = faults.results(tmp_path / "whole")
     assert len(whole) == 2 + 2 * 8 + 8 + 2 * 9 + 4  # networks, maps, steps, masks, evaluations
     for number in range(count):
