@@ -57,6 +57,14 @@ def test_from_nothing_to_a_report(tmp_path, monkeypatch, capsys):
     assert cli.main([*words(out), "--seed", "2"]) == 1 and "another pictures" in capsys.readouterr().err
 
 
+def test_few_pictures_train_as_many_do(tmp_path, capsys):
+    """With the demo's own constants, to which trainings of few steps are more sensitive."""
+    given = ["demo", "--out", str(tmp_path), "--pictures", "8", "--seed", "1", "--quiet", "--json"]
+    assert cli.main([*given, "--set", "report.resamples=0", "--set", "rib.steps=2"]) == 0
+    mious = json.loads(capsys.readouterr().out)["mious"]
+    assert 0.2 < mious["cam"] < 1 and 0.2 < mious["relabelled"] < 1
+
+
 def test_of_photographs_it_is_run(tmp_path, weights, capsys):
     photos = pictures.draw(tmp_path / "photos", 9)
     given = [*words(tmp_path / "demo"), "--data", photos, "--weights", str(weights), "--network", "resnet10"]

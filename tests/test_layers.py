@@ -151,6 +151,9 @@ def test_single_modules():
     )
     assert foreign(PACKAGE / "toy_figure.py", ["numpy", "cv2", "ribfast.toy", *standard]) == []
     assert foreign(PACKAGE / "progress.py", standard) == []
+    assert foreign(PACKAGE / "run.py", standard) == []
+    below = [f"ribfast.{name}" for name in ("claims", "config", "data", "files", "models", "processes", "run", "store")]
+    assert foreign(PACKAGE / "runner.py", [*below, *standard]) == []
     assert foreign(PACKAGE / "shortage.py", standard) == []
     below = [f"ribfast.{name}" for name in ("__version__", "claims", "config", "data", "files", "processes", "store")]
     assert foreign(PACKAGE / "begin.py", [*below, *standard]) == []
