@@ -42,8 +42,8 @@ def begin(
         found = config.differences(settings, there.get("config", {}), indifferent)
         others = {"command": options.command, **inputs}
         known = {"command": there.get("command", options.command), **there.get("inputs", {})}
-        found += [f"{name} (here {_short(value)}, there {_short(known[name])})" for name, value in others.items()
-                  if known.get(name, value) != value]  # fmt: skip
+        found += [name + f" (here {_short(value)}, there {_short(known[name])})" * (not isinstance(value, dict))
+                  for name, value in others.items() if known.get(name, value) != value]  # fmt: skip
         if found and not getattr(options, "keep", False):
             advice = ", or say --keep to mix both" * hasattr(options, "keep")
             advice += ", or --overwrite to make all anew" * hasattr(options, "overwrite")
@@ -111,14 +111,22 @@ def _short(value) -> str:
 
 
 def _clear(options: argparse.Namespace, settings) -> None:
-    from .claims import Claims
     from .processes import rank_and_world
-    from .store import CLAIMS, Store
 
-    several = getattr(settings, "shard", None) is not None or rank_and_world()[1] > 1
-    if several or Claims(options.out / CLAIMS).is_alive():
+    if getattr(settings, "shard", None) is not None or rank_and_world()[1] > 1:
         raise ValueError("expected one process for --overwrite, got several, which would remove one another's files; "
                          "run it by one, or choose another --out")  # fmt: skip
+    clear(options)
+
+
+def clear(options: argparse.Namespace) -> None:
+    """Removes what a command made in its OUT, which it must have begun and have for itself."""
+    from .claims import Claims
+    from .store import CLAIMS, Store
+
+    if Claims(options.out / CLAIMS).is_alive():
+        raise ValueError(f"expected nobody at work in {options.out}, got others, whose files would be removed; wait "
+                         f"for them, or choose another --out")  # fmt: skip
     path = options.out / "config.json"
     before = _read_run(path).get("before", []) if path.is_file() else []
     others = [run.get("command") for run in before if run.get("command", options.command) != options.command]

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, config
-from .begin import INDIFFERENT, begin, refuse_another_command, run_of
+from .begin import INDIFFERENT, begin, clear, refuse_another_command, run_of
 from .progress import Progress, duration
 from .shortage import lacks_memory
 
@@ -583,32 +583,44 @@ def _demo(options: argparse.Namespace, settings) -> int:
     if (world := rank_and_world()[1]) > 1:
         raise ValueError(f"expected one process to draw pictures, got {world}; give --data, or run it by one")
     folder, count = options.out / "pictures", 160 if options.pictures is None else options.pictures
+    synthetic.check(count)
     refuse_another_command(options)
     options.data, options.split, options.validation = f"folder:{folder}", "train", "val"
     if options.dry_run:
-        return _print_plan(options, settings, Facts(count, True, count > 3))
-    drawn = {"pictures": count, "pictures' seed": settings.seed}
-    _refuse_another_origin(options, drawn)
-    if options.remake:
-        synthetic.clear(folder)
-    if not (folder / synthetic.LAST).is_file():
+        settings = _fit_classifier(options, settings, len(synthetic.CLASSES))
+        return _print_plan(options, settings, Facts(count, True, True))
+    wanted = {"pictures": count, "seed": settings.seed}
+    known = synthetic.drawn(folder) or {}
+    there = {"pictures": known.get("training", count), "seed": known.get("seed", settings.seed)}
+    found = [f"{name} (here {wanted[name]}, there {there[name]})" for name in wanted if wanted[name] != there[name]]
+    if found and not options.remake:
+        raise ValueError(f"expected to go on with the pictures of {folder}, got another {', '.join(found)}; say "
+                         f"--remake to draw others and make all anew, or choose another --out")  # fmt: skip
+    if found or not (folder / synthetic.LAST).is_file():
         log.info("drawing pictures of %s", ", ".join(synthetic.CLASSES))
         synthetic.draw(folder, training=count, validation=count // 4, seed=settings.seed)
-    return _run(options, settings, **drawn)
+    return _run(options, settings)
 
 
-def _run(options: argparse.Namespace, settings, **drawn) -> int:
+def _fit_classifier(options: argparse.Namespace, settings, n_classes: int):
+    """The configuration with --classifier's network, which options may name, too."""
+    from .runner import fit_classifier
+
+    if options.classifier is None:
+        return settings
+    chosen = {name.removeprefix("field_") for name in vars(options) if name.startswith("field_")}
+    return fit_classifier(options.classifier, settings, n_classes, chosen)
+
+
+def _run(options: argparse.Namespace, settings) -> int:
     """The stages' commands; their images that fail are left out and said in the exit code."""
     from .run import Given
-    from .runner import Data, Runner, check, fit_classifier
+    from .runner import Data, Runner, check
 
     refuse_another_command(options)
     given = Given(*(getattr(options, name) for name in Given._fields))
     sources = Data.open(given)
-    if given.classifier is not None:
-        chosen = {name.removeprefix("field_") for name in vars(options) if name.startswith("field_")}
-        chosen |= {*_read_fields(options.config)} if options.config is not None else set()
-        settings = fit_classifier(given.classifier, settings, sources.split, chosen)
+    settings = _fit_classifier(options, settings, len(sources.split.classes))
     if options.dry_run:
         return _print_plan(options, settings, sources.facts())
     stages = _Stages(options, settings.fields())
@@ -616,7 +628,7 @@ def _run(options: argparse.Namespace, settings, **drawn) -> int:
     if given.weights is None and given.classifier is None and settings.size != "tiny":
         log.warning("no --weights: networks begin at random and learn from these %d images alone; ImageNet's, such as "
                     "torchvision's, do far better", len(sources.split))  # fmt: skip
-    origin = {"images": sources.split.digest(), **drawn}
+    origin = {"images": sources.split.digest()}
     if sources.validation is not None:
         origin["images to predict"] = sources.validation.digest()
     named = {name: value for name in ("weights", "classifier") if (value := getattr(given, name)) is not None}
@@ -632,7 +644,7 @@ def _run(options: argparse.Namespace, settings, **drawn) -> int:
 
 
 def _refuse_another_origin(options: argparse.Namespace, origin: dict) -> None:
-    """Lists of a run's images, or pictures, that were made of another data set; stages look after themselves."""
+    """Lists of a run's images that were made of another data set; stages look after themselves."""
     known = run_of(options.out).get("inputs", {})
     found = [name for name, value in origin.items() if known.get(name, value) != value]
     if found and not options.remake:
@@ -662,6 +674,9 @@ class _Stages:
         quiet = self.json or not self.verbose
         with contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext():
             return bool(COMMANDS[stage.command].run(options, settings))
+
+    def clear(self, stage, line: list[str]) -> None:
+        clear(_parse(stage.command, line)[0])
 
     def progress(self, title: str) -> Progress | None:
         return _progress(title)
@@ -693,7 +708,7 @@ def _print_stages(options: argparse.Namespace, outcome) -> None:
     for name, each in found.items():
         unseen = ", which nothing was trained on" * (parts[name] == "validation")
         print(f"  {name:<12} {100 * mious[name]:6.2f}   {each['images']} images{unseen}")
-    if {"cam", "rib"} <= mious.keys():
+    if {"cam", "rib"} <= mious.keys() and found["cam"]["images"] == found["rib"]["images"]:
         print(f"RIB's maps gain {100 * (mious['rib'] - mious['cam']):+.2f} points over the CAM")
     print("\n" * bool(found) + str(report))
 

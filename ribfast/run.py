@@ -162,9 +162,9 @@ def stages(given: Given, config: RunConfig, facts: Facts) -> list[Stage]:
     if given.classifier is None:
         own = {
             "tiny": ["--lr", "0.02", "--classifier-lr-scale", "3", "--batch", "8", "--epochs", "18",
-                     "--long-side", "80,112", "--crop", "96", "--preset", "paper"],
+                     "--long-side", "80,112", "--crop", "96", "--momentum", "0.9"],
             "small": ["--lr", "0.03" if c.network == "mobilenet_v2" else "0.01", "--epochs", "8", "--long-side",
-                      "224,384", "--crop", "288", "--preset", "paper"],
+                      "224,384", "--crop", "288", "--momentum", "0.9"],
         }.get(c.size, [])  # fmt: skip
         own += ["--no-frozen-trunk"] * (given.weights is None)  # else it would stay random
         add("classifier", "train-classifier", *network, *own, *start, "--seed", c.seed, *works, "--resume")

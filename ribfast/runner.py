@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from . import config, data, files
 from .claims import Claims
 from .processes import processes, rank_and_world, together
 from .run import CUTTING, Facts, Given, RunConfig, Stage, stages
-from .store import CLAIMS, CONFIG, Store, open_masks
+from .store import CLAIMS, CONFIG, Store, open_maps, open_masks
 
 log = logging.getLogger("ribfast")
 ALONE = ("eval", "report")  # commands that processes do not share, of images whose results are all there
@@ -37,6 +36,9 @@ class Commands(Protocol):
 
     def run(self, stage: Stage, line: list[str]) -> bool:
         """Whether some images failed."""
+
+    def clear(self, stage: Stage, line: list[str]) -> None:
+        """Removes what the command made, where nobody else is at it."""
 
     def progress(self, title: str) -> Callable[[int, int, str], None] | None:
         """What is shown of work that is no command's."""
@@ -58,14 +60,14 @@ class Data(NamedTuple):
         return cls(data.open_source(given.data, given.split), validation)
 
     def facts(self) -> Facts:
-        return Facts(len(self.split), *(source is not None and bool(_masked(source)) for source in self))
+        return Facts(len(self.split), *(source is not None and bool(source.masked()) for source in self))
 
 
-def fit_classifier(path: Path, settings: RunConfig, source: data.Source, chosen: set[str]) -> RunConfig:
+def fit_classifier(path: Path, settings: RunConfig, n_classes: int, chosen: set[str]) -> RunConfig:
     """With the network that a trained classifier is. chosen: the fields that were asked for, which must be its."""
     from .models import open_classifier
 
-    model = open_classifier(path, n_classes=len(source.classes))
+    model = open_classifier(path, n_classes=n_classes)
     own = {"network": model.name, "normalization": model.normalization, "tensorflow_padding": model.tensorflow_padding}
     for name in chosen & own.keys():
         if getattr(settings, name) != own[name]:
@@ -91,9 +93,8 @@ def check(given: Given, settings: RunConfig, sources: Data, commands: Commands) 
 def _check_others(source: data.Source) -> None:
     """Whether there are images for RIB to draw."""
     labels = source.labels()
-    sets = labels.unique(dim=0)
-    sets = sets[sets.any(1)].float()
-    if len(sets) and bool((sets @ sets.T > 0).all()):
+    sets = labels[labels.any(1)].unique(dim=0)
+    if len(sets) and all((sets & own).any(1).all() for own in sets):
         raise ValueError("run: expected images that share no class with one another, for RIB to adapt them beside, got "
                          "none; say --set rib.disjoint=false, or --rib none")  # fmt: skip
 
@@ -157,67 +158,84 @@ class Runner:
         return [each for each, _ in found]
 
     def _go(self, stage: Stage) -> None:
-        line, whole = self._shared(self.first, self._line, stage)[0]
+        line, whole, is_other = self._shared(self.first, self._line, stage)[0]
         self.complete &= whole
         if line is None:
             log.info("no image with a mask has results")
             return
-        folder, makes = self.given.out / stage.name, self.first or stage.command not in ALONE
         try:
-            failed = self._shared(makes, self.commands.run, stage, line)
+            if is_other:
+                raise config.AnotherRun("", ["list of images"])
+            failed = self._made(stage, line)
         except config.AnotherRun as error:
+            folder, found = self.given.out / stage.name, ", ".join(error.found)
             if not self.remake:
-                raise ValueError(f"expected to go on in {folder} as it began, got another {', '.join(error.found)}; "
-                                 f"say --remake to make {stage.name} and what follows from it anew, or choose another "
-                                 f"--out") from error  # fmt: skip
-            log.info("made otherwise (another %s): made anew", ", ".join(error.found))
-            self._shared(self.first, shutil.rmtree, folder)
-            failed = self._shared(makes, self.commands.run, stage, line)
-        except FloatingPointError as error:
-            lr = self.commands.settings(stage, line).lr
-            raise FloatingPointError(f"{error}: --set {stage.name}.lr={lr / 3:.2g} --remake") from error
+                raise ValueError(
+                    f"expected to go on in {folder} as it began, got another {found}; say --remake to make "
+                    f"{stage.name} and what follows from it anew, or choose another --out"
+                ) from error
+            log.info("made otherwise (another %s): made anew", found)
+            failed = self._made(stage, self._anew(stage, line))
         if any(failed):
             self.complete = False
             self._shared(self.first, self._refuse_many, stage)
         if stage.command == "eval":
             self._look(stage)
 
+    def _made(self, stage: Stage, line: list[str]) -> list[bool]:
+        """Whether images failed, by process."""
+        if not stage.command.startswith("train-"):
+            return self._shared(self.first or stage.command not in ALONE, self.commands.run, stage, line)
+        # processes wait for one another within a training: one that cannot go on ends, and the others see that
+        try:
+            return [self.commands.run(stage, line)]
+        except FloatingPointError as error:
+            lr = self.commands.settings(stage, line).lr
+            raise FloatingPointError(f"{error}: --set {stage.name}.lr={lr / 3:.2g} --remake") from error
+
+    def _anew(self, stage: Stage, line: list[str]) -> list[str]:
+        """The words that replace what a stage has made."""
+        if stage.command.startswith("train-"):
+            return [*(word for word in line if word != "--resume"), "--overwrite"]
+        self._shared(self.first, self.commands.clear, stage, line)
+        return line
+
     # ---- images
 
     def _sound(self) -> dict[str, str | None]:
         """The lists of images that can be read, by split; None where all can."""
-        given, out, problems, lists = self.given, self.given.out, {}, {"split": None, "validation": None}
+        out, lists = self.given.out, {"split": None, "validation": None}
         listed = {part: out / ("images.txt" if part == "split" else f"images-{part}.txt") for part in lists}
         sources = {part: source for part, source in self.sources._asdict().items() if source is not None}
         if self.remake:
             for path in (*listed.values(), out / FAILURES):
                 path.unlink(missing_ok=True)
-        known = _failures(out / FAILURES)
+        known = [(each["part"], data.Problem(each["name"], each["reason"])) for each in files.lines(out / FAILURES)]
+        begins = [part for part in sources if not listed[part].is_file()]
+        for part in begins:
+            show = self.commands.progress("looking at the images" + " to predict" * (part == "validation"))
+            found = data.scan(sources[part], required=False, workers=self.settings.workers, progress=show).problems
+            known = [(own, problem) for own, problem in known if own != part] + [(part, problem) for problem in found]
+        if begins and known:
+            rows = (json.dumps(problem._asdict() | {"part": part}) + "\n" for part, problem in known)
+            files.write(out / FAILURES, "".join(rows).encode())
         for part, source in sources.items():
-            if not listed[part].is_file():
-                show = self.commands.progress("looking at the images" + " to predict" * (part == "validation"))
-                found = data.scan(source, required=False, workers=self.settings.workers, progress=show).problems
-                problems[part] = found
-                known |= {problem.name: problem.reason for problem in found}
-        if any(problems.values()):
-            files.write(out / FAILURES, "".join(json.dumps({"name": name, "reason": reason}) + "\n"
-                                                for name, reason in known.items()).encode())  # fmt: skip
-        for part, source in sources.items():
-            bad = {item.name for item in source} & known.keys()
-            if part in problems:
-                self._say_left_out(problems[part], len(bad), len(source))
+            problems = [problem for own, problem in known if own == part]
+            bad = {problem.name for problem in problems}
+            if part in begins:
                 good = [item.name for item in source if item.name not in bad]
+                self._say_left_out(problems, len(bad), len(source))
                 if not good:
                     raise ValueError(f"run: expected images that can be read, got {len(source)} that cannot; the "
-                                     f"first: {problems[part][0].reason}")  # fmt: skip
+                                     f"first: {problems[0].reason}")  # fmt: skip
                 files.write(listed[part], _lines(good))
             elif bad:
                 self._say_mended(source, bad)
             if bad:
-                lists[part] = _split(given, part, listed[part])
+                lists[part] = _split(self.given, part, listed[part])
         return lists
 
-    def _say_left_out(self, problems: tuple[data.Problem, ...], count: int, total: int) -> None:
+    def _say_left_out(self, problems: list[data.Problem], count: int, total: int) -> None:
         for problem in problems[:SHOWN]:
             log.warning("left out: %s: %s", *problem)
         if problems:
@@ -239,56 +257,61 @@ class Runner:
         listed = self.lists[part]
         return getattr(self.sources, part) if listed is None else data.open_source(self.given.data, listed)
 
-    def _line(self, stage: Stage) -> tuple[list[str] | None, bool]:
-        """A stage's words, with a list of images where it is not given all of them, None if there are none; and whether
-        no image came too late for it."""
-        listed, part, out, whole = self.lists[stage.part], stage.part, self.given.out, True
+    def _line(self, stage: Stage) -> tuple[list[str] | None, bool, bool]:
+        """A stage's words, with a list of images where it is not given all of them, None if there are none to look at;
+        whether no image came too late for it; and whether it is to be made anew, with other images."""
+        listed, out, whole, is_other = self.lists[stage.part], self.given.out, True, False
         if stage.of and stage.command not in BY_IMAGE:
-            source = self._images(part)
+            source = self._images(stage.part)
             there, file = _with_results(source, [out / name for name in stage.of]), f"images-{stage.name}.txt"
             if stage.command in ALONE:
-                if stage.command == "eval" and not there & {item.name for item in _masked(source)}:
-                    return None, whole
+                if stage.command == "eval" and not there & {item.name for item in source.masked()}:
+                    return None, whole, is_other
                 file = f"images-{stage.of[-1]}-{stage.command}.txt"
             else:
-                there, whole = self._kept(stage, out / file, source, there)
-            listed = self._listed(part, there, file)
+                there, whole, is_other = self._kept(stage, out / file, source, there)
+            listed = self._listed(stage, stage.part, there, file)
         line = stage.line(self.given, listed)
         if "--validation" in line:
-            names = {item.name for item in _masked(self._images("validation"))}
-            line[line.index("--validation") + 1] = self._listed("validation", names, "images-validation-with-masks.txt")
+            place, names = line.index("--validation"), {item.name for item in self._images("validation").masked()}
+            split = self._listed(stage, "validation", names, "images-validation-with-masks.txt") if names else None
+            line[place : place + 2] = [] if split is None else ["--validation", split]
         if "--split-of" in line:
             names = _with_results(self._images("validation"), [out / "predicted"])
-            split = self._listed("validation", names, "images-predicted-report.txt")
+            split = self._listed(stage, "validation", names, "images-predicted-report.txt")
             line[line.index("--split-of") + 1] = f"predicted={split}"
-        return line, whole
+        return line, whole, is_other
 
-    def _listed(self, part: str, names: set[str], file: str) -> str | None:
+    def _listed(self, stage: Stage, part: str, names: set[str], file: str) -> str | None:
         """A split of these of a part's images alone, by a list where they are not all."""
         source = self._images(part)
+        if not names:
+            raise ValueError(f"{stage.name}: expected images with results of {', '.join(stage.of)}, got none; "
+                             f"failures.jsonl in their folders says why")  # fmt: skip
         if len(names) == len(source):
             return self.lists[part] or getattr(self.given, part)
         path = self.given.out / file
         files.write(path, _lines(item.name for item in source if item.name in names))
         return _split(self.given, part, path)
 
-    def _kept(self, stage: Stage, path: Path, source: data.Source, there: set[str]) -> tuple[set[str], bool]:
-        """The images that a training began with, or begins with now; and whether these are all that are there."""
-        folder = self.given.out / stage.name
-        if not (folder / CONFIG).is_file():
+    def _kept(self, stage: Stage, path: Path, source: data.Source, there: set[str]) -> tuple[set[str], bool, bool]:
+        """The images that a training began with, or begins with now; whether these are all that are there; and whether
+        it is to begin anew, as others are."""
+        if not (self.given.out / stage.name / CONFIG).is_file():
             path.unlink(missing_ok=True)
-            return there, True
+            return there, True, False
         began = {*path.read_text("utf-8").splitlines()} if path.is_file() else {item.name for item in source}
-        late = sorted(there - began)
-        if late and self.remake:
-            log.info("begun without %d images that are there now: made anew", len(late))
-            shutil.rmtree(folder)
+        if there != began and self.remake:
             path.unlink(missing_ok=True)
-            return there, True
-        if late:
+            return there, True, True
+        if gone := sorted(began - there):
+            raise ValueError(f"{stage.name}: expected results of the images that it began with, got none of "
+                             f"{', '.join(gone[:SHOWN])}; mend these (failures.jsonl says what failed), or say "
+                             f"--remake to train it without them")  # fmt: skip
+        if late := sorted(there - began):
             log.warning("%s was trained without %d images that are there now (%s): say --remake to make it and what "
                         "follows from it anew", stage.name, len(late), ", ".join(late[:SHOWN]))  # fmt: skip
-        return began, not late
+        return began, not late, False
 
     def _refuse_many(self, stage: Stage) -> None:
         """Where more than half of the images fail, it is not the images that are at fault."""
@@ -319,26 +342,16 @@ class Runner:
                 log.info("masks are cut at %.2f (--tuned: at %.2f, where these maps are best)", own.background, at)
 
 
-def _masked(source: data.Source) -> list[data.Item]:
-    return [item for item in source if item.mask is not None or item.name in source.drawings]
-
-
 def _with_results(source: data.Source, folders: list[Path]) -> set[str]:
     """Images of which each folder has what it makes, maps or masks. Images without classes have no maps."""
     there = {item.name for item in source}
     for folder in folders:
+        if not folder.is_dir():
+            return set()
         masks = (folder / "masks").is_dir()
-        own = {*(open_masks(folder).mask_names() if masks else Store(folder).names())}
-        own |= set() if masks else {item.name for item in source if not item.classes}
-        there &= own
+        own = {*(open_masks(folder).mask_names() if masks else open_maps(folder).names())}
+        there &= own if masks else own | {item.name for item in source if not item.classes}
     return there
-
-
-def _failures(path: Path) -> dict[str, str]:
-    if not path.is_file():
-        return {}
-    found = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    return {each["name"]: each["reason"] for each in found}
 
 
 def _lines(names) -> bytes:

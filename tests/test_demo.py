@@ -53,8 +53,11 @@ def test_from_nothing_to_a_report(tmp_path, monkeypatch, capsys):
     assert all(f'"{name}"' in page for name in names if name != "predicted")
     assert len(Store(out / "rib").names()) == 8
     assert json.loads((out / "classifier" / "config.json").read_text())["config"]["frozen_trunk"] is False
-    assert cli.main([*given[:-1], "3"]) == 1 and "another pictures' seed" in capsys.readouterr().err
-    assert cli.main([*words(out), "--seed", "2"]) == 1 and "another pictures" in capsys.readouterr().err
+    assert cli.main([*given[:-1], "3"]) == 1 and "another seed (here 3, there 2)" in capsys.readouterr().err
+    assert (
+        cli.main([*words(out), "--seed", "2"]) == 1
+        and "another pictures (here 160, there 8)" in capsys.readouterr().err
+    )
 
 
 def test_few_pictures_train_as_many_do(tmp_path, capsys):
@@ -92,5 +95,11 @@ def test_refuses(tmp_path, capsys):
     assert "--pictures without --data" in capsys.readouterr().err
     assert cli.main([*out, "--pictures", "0"]) == 1 and "at least 4 training images" in capsys.readouterr().err
     assert not (tmp_path / "demo").exists()
+    (tmp_path / "mine" / "pictures" / "images").mkdir(parents=True)
+    (tmp_path / "mine" / "pictures" / "images" / "0000.png").write_bytes(b"mine")
+    for more in ([], ["--remake"]):
+        assert cli.main(["demo", "--out", str(tmp_path / "mine"), *more]) == 1
+        assert "a folder of pictures that were drawn, or none, got" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "pictures" / "images" / "0000.png").read_bytes() == b"mine"
     with pytest.raises(ValueError, match="masks and compared to name each method once, got ppmg and ppmg"):
         run.RunConfig(masks="ppmg", compared=("ppmg",))

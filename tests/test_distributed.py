@@ -191,6 +191,11 @@ sys.exit(cli.main(sys.argv[1:]))"""
     assert other == 1 and also.splitlines()[-1] == (
         "ribfast train-classifier: another process ended, and said why; the same command goes on"
     )
+    run = f"run --data {photos} --out {tmp_path / 'full'} --network resnet10 --device cpu --set classifier.batch=4 "
+    run += "--set classifier.crop=64 --set classifier.long_side=48,72 --set rib.disjoint=false"
+    (first, said), (other, also) = two(full, *run.split())  # in the midst of a training, in which they wait for another
+    assert first == other == 1 and said.splitlines()[-1] == "ribfast run: no space left"
+    assert also.splitlines()[-1].startswith("ribfast run: another process ended")
     taken = Claims(tmp_path / "run" / "claims")
     assert taken.take("run")
     line = f"run --data {photos} --out {tmp_path / 'run'} --network resnet10 --device cpu"

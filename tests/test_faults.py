@@ -104,10 +104,18 @@ def test_run_goes_on_without_coco_s_bad_images(place, tmp_path, capsys):
     """p2 is none; p3 and p7, of both classes, share one with every other image, and fail to be adapted."""
     spec, run = faults.as_coco(place, tmp_path / "coco"), tmp_path / "run"
     (tmp_path / "coco" / "train2017" / "p2.png").write_bytes(b"nothing")
+    shutil.copytree(tmp_path / "coco" / "train2017", tmp_path / "coco" / "val2017")  # of the same names
+    notes = tmp_path / "coco" / "annotations"
+    shutil.copy(notes / "instances_train2017.json", notes / "instances_val2017.json")
+    (tmp_path / "coco" / "val2017" / "p2.png").write_bytes((tmp_path / "coco" / "val2017" / "p1.png").read_bytes())
+    (tmp_path / "coco" / "val2017" / "p0.png").write_bytes(b"nothing")
     words = [*place.words("run", run, data=spec), "--rib", "released", "--set", "rib.disjoint=true", "--no-segmenter"]
+    words += ["--split", "train2017", "--validation", "val2017"]
     for _ in range(2):
         assert cli.main(words) == cli.INCOMPLETE
-        assert list(failures(run)) == ["p2"] and "p2.png" in failures(run)["p2"]
+        assert list(failures(run)) == ["p2", "p0"] and "p2.png" in failures(run)["p2"]
+        for name, missing in (("images.txt", 2), ("images-validation.txt", 0)):
+            assert (run / name).read_text().split() == [f"p{n}" for n in range(9) if n != missing]
         assert [*Store(run / "rib").failures()] == [*Store(run / "masks").failures()] == ["p3", "p7"]
         assert sorted(Store(run / "cam").names()) == ["p0", "p1", "p3", "p4", "p5", "p6", "p7"]
         assert Store(run / "masks").mask_names() == ["p0", "p1", "p4", "p5", "p6", "p8"]

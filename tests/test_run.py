@@ -197,6 +197,35 @@ def test_a_failure_that_passes(words, tmp_path, monkeypatch, capsys):
     assert "rib: expected few images to fail, got 6 of 9, the first of which is p" in capsys.readouterr().err
 
 
+def test_other_methods_take_up_what_they_can(words, tmp_path, monkeypatch, capsys):
+    """Maps in another tool's format; then RIB's in their place, one of which fails, so that a mask goes."""
+    words, out, save = [*words, "--set", "cam.format=irn"], tmp_path / "run", Store.save
+    assert cli.main([*words, "--rib", "none"]) == 0
+    shown = capsys.readouterr().out
+    assert "cam" in shown and "predicted" in shown and (out / "cam" / "maps" / "p0.npy").is_file()
+
+    def fails(store, name, *facts, **more):
+        if name == "p1" and store.folder.name == "rib":
+            raise ValueError("away")
+        save(store, name, *facts, **more)
+
+    mine = out / "masks" / "mine.txt"
+    mine.write_text("kept")
+    monkeypatch.setattr(Store, "save", fails)
+    assert cli.main([*words, "--remake"]) == 3
+    said = capsys.readouterr()
+    assert "made otherwise (another list of images): made anew" in said.err and "points over the CAM" not in said.out
+    assert "p1" not in (out / "images-segmenter.txt").read_text().split() and mine.read_text() == "kept"
+    assert not open_masks(out / "masks").has_mask("p1") and len(open_masks(out / "predicted").mask_names()) == 9
+    (out / "masks" / "masks" / "p0.png").unlink()
+    assert cli.main([*words, "--set", "masks.batch=1", "--json"]) == 3  # is made again
+    again = Claims(out / "masks" / "claims")
+    assert again.take("another")
+    assert cli.main([*words, "--remake", "--set", "masks.background=0.5"]) == 1
+    assert "expected nobody at work in" in capsys.readouterr().err and open_masks(out / "masks").has_mask("p0")
+    again.close()
+
+
 def test_masks_and_images_of_each_split_as_they_are(words, tmp_path, capsys):
     """Ground truth of a few images to predict alone, one of which cannot be read."""
     photos, out = tmp_path / "photos", tmp_path / "run"

@@ -18,7 +18,7 @@ def test_the_same_bytes_every_time_and_others_for_another_seed(tmp_path):
         synthetic.draw(tmp_path / name, training=5, validation=2, size=64, seed=seed)
     found = [{path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.*")}
              for name in "abc"]  # fmt: skip
-    assert len(found[0]) == 7 + 7 + 4 and found[0] == found[1]
+    assert len(found[0]) == 7 + 7 + 5 and found[0] == found[1]
     images = [path for path in found[0] if path.parts[0] == "images"]
     assert len({found[0][path] for path in images}) == 7
     assert all(found[0][path] != found[2][path] for path in images)

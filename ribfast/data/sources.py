@@ -74,6 +74,10 @@ class Source:
             row[list(item.classes)] = True
         return labels
 
+    def masked(self) -> tuple[Item, ...]:
+        """The images that have masks."""
+        return tuple(item for item in self.items if item.mask is not None or item.name in self.drawings)
+
     def digest(self) -> str:
         """Of the images' names, their order and their labels."""
         lines = [self.classes, *((item.name, *item.classes) for item in self.items)]

@@ -5,6 +5,7 @@ tenth of its area, which nothing else resembles. Clutter has bodies' saturations
 small saturated spots of its own between the classes' hues, so that no threshold on colour finds the objects.
 """
 
+import json
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,8 @@ import cv2
 import numpy as np
 
 CLASSES = ("beetle", "frog", "fish", "moth")
-LAST = "labels.csv"  # what is written last, and whole: where it is, all of the data is
+DRAWN = "drawn.json"  # what is written first: how the pictures are drawn
+LAST = "labels.csv"  # what is written last: where it is, all of the data is
 HUES = (0, 45, 90, 135)  # of 180, as OpenCV counts
 HUE_SPREAD = 7  # around a class's hue; clutter's spots keep twice as far from it
 MOST = 3  # objects in an image
@@ -30,13 +32,17 @@ class Picture(NamedTuple):
 
 def draw(folder: str | Path, *, training: int = 160, validation: int = 40, size: int = 96, seed: int = 0) -> None:
     """Writes what open_source("folder:...") reads, with masks, and the lists train.txt and val.txt; the same bytes for
-    the same arguments."""
-    if training < len(CLASSES) or validation < 0 or size < 48:
-        raise ValueError(f"draw: expected at least {len(CLASSES)} training images, 0 for validation and 48 pixels, got "
-                         f"{training}, {validation} and {size}")  # fmt: skip
+    the same arguments, which DRAWN keeps. A folder of other files is refused."""
+    check(training, validation, size)
     folder, rows, names = Path(folder), ["image,labels"], []
+    if folder.is_dir() and any(folder.iterdir()) and drawn(folder) is None:
+        raise ValueError(f"draw: expected a folder of pictures that were drawn, or none, got {folder} with other "
+                         f"files; choose another")  # fmt: skip
+    _clear(folder)
     for place in ("images", "masks"):
         (folder / place).mkdir(parents=True, exist_ok=True)
+    facts = {"training": training, "validation": validation, "size": size, "seed": seed}
+    _write(folder / DRAWN, json.dumps(facts).encode())
     for number in range(training + validation):
         # each class in turn, so that the first few images have all of them
         picture = draw_picture(np.random.default_rng([seed, number]), size, number % len(CLASSES))
@@ -45,25 +51,41 @@ def draw(folder: str | Path, *, training: int = 160, validation: int = 40, size:
         present = [CLASSES[label - 1] for label in np.unique(picture.mask) if label]
         rows.append(f"{name}.png,{';'.join(present)}")
         for place, pixels in (("images", picture.image[..., ::-1]), ("masks", picture.mask)):
-            _, coded = cv2.imencode(".png", pixels)
-            (folder / place / f"{name}.png").write_bytes(coded.tobytes())
-    lists = {"classes": CLASSES, "train": names[:training], "val": names[training:]}
+            _write(folder / place / f"{name}.png", cv2.imencode(".png", pixels)[1].tobytes())
+    lists = {"classes.txt": CLASSES, "train.txt": names[:training], "val.txt": names[training:], LAST: rows}
     for name, lines in lists.items():
-        (folder / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines), "utf-8")
-    partial = folder / f".{LAST}"
-    partial.write_text("".join(f"{row}\n" for row in rows), "utf-8")
-    os.replace(partial, folder / LAST)
+        _write(folder / name, "".join(f"{line}\n" for line in lines).encode())
 
 
-def clear(folder: str | Path) -> None:
-    """Removes what `draw` wrote; the table last, as it says that all is there."""
-    folder = Path(folder)
-    if not (folder / LAST).is_file():
+def check(training: int, validation: int = 0, size: int = 96) -> None:
+    """Raises where so many pictures cannot be drawn."""
+    if training < len(CLASSES) or validation < 0 or size < 48:
+        raise ValueError(f"draw: expected at least {len(CLASSES)} training images, 0 for validation and 48 pixels, got "
+                         f"{training}, {validation} and {size}")  # fmt: skip
+
+
+def drawn(folder: str | Path) -> dict | None:
+    """The arguments that a folder's pictures were drawn with, or were to be; None: it holds none."""
+    path = Path(folder) / DRAWN
+    return json.loads(path.read_text("utf-8")) if path.is_file() else None
+
+
+def _clear(folder: Path) -> None:
+    """Removes what was drawn there before; first the table, which says that all is there."""
+    before = drawn(folder)
+    if before is None:
         return
-    (folder / LAST).unlink()
-    for place in ("images", "masks"):
-        for path in (folder / place).glob("*.png"):
-            path.unlink()
+    (folder / LAST).unlink(missing_ok=True)
+    for number in range(before["training"] + before["validation"]):
+        for place in ("images", "masks"):
+            (folder / place / f"{number:04}.png").unlink(missing_ok=True)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Whole, or not at all."""
+    partial = path.with_name(f".{os.getpid()}-{path.name}")
+    partial.write_bytes(content)
+    os.replace(partial, path)
 
 
 def draw_picture(rng: np.random.Generator, size: int, first: int) -> Picture:

@@ -149,7 +149,7 @@ def read_threshold(path: str | Path) -> float:
 
 
 def _with_masks(source: data.Source) -> list[data.Item]:
-    items = [item for item in source if item.mask is not None or item.name in source.drawings]
+    items = list(source.masked())
     if not items:
         raise ValueError(f"evaluate: expected images with masks, got {len(source)} without any")
     return items

@@ -130,10 +130,10 @@ def collect(
         raise ValueError(f"report: expected a stage of the page's own images, got {stages[0].name} of others; add one")
     if run is not None and not _run_in(run):
         raise FileNotFoundError(f"report: expected the configuration of a run in {Path(run) / CONFIG}, got none")
-    judged, first, scores, facts = _with_masks(source), None, {}, {}
+    judged, first, scores, facts = source.masked(), None, {}, {}
     for stage in stages:
         images = source if stage.source is None else stage.source
-        there = _with_masks(images)
+        there = images.masked()
         evaluation, numbers = _evaluate(images, stage, config, progress) if there else (None, None)
         facts[stage.name] = found = _facts(images, stage, evaluation, config)
         if stage.source is not None or not there:
@@ -205,10 +205,6 @@ def _largest(sizes: list[int], room: float) -> float:
             return max(0.0, share)
         room -= size
     return math.inf
-
-
-def _with_masks(source: data.Source) -> list[data.Item]:
-    return [item for item in source if item.mask is not None or item.name in source.drawings]
 
 
 def _evaluate(source, stage: Stage, config: ReportConfig, progress) -> tuple[dict, np.ndarray]:
