@@ -42,8 +42,8 @@ def begin(
         found = config.differences(settings, there.get("config", {}), indifferent)
         others = {"command": options.command, **inputs}
         known = {"command": there.get("command", options.command), **there.get("inputs", {})}
-        found += [name + f" (here {_short(value)}, there {_short(known[name])})" * (not isinstance(value, dict))
-                  for name, value in others.items() if known.get(name, value) != value]  # fmt: skip
+        found += [f"{name} (here {_short(value)}, there {_short(known[name])})" for name, value in others.items()
+                  if known.get(name, value) != value]  # fmt: skip
         if found and not getattr(options, "keep", False):
             advice = ", or say --keep to mix both" * hasattr(options, "keep")
             advice += ", or --overwrite to make all anew" * hasattr(options, "overwrite")
@@ -107,7 +107,8 @@ def _read_run(path: Path) -> dict:
 
 
 def _short(value) -> str:
-    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)  # digests
+    text = value[:12] if isinstance(value, str) and len(value) == 64 else str(value)  # digests
+    return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 def _clear(options: argparse.Namespace, settings) -> None:
