@@ -614,11 +614,10 @@ def _fit_classifier(options: argparse.Namespace, settings, n_classes: int):
 
 def _run(options: argparse.Namespace, settings) -> int:
     """The stages' commands; their images that fail are left out and said in the exit code."""
-    from .run import Given
     from .runner import Data, Runner, check
 
     refuse_another_command(options)
-    given = Given(*(getattr(options, name) for name in Given._fields))
+    given = _given(options)
     sources = Data.open(given)
     settings = _fit_classifier(options, settings, len(sources.split.classes))
     if options.dry_run:
@@ -682,10 +681,16 @@ class _Stages:
         return _progress(title)
 
 
-def _print_plan(options: argparse.Namespace, settings, facts) -> int:
-    from .run import Given, stages
+def _given(options: argparse.Namespace):
+    from .run import Given
 
-    given = Given(*(getattr(options, name) for name in Given._fields))
+    return Given(*(getattr(options, name) for name in Given._fields))
+
+
+def _print_plan(options: argparse.Namespace, settings, facts) -> int:
+    from .run import stages
+
+    given = _given(options)
     known = _Stages(options, settings.fields())
     for stage in stages(given, settings, facts):
         line = stage.line(given)

@@ -23,6 +23,7 @@ log = logging.getLogger("ribfast")
 ALONE = ("eval", "report")  # commands that processes do not share, of images whose results are all there
 BY_IMAGE = ("cam", "rib", "masks", "predict")  # commands that make a file of each image, and go on where one fails
 FAILURES = "failures.jsonl"
+LISTS = {"split": "images.txt", "validation": "images-validation.txt"}  # of the images that can be read
 SHOWN = 10  # images that are left out, of which the log says why
 EXPECTED = (ValueError, OSError, ArithmeticError, MemoryError)  # of one process, which the others are told
 FAR = 0.05  # between where maps are cut and where that is best, of which the log speaks
@@ -204,8 +205,8 @@ class Runner:
 
     def _sound(self) -> dict[str, str | None]:
         """The lists of images that can be read, by split; None where all can."""
-        out, lists = self.given.out, {"split": None, "validation": None}
-        listed = {part: out / ("images.txt" if part == "split" else f"images-{part}.txt") for part in lists}
+        out, lists = self.given.out, dict.fromkeys(LISTS)
+        listed = {part: out / name for part, name in LISTS.items()}
         sources = {part: source for part, source in self.sources._asdict().items() if source is not None}
         if self.remake:
             for path in (*listed.values(), out / FAILURES):
@@ -254,8 +255,11 @@ class Runner:
 
     def _images(self, part: str) -> data.Source:
         """Those that can be read."""
-        listed = self.lists[part]
-        return getattr(self.sources, part) if listed is None else data.open_source(self.given.data, listed)
+        source = getattr(self.sources, part)
+        if self.lists[part] is None:
+            return source
+        good = _listed_in(self.given.out / LISTS[part])  # not opened by it: COCO's annotations take long to read
+        return dataclasses.replace(source, items=tuple(item for item in source if item.name in good))
 
     def _line(self, stage: Stage) -> tuple[list[str] | None, bool, bool]:
         """A stage's words, with a list of images where it is not given all of them, None if there are none to look at;
@@ -300,7 +304,7 @@ class Runner:
         if not (self.given.out / stage.name / CONFIG).is_file():
             path.unlink(missing_ok=True)
             return there, True, False
-        began = {*path.read_text("utf-8").splitlines()} if path.is_file() else {item.name for item in source}
+        began = _listed_in(path) if path.is_file() else {item.name for item in source}
         if there != began and self.remake:
             path.unlink(missing_ok=True)
             return there, True, True
@@ -352,6 +356,10 @@ def _with_results(source: data.Source, folders: list[Path]) -> set[str]:
         own = {*(open_masks(folder).mask_names() if masks else open_maps(folder).names())}
         there &= own if masks else own | {item.name for item in source if not item.classes}
     return there
+
+
+def _listed_in(path: Path) -> set[str]:
+    return {*path.read_text("utf-8").splitlines()}
 
 
 def _lines(names) -> bytes:
