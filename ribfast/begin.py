@@ -1,7 +1,6 @@
 """What a folder of results began with: its config.json, and what is refused in it."""
 
 import argparse
-import json
 import os
 from pathlib import Path
 
@@ -97,11 +96,8 @@ def run_of(folder: Path) -> dict:
 
 
 def _read_run(path: Path) -> dict:
-    try:
-        there = json.loads(path.read_text("utf-8"))
-    except ValueError:
-        there = None
-    if not isinstance(there, dict):
+    there = files.read_object(path)
+    if there is None:
         raise ValueError(f"expected a run's configuration in {path}, got no JSON object; choose another --out")
     return there
 

@@ -118,6 +118,15 @@ def append(path: Path, facts: dict) -> None:
             os.close(descriptor)
 
 
+def read_object(path: Path) -> dict | None:
+    """A file's JSON object; None where it holds something else."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def lines(path: Path) -> list[dict]:
     """A file's JSON objects; what a killed run left half written is passed over."""
     found = []

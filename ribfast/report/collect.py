@@ -296,11 +296,8 @@ def _run_in(folder: Path) -> dict:
     path = Path(folder) / CONFIG
     if not path.is_file():
         return {}
-    try:
-        run = json.loads(path.read_text("utf-8"))
-    except ValueError:
-        run = None
-    if not isinstance(run, dict):
+    run = files.read_object(path)
+    if run is None:
         raise ValueError(f"report: expected a run's configuration in {path}, got no JSON object")
     return run
 
