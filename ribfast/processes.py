@@ -56,6 +56,10 @@ def processes(device: str = "auto") -> Iterator[Processes]:
     (rank, world), chosen = rank_and_world(), choose_device(device)
     joins = world > 1 and not distributed.is_initialized()
     if joins:
+        # Before there is a group: what this imports, as DistributedDataParallel does, has the group of that moment
+        # among its functions' defaults. Its threads would outlive it, and one that needs Python as Python ends aborts.
+        import torch.distributed.nn.functional  # noqa: F401
+
         with _signals_end_this():
             distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=WAIT)
     try:

@@ -174,6 +174,25 @@ def two(code, *words):
     return [(rank.returncode, text) for rank, text in zip(ranks, said, strict=True)]
 
 
+def test_no_thread_of_the_group_outlives_it():
+    """One that releases a tensor of Python's as Python ends aborts the process: seen in one start of six."""
+    code = """
+import os, torch
+from torch import nn
+from ribfast.processes import processes, together
+threads = lambda: len(os.listdir("/proc/self/task"))
+torch.set_num_threads(1)
+before = threads()
+def train(network):
+    forward = nn.parallel.DistributedDataParallel(network)
+    forward(torch.ones(2, 3)).sum().backward()
+with processes("cpu") as here:
+    train(nn.Linear(3, 2))
+    assert together(here, here.rank) == [0, 1] and threads() > before
+assert threads() == before, (threads(), before)"""
+    assert two(code) == [(0, "")] * 2
+
+
 def test_an_error_of_one_is_a_line_of_each(tmp_path):
     """A disk that is full for the one that writes; a folder that another run is at."""
     photos, out = pictures.draw(tmp_path / "photos", 9), tmp_path / "out"
