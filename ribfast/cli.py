@@ -24,11 +24,10 @@ from typing import Any
 
 from . import __version__, config
 from .begin import INDIFFERENT, begin, clear, refuse_another_command, run_of
+from .errors import is_expected
 from .progress import Progress, duration
-from .shortage import lacks_memory
 
 log = logging.getLogger("ribfast")
-EXPECTED = (ValueError, OSError, ArithmeticError, MemoryError)  # said in a line; others are bugs and show where
 # exit codes beside 0 and argparse's 2: nothing more can be made; some images could not be; interrupted, terminated
 FAILED, INCOMPLETE, INTERRUPTED, TERMINATED = 1, 3, 130, 143
 RESUMING = {"resume", "keep", "dry_run"}  # options of commands that go on with what is there
@@ -81,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         if not options.debug and _is_lost_peer(error):
             log.error("ribfast %s: another process ended, and said why; the same command goes on", chosen.command)
             return FAILED
-        if options.debug or not (isinstance(error, EXPECTED) or lacks_memory(error)):
+        if options.debug or not is_expected(error):
             raise
         said = getattr(error, "filename", None) is None and getattr(error, "strerror", None)  # a reason and no number
         log.error("ribfast %s: %s", chosen.command, said or str(error) or type(error).__name__)

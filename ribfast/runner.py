@@ -15,17 +15,16 @@ from typing import Any, NamedTuple, Protocol
 
 from . import config, data, files
 from .claims import Claims
+from .data.scan import SHOWN
+from .errors import is_expected
 from .processes import processes, rank_and_world, together
 from .run import CUTTING, Facts, Given, RunConfig, Stage, stages
-from .store import CLAIMS, CONFIG, Store, open_maps, open_masks
+from .store import CLAIMS, CONFIG, FAILURES, Store, open_maps, open_masks
 
 log = logging.getLogger("ribfast")
 ALONE = ("eval", "report")  # commands that processes do not share, of images whose results are all there
 BY_IMAGE = ("cam", "rib", "masks", "predict")  # commands that make a file of each image, and go on where one fails
-FAILURES = "failures.jsonl"
 LISTS = {"split": "images.txt", "validation": "images-validation.txt"}  # of the images that can be read
-SHOWN = 10  # images that are left out, of which the log says why
-EXPECTED = (ValueError, OSError, ArithmeticError, MemoryError)  # of one process, which the others are told
 FAR = 0.05  # between where maps are cut and where that is best, of which the log speaks
 
 
@@ -147,7 +146,9 @@ class Runner:
         made, error = None, None
         try:
             made = work(*arguments) if makes else None
-        except EXPECTED as own:
+        except Exception as own:
+            if not is_expected(own):
+                raise
             error = own
         said = None if error is None else (str(error), getattr(error, "found", None))
         found = together(self.here, (made, said))
@@ -313,8 +314,8 @@ class Runner:
                              f"{', '.join(gone[:SHOWN])}; mend these (failures.jsonl says what failed), or say "
                              f"--remake to train it without them")  # fmt: skip
         if late := sorted(there - began):
-            log.warning("%s was trained without %d images that are there now (%s): say --remake to make it and what "
-                        "follows from it anew", stage.name, len(late), ", ".join(late[:SHOWN]))  # fmt: skip
+            log.warning("%s was trained without %d of the images that are there now (%s): say --remake to make it and "
+                        "what follows from it anew", stage.name, len(late), ", ".join(late[:SHOWN]))  # fmt: skip
         return began, not late, False
 
     def _refuse_many(self, stage: Stage) -> None:

@@ -73,7 +73,7 @@ def test_models_import_torch_and_files():
 def test_data_imports_torch_numpy_and_opencv():
     paths = list((PACKAGE / "data").glob("*.py"))
     assert paths
-    allowed = ["torch", "numpy", "cv2", "ribfast.data", "ribfast.shortage", *sys.stdlib_module_names]
+    allowed = ["torch", "numpy", "cv2", "ribfast.data", "ribfast.errors", *sys.stdlib_module_names]
     for path in paths:
         assert foreign(path, allowed) == [], path.name
 
@@ -102,8 +102,7 @@ def test_nobody_below_sees_masks():
 
 
 def test_training_and_adapting_see_what_they_are_made_of():
-    below = ["cams", "config", "data", "files", "metrics", "models", "ops", "processes", "segment"]
-    below += ["shortage", "store"]
+    below = ["cams", "config", "data", "errors", "files", "metrics", "models", "ops", "processes", "segment", "store"]
     for room in ("train", "rib"):
         allowed = ["torch", "numpy", *(f"ribfast.{name}" for name in (*below, room)), *sys.stdlib_module_names]
         paths = list((PACKAGE / room).glob("*.py"))
@@ -113,8 +112,8 @@ def test_training_and_adapting_see_what_they_are_made_of():
 
 
 def test_stages_see_all_but_commands_and_the_report():
-    below = ["cams", "claims", "config", "data", "files", "masks", "metrics", "models", "ops", "processes", "rib"]
-    below += ["segment", "shortage", "store", "train"]
+    below = ["cams", "claims", "config", "data", "errors", "files", "masks", "metrics", "models", "ops", "processes"]
+    below += ["rib", "segment", "store", "train"]
     allowed = ["torch", "numpy", *(f"ribfast.{name}" for name in below), *sys.stdlib_module_names]
     paths = set((PACKAGE / "pipeline").glob("*.py"))
     for path in paths - {PACKAGE / "pipeline" / "__init__.py"}:  # and of one another what they share, or go on with
@@ -152,9 +151,9 @@ def test_single_modules():
     assert foreign(PACKAGE / "toy_figure.py", ["numpy", "cv2", "ribfast.toy", *standard]) == []
     assert foreign(PACKAGE / "progress.py", standard) == []
     assert foreign(PACKAGE / "run.py", standard) == []
-    below = [f"ribfast.{name}" for name in ("claims", "config", "data", "files", "models", "processes", "run", "store")]
-    assert foreign(PACKAGE / "runner.py", [*below, *standard]) == []
-    assert foreign(PACKAGE / "shortage.py", standard) == []
+    below = ["claims", "config", "data", "errors", "files", "models", "processes", "run", "store"]
+    assert foreign(PACKAGE / "runner.py", [*(f"ribfast.{name}" for name in below), *standard]) == []
+    assert foreign(PACKAGE / "errors.py", standard) == []
     below = [f"ribfast.{name}" for name in ("__version__", "claims", "config", "data", "files", "processes", "store")]
     assert foreign(PACKAGE / "begin.py", [*below, *standard]) == []
     assert foreign(PACKAGE / "cli.py", ["ribfast", *standard]) == []  # torch only where a command needs it

@@ -1,5 +1,6 @@
 """The page of a run, in a real browser: what its sliders do, and that its numbers are eval's."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -698,6 +699,26 @@ def test_other_images_trainings_and_the_run(spec, runs, chromium, tmp_path, caps
     assert "expected the configuration of a run in" in capsys.readouterr().err
     with pytest.raises(ValueError, match="expected a stage of the page's own images, got a of others"):
         collect(few, [open_stage("a", runs / "masks", split="x", source=few)])
+
+
+def test_what_a_run_left_out(source, runs, chromium, tmp_path):
+    """An image that could not be read, and one that failed in a stage."""
+    shutil.copytree(runs / "maps", tmp_path / "cam")
+    maps = Store(tmp_path / "cam")
+    maps.fail("p3", "a disk that is away")
+    (tmp_path / "config.json").write_text('{"command": "run", "config": {}}')
+    unread = [{"name": "p1", "reason": "nothing", "part": "split"}, {"name": "p0", "reason": "", "part": "validation"}]
+    (tmp_path / "failures.jsonl").write_text("".join(json.dumps(line) + "\n" for line in unread))
+    left = dataclasses.replace(source, items=tuple(item for item in source if item.name not in ("p1", "p3")))
+    stages = [open_stage("CAM", maps.folder)]
+    report = collect(left, stages, ReportConfig(**ONE), run=tmp_path)
+    assert report["left_out"] == 2 and report["stages"][0]["failed"] == 1
+    write_report(tmp_path / "report.html", report)
+    show(chromium, tmp_path / "report.html")
+    assert "1 failed" in chromium.run("return document.getElementById('stages').textContent")
+    assert "Of 2 images that could not be read" in chromium.run("return document.body.textContent")
+    alone = collect(left, stages, ReportConfig(**ONE))
+    assert alone["left_out"] == 0 and alone["stages"][0]["failed"] == 0
 
 
 def test_gain_over_the_first_stage(shown, source, stages):

@@ -10,8 +10,8 @@ from test_rib import check_golden, golden_run, small_model, small_others, small_
 from test_rib import golden_model as golden_model
 
 from ribfast import reference
+from ribfast.errors import lacks_memory
 from ribfast.rib import Engine, Job, RIBConfig, adapt, slots
-from ribfast.shortage import lacks_memory
 
 SIZES = [(33, 45), (48, 32), (33, 45), (30, 46)]
 

@@ -170,7 +170,7 @@ def test_a_failure_that_passes(words, tmp_path, monkeypatch, capsys):
     assert len((out / "images-segmenter.txt").read_text().split()) == 8
     assert cli.main(words) == 3
     said = capsys.readouterr()
-    assert "segmenter was trained without 1 images that are there now (p1): say --remake" in said.err
+    assert "segmenter was trained without 1 of the images that are there now (p1): say --remake" in said.err
     assert "masks" in said.out and "9 images" in said.out and open_masks(out / "masks").has_mask("p1")
     maps = {path: path.stat().st_mtime_ns for path in out.rglob("*.npz")}
     assert cli.main([*words, "--remake"]) == 0 and not (out / "images-segmenter.txt").exists()

@@ -10,7 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from ..shortage import lacks_memory
+from ..errors import lacks_memory
 
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
 _GREY, _COLOUR, _PALETTE = 0, (2, 6), 3  # PNG's colour types

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..shortage import lacks_memory
+from ..errors import lacks_memory
 from .loading import prefetch
 from .sources import Item, Source, check_mask
 

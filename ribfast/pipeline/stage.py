@@ -16,8 +16,8 @@ import torch
 
 from .. import data, files, models
 from ..claims import Work
+from ..errors import lacks_memory
 from ..processes import choose_shard
-from ..shortage import lacks_memory
 from ..store import CLAIMS, Store
 
 log = logging.getLogger("ribfast")

@@ -17,7 +17,7 @@ from .. import __version__, data, files
 from ..cams import enlarge_cams
 from ..metrics import Counts, ThresholdSweep, bootstrap_gain
 from ..pipeline import EvaluateConfig, evaluate_maps, evaluate_masks
-from ..store import CONFIG, METRICS, Store, open_maps, open_masks
+from ..store import CONFIG, FAILURES, METRICS, Store, open_maps, open_masks
 from .page import Report, page
 
 log = logging.getLogger("ribfast")
@@ -135,7 +135,7 @@ def collect(
         images = source if stage.source is None else stage.source
         there = images.masked()
         evaluation, numbers = _evaluate(images, stage, config, progress) if there else (None, None)
-        facts[stage.name] = found = _facts(images, stage, evaluation, config)
+        facts[stage.name] = found = _facts(images, stage, evaluation, config, whole=run is not None)
         if stage.source is not None or not there:
             continue
         if first is None:
@@ -152,6 +152,7 @@ def collect(
         "classes": list(source.classes),
         "total": len(source),
         "judged": len(judged),
+        "left_out": 0 if run is None else _left_out(source, own, Path(run)),
         "confidence": config.confidence if config.resamples and judged else None,
         "run": None if run is None else _run_text(_run_in(run)),
         "trainings": [_training(training) for training in trainings],
@@ -238,15 +239,23 @@ def _gain(found: dict, numbers: np.ndarray, first: dict, before: np.ndarray, con
     return gain
 
 
-def _facts(source, stage: Stage, evaluation: dict | None, config: ReportConfig) -> dict:
-    run, lines = _run_of(stage.store), files.lines(stage.store.folder / METRICS)
+def _left_out(source, stages: list[Stage], run: Path) -> int:
+    """Images of a run that the page is not of: those that could not be read, and those that a stage failed on."""
+    unread = {line["name"] for line in files.lines(run / FAILURES) if line.get("part") == "split"}
+    failed = {name for stage in stages for name in stage.store.failures()}
+    return len((unread | failed) - {item.name for item in source})
+
+
+def _facts(source, stage: Stage, evaluation: dict | None, config: ReportConfig, *, whole: bool) -> dict:
+    """whole: of the stage's failures, all that its folder has; else those among the source's images."""
+    run, failed, lines = _run_of(stage.store), stage.store.failures(), files.lines(stage.store.folder / METRICS)
     names = {item.name for item in source}
     took = _took([line for line in lines if line.get("name") in names], "" if stage.has_maps else "mask_")
     facts = {
         "name": stage.name,
         "kind": stage.kind,
         "images": sum(stage.is_there(item) for item in source),
-        "failed": len(names & stage.store.failures().keys()),
+        "failed": len(failed if whole else names & failed.keys()),
         "split": stage.split,
         "seconds": took and took[0],
         "rate": took and took[1] / took[0],

@@ -225,6 +225,10 @@ function drawStages() {
   }
   if (everyStage.some((stage) => stage.evaluation?.reported.chosen === "here"))
     notes.push("The best threshold here is chosen on these same images, so optimistic.");
+  if (facts.left_out) {
+    const which = `${count(facts.left_out, "image")} that could not be read, or that a stage failed on,`;
+    notes.push(`Of ${which} no stage is counted here: failures.jsonl says why.`);
+  }
   for (const { name, evaluation } of everyStage) {
     if (evaluation?.reported.chosen === "here" && evaluation.best.at_end) {
       notes.push(`${name}'s best may lie beyond ${number(evaluation.best.threshold)}, the end of the thresholds: `

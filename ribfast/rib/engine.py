@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..errors import lacks_memory
 from ..models import CamClassifier
-from ..shortage import lacks_memory
 from . import modes
 from .batches import Batches, Others
 from .canvas import Canvas

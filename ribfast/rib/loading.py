@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import data, files
-from ..shortage import lacks_memory
+from ..errors import lacks_memory
 from .config import RIBConfig
 from .job import Target
 from .others import Draws

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..cams import merge_cams
-from ..shortage import lacks_memory
+from ..errors import lacks_memory
 from . import modes
 from .batches import Batches
 from .job import Job, Result

@@ -1,10 +1,15 @@
-"""Which errors are a lack of memory."""
+"""Which errors are said in a line, and which are a lack of memory."""
 
 import errno
 
 # what errors say that have no type of their own for it
 WORDS = ("out of memory", "ALLOC_FAILED", "DefaultCPUAllocator", "not enough memory", "bad_alloc")
 OPENCV = -4  # its code for it
+
+
+def is_expected(error: BaseException) -> bool:
+    """Whether it is said in a line; others are bugs and show where."""
+    return isinstance(error, (ValueError, OSError, ArithmeticError, MemoryError)) or lacks_memory(error)
 
 
 def lacks_memory(error: BaseException | None) -> bool:
