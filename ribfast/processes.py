@@ -1,7 +1,11 @@
 """This process among those that torchrun started: its device and its share of the work."""
 
+import atexit
 import contextlib
 import datetime
+import functools
+import gc
+import itertools
 import os
 import re
 import signal
@@ -13,6 +17,8 @@ import torch
 from torch import distributed
 
 WAIT = datetime.timedelta(hours=12)  # for one another: shares of a data set take as long as they take
+_numbers = itertools.count()  # of the groups that this process has been in
+_left = []  # groups of processes that are no more, whose threads are to be ended
 
 
 class Processes(NamedTuple):
@@ -56,17 +62,44 @@ def processes(device: str = "auto") -> Iterator[Processes]:
     (rank, world), chosen = rank_and_world(), choose_device(device)
     joins = world > 1 and not distributed.is_initialized()
     if joins:
-        # Before there is a group: what this imports, as DistributedDataParallel does, has the group of that moment
-        # among its functions' defaults. Its threads would outlive it, and one that needs Python as Python ends aborts.
+        _end_threads()
+        # Before there is a group: what this imports, as DistributedDataParallel does, keeps the group of that moment
+        # among its functions' defaults.
         import torch.distributed.nn.functional  # noqa: F401
 
         with _signals_end_this():
-            distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=WAIT)
+            store = distributed.PrefixStore(f"ribfast {next(_numbers)}", _store())
+            backend = "nccl" if chosen.type == "cuda" else "gloo"
+            distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=WAIT)
     try:
         yield Processes(rank, world, chosen)
     finally:
         if joins:
+            _left.append(distributed.group.WORLD)
             distributed.destroy_process_group()
+    if joins:  # after an error its traceback may hold a network that was trained: later
+        _end_threads()
+
+
+@functools.cache
+def _store():
+    """Through which processes find one another, for as long as this one lives: in a group's own, the next group of the
+    same processes would read what the last one wrote."""
+    store, _, _ = next(distributed.rendezvous("env://", timeout=WAIT))
+    store.set_timeout(WAIT)
+    return store
+
+
+@atexit.register
+def _end_threads() -> None:
+    """Of groups that this process has left. A thread that lets go of a tensor as Python ends would abort the process.
+
+    The reference that goes last must be this one: DistributedDataParallel, where it has the last, waits for the threads
+    with Python's lock in hand, which they need to let go of tensors.
+    """
+    if _left:
+        gc.collect()
+        _left.clear()
 
 
 def together(here: Processes, value=None) -> list:

@@ -40,16 +40,13 @@ def kill(out, after):  # False where it had ended before
     assert status in (0, signal.SIGKILL, cli.INTERRUPTED << 8), status
     return status != 0
 
-folder, count, by, draw, ended = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), random.Random(1), 0
+folder, count, by, draw = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), random.Random(1)
 duration = finish(f"{folder}/whole")
 for number in range(count):
-    out = f"{folder}/{number}"
-    while not kill(out, (number + draw.random()) / count * duration):
-        ended += 1
-        assert ended < count
+    out, after = f"{folder}/{number}", (number + draw.random()) / count * duration
+    while not kill(out, after):
         shutil.rmtree(out)
-        duration = finish(out)  # the machine is faster than it was
-        shutil.rmtree(out)
+        after *= 0.9  # the machine is faster than it was
     finish(out)
 """
 
