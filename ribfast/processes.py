@@ -5,6 +5,7 @@ import contextlib
 import datetime
 import functools
 import gc
+import importlib
 import itertools
 import os
 import re
@@ -65,8 +66,7 @@ def processes(device: str = "auto") -> Iterator[Processes]:
         _end_threads()
         # Before there is a group: what this imports, as DistributedDataParallel does, keeps the group of that moment
         # among its functions' defaults.
-        import torch.distributed.nn.functional  # noqa: F401
-
+        importlib.import_module("torch.distributed.nn.functional")
         with _signals_end_this():
             store = distributed.PrefixStore(f"ribfast {next(_numbers)}", _store())
             backend = "nccl" if chosen.type == "cuda" else "gloo"

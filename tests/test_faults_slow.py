@@ -32,21 +32,26 @@ def finish(out):  # in how many seconds
     assert os.waitpid(start(out), 0)[1] == 0
     return time.monotonic() - begin
 
-def kill(out, after):  # False where it had ended before
-    child = start(out)
-    time.sleep(after)
-    os.kill(child, by)
-    status = os.waitpid(child, 0)[1]
+def kill(out, after):  # in how many seconds it had ended before; None where it had not
+    child, begin = start(out), time.monotonic()
+    while (passed := time.monotonic() - begin) < after:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            break
+        time.sleep(0.001)
+    else:
+        os.kill(child, by)
+        status = os.waitpid(child, 0)[1]
     assert status in (0, signal.SIGKILL, cli.INTERRUPTED << 8), status
-    return status != 0
+    return passed if status == 0 else None
 
 folder, count, by, draw = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), random.Random(1)
 duration = finish(f"{folder}/whole")
 for number in range(count):
-    out, after = f"{folder}/{number}", (number + draw.random()) / count * duration
-    while not kill(out, after):
+    out, share = f"{folder}/{number}", (number + draw.random()) / count
+    while took := kill(out, share * duration):
         shutil.rmtree(out)
-        after *= 0.9  # the machine is faster than it was
+        duration = 0.95 * took  # the machine is faster than it was
     finish(out)
 """
 
