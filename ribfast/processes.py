@@ -61,24 +61,24 @@ def choose_shard(text: str | None) -> tuple[int, int]:
 def processes(device: str = "auto") -> Iterator[Processes]:
     """Joins torchrun's other processes, if there are any, and leaves them at the end."""
     (rank, world), chosen = rank_and_world(), choose_device(device)
-    joins = world > 1 and not distributed.is_initialized()
-    if joins:
-        _end_threads()
-        # Before there is a group: what this imports, as DistributedDataParallel does, keeps the group of that moment
-        # among its functions' defaults.
-        importlib.import_module("torch.distributed.nn.functional")
-        with _signals_end_this():
-            store = distributed.PrefixStore(f"ribfast {next(_numbers)}", _store())
-            backend = "nccl" if chosen.type == "cuda" else "gloo"
-            distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=WAIT)
+    here = Processes(rank, world, chosen)
+    if world == 1 or distributed.is_initialized():
+        yield here
+        return
+    _end_threads()
+    # Before there is a group: what this imports, as DistributedDataParallel does, keeps the group of that moment among
+    # its functions' defaults.
+    importlib.import_module("torch.distributed.nn.functional")
+    with _signals_end_this():
+        store = distributed.PrefixStore(f"ribfast {next(_numbers)}", _store())
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=WAIT)
     try:
-        yield Processes(rank, world, chosen)
+        yield here
     finally:
-        if joins:
-            _left.append(distributed.group.WORLD)
-            distributed.destroy_process_group()
-    if joins:  # after an error its traceback may hold a network that was trained: later
-        _end_threads()
+        _left.append(distributed.group.WORLD)
+        distributed.destroy_process_group()
+    _end_threads()  # after an error its traceback may hold a network that was trained: later
 
 
 @functools.cache
