@@ -64,13 +64,20 @@ class Claims:
         """Of processes that had what is this process's now."""
         return len(self._held[name]) - 1
 
-    def owner(self, name: str) -> str:
-        """Who has it, as people look for a process."""
+    def owner(self, name: str) -> tuple[str, int] | None:
+        """The machine and the number of the process that has it; None: it has just gone, or come."""
         own = self._all().get(self._path(name, 0).stem, [])
         try:
             machine, (number, _) = json.loads(own[-1].read_bytes())
-        except (IndexError, OSError, ValueError, TypeError):  # it has just gone, or come
+        except (IndexError, OSError, ValueError, TypeError):
+            return None
+        return machine, number
+
+    def describe(self, owner: tuple[str, int] | None) -> str:
+        """An owner as people look for a process, and whether it is stopped now."""
+        if owner is None:
             return "another process"
+        machine, number = owner
         stopped = machine == json.loads(self._owner)[0] and _state(number) == "T"
         return f"process {number} of the machine {machine.split()[0]}" + " (stopped)" * stopped
 
@@ -301,7 +308,8 @@ class Work:
             owner = self._claims.owner(self._name(unit))
             counts[owner] = counts.get(owner, 0) + len(self._left(unit))
         for owner, count in counts.items():
-            log.log(level, "waiting for %d image%s that %s has in hand", count, "s" * (count > 1), owner)
+            whose = self._claims.describe(owner)
+            log.log(level, "waiting for %d image%s that %s has in hand", count, "s" * (count > 1), whose)
 
 
 def _chain(first, others: Iterator) -> Iterator:

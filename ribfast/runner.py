@@ -132,8 +132,9 @@ class Runner:
 
         def take() -> None:
             if not claims.take("run"):
-                raise ValueError(f"expected one run in {folder.parent}, got another that is at it, "
-                                 f"{claims.owner('run')}; wait for it, or choose another --out")  # fmt: skip
+                whose = claims.describe(claims.owner("run"))
+                raise ValueError(f"expected one run in {folder.parent}, got another that is at it, {whose}; wait for "
+                                 "it, or choose another --out")  # fmt: skip
 
         try:
             self._shared(self.first, take)

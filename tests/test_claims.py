@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -313,6 +314,17 @@ time.sleep(60)
     assert f"{said}(stopped) has in hand" in caplog.text
 
 
+def test_whoever_is_stopped_meanwhile_is_one_process(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "ribfast")
+    there, states = Claims(tmp_path / "claims"), iter("STST")
+    assert there.take("0") and there.take("1")
+    monkeypatch.setattr(claims, "_state", lambda number: next(states))
+    work = Work(tmp_path / "claims", [(0, 5), (1,)], lambda unit: str(unit[0]), lambda unit: unit)
+    work._say_whose([(0, 5), (1,)], logging.INFO)
+    assert [record.getMessage().split(" that ")[0] for record in caplog.records] == ["waiting for 3 images"]
+    there.close()
+
+
 def test_the_file_system_is_asked_for_its_time_once(dead, monkeypatch):
     for path in dead.iterdir():
         path.write_text(json.dumps(["elsewhere", [os.getpid(), 1]]))
@@ -320,5 +332,5 @@ def test_the_file_system_is_asked_for_its_time_once(dead, monkeypatch):
     touch = claims.Path.touch
     monkeypatch.setattr(claims.Path, "touch", lambda path: (probes.append(path), touch(path)))
     assert not any(own.take(name) for name in "abab") and len(probes) == 1 and len(list(dead.iterdir())) == 2
-    assert own.owner("a") == f"process {os.getpid()} of the machine elsewhere"
-    assert own.owner("c") == "another process"
+    assert own.describe(own.owner("a")) == f"process {os.getpid()} of the machine elsewhere"
+    assert own.describe(own.owner("c")) == "another process"
