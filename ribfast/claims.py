@@ -10,6 +10,7 @@ nothing else in hand; what a process dies with then is given up.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -27,6 +28,7 @@ log = logging.getLogger("ribfast")
 PATIENCE = 120.0  # seconds without a sign of life, after which a process of another machine counts as dead
 POLL, LONGEST_POLL = 0.2, 5.0  # seconds between looks at what others have in hand, at first and after a while
 SAID_EVERY = 60.0  # seconds between warnings of whom this waits for
+LINKLESS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # of file systems without further names
 ALONE_AFTER = 2  # deaths with a unit in hand, after which it is taken by itself
 
 
@@ -99,7 +101,7 @@ class Claims:
                 for path in generations:
                     path.unlink(missing_ok=True)
         for name in self._names():
-            if name.startswith("."):  # a probe of a process that was killed
+            if name.startswith("."):  # of a process that was killed
                 (self.folder / name).unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -130,31 +132,58 @@ class Claims:
             return []
 
     def _make(self, path: Path) -> bool:
+        """Whether it was not there."""
         with files.explained(path):
             while True:
                 try:
-                    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+                    made = self._link(path)
                     break
-                except FileNotFoundError:  # nobody is here yet, or the last one has just gone
+                except FileNotFoundError:  # nobody is here yet, the last one has just gone, or has cleared the draft
                     try:
                         os.makedirs(self.folder)
                     except FileExistsError:
                         with contextlib.suppress(FileNotFoundError):  # gone again
                             if not stat.S_ISDIR(os.stat(self.folder).st_mode):
                                 raise
-                except FileExistsError:
-                    return False
-            try:
-                os.write(descriptor, self._owner)
-            except BaseException:
-                path.unlink(missing_ok=True)
-                raise
-            finally:
-                os.close(descriptor)
-        if self._thread is None:
+        if made and self._thread is None:
             self._thread = threading.Thread(target=self._live, name="ribfast-claims", daemon=True)
             self._thread.start()
-        return True
+        return made
+
+    def _link(self, path: Path) -> bool:
+        """Whole or not at all, at whatever moment this process is killed: what does not say whose it is, would be its
+        for as long as another machine's."""
+        draft = self._hidden()
+        try:
+            self._write(draft)
+            try:
+                os.link(draft, path)
+            except FileExistsError:
+                return os.stat(draft).st_nlink > 1  # this one, where a network's file system lost its first answer
+            except OSError as error:
+                if error.errno not in LINKLESS:
+                    raise
+                try:
+                    self._write(path)
+                except FileExistsError:
+                    return False
+            return True
+        finally:
+            draft.unlink(missing_ok=True)
+
+    def _write(self, path: Path) -> None:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            os.write(descriptor, self._owner)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(descriptor)
+
+    def _hidden(self) -> Path:
+        """A place for a file of a moment, which is no claim."""
+        return self.folder / f".{os.urandom(8).hex()}"
 
     def _is_void(self, path: Path) -> bool:
         """Of a claim of another's. One that has just been released is not: what it was of may be done."""
@@ -165,7 +194,7 @@ class Claims:
             return False
         try:
             machine, process = json.loads(owner)
-        except ValueError:  # killed while it wrote this, or about to
+        except ValueError:  # about to write this, where files have no further names; or killed meanwhile
             machine = process = None
         here = json.loads(self._owner)
         if machine is not None and machine == here[0]:
@@ -179,7 +208,7 @@ class Claims:
         """By the file system's clock, which is asked now and then: that takes a file."""
         here = time.monotonic()
         if self._clock is None or here - self._clock[1] > PATIENCE / 6:
-            probe = self.folder / f".{os.urandom(8).hex()}"
+            probe = self._hidden()
             try:
                 probe.touch()
                 self._clock = probe.stat().st_mtime - here, here

@@ -149,15 +149,16 @@ def test_the_last_one_takes_up_what_the_dead_had(dead, caplog):
     """And waits for what others have in hand, without taking it."""
     made, names, other, ready = set(), {"a": (0, 1), "b": (2,), "c": (3,)}, Claims(dead), threading.Event()
     assert other.take("c")
-    work = Work(
-        dead,
-        [*names.values()],
-        {unit: name for name, unit in names.items()}.get,
-        lambda unit: [thing for thing in unit if thing not in made],
-    )
+
+    def left(unit):
+        if "waiting for" in caplog.text:
+            ready.set()
+        return [thing for thing in unit if thing not in made]
+
+    work = Work(dead, [*names.values()], {unit: name for name, unit in names.items()}.get, left)
 
     def finish():
-        ready.wait()
+        assert ready.wait(60)
         made.add(3)
         other.release("c")
 
@@ -169,8 +170,6 @@ def test_the_last_one_takes_up_what_the_dead_had(dead, caplog):
                 found.append(unit)
                 made.update(left)
                 work.release(unit)
-            if len(found) == 2:
-                threading.Timer(1.0, ready.set).start()  # it waits meanwhile
     thread.join()
     assert found == [(0, 1), (2,)] and "waiting for 1 image that process" in caplog.text
     work.close()
@@ -199,6 +198,62 @@ def test_a_claim_that_cannot_be_written_is_none(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="no space left"):
             own.take("a")
     assert own.take("a")
+
+
+@pytest.mark.parametrize("call", ["open", "write", "close", "link", "unlink"])
+def test_a_process_that_is_killed_while_it_takes_one_leaves_none(tmp_path, call):
+    """Before and after each of the calls that make one."""
+    code = f"""
+import os, signal, sys
+from pathlib import Path
+from ribfast.claims import Claims
+def killed(*given):
+    if sys.argv[1] == "after":
+        made(*given)
+    os.kill(os.getpid(), signal.SIGKILL)
+there = Claims(Path({str(tmp_path / "claims")!r}))
+there.take("b")  # the folder is there
+made = os.{call}
+os.{call} = killed
+there.take("a")
+"""
+    for moment in ("before", "after"):
+        assert subprocess.run([sys.executable, "-c", code, moment]).returncode == -signal.SIGKILL
+        own = Claims(tmp_path / "claims")
+        assert own.take("a") and own.take("b")
+        own.clear()
+        own.close()
+        assert not (tmp_path / "claims").exists()
+
+
+def test_claims_where_files_have_no_further_names(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.EPERM, "no links")
+
+    monkeypatch.setattr(claims.os, "link", refused)
+    first, second = Claims(tmp_path / "claims"), Claims(tmp_path / "claims")
+    assert first.take("a") and not second.take("a") and second.take("b")
+    first.release("a")
+    assert second.take("a")
+    first.close()
+    second.close()
+    assert not (tmp_path / "claims").exists()
+
+
+def test_a_claim_that_was_made_though_the_answer_was_lost(tmp_path, monkeypatch):
+    link = os.link
+
+    def lost(*paths):
+        link(*paths)
+        raise FileExistsError
+
+    own = Claims(tmp_path / "claims")
+    with monkeypatch.context() as patch:
+        patch.setattr(claims.os, "link", lost)
+        assert own.take("a")
+    assert not own.take("a") and not Claims(tmp_path / "claims").take("a")
+    own.close()
+    assert not (tmp_path / "claims").exists()
 
 
 def test_all_leave_at_once(tmp_path):
