@@ -2,13 +2,15 @@
 
 import base64
 import json
+import os
+import re
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 MISSING = None if CHROMIUM and DRIVER else "needs Debian's chromium and chromium-driver"
@@ -31,28 +33,24 @@ class Browser:
         self.size = width, height
 
     def __enter__(self):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # its processes end on their own
-        self._driver = subprocess.Popen(
-            [DRIVER, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        self._base = f"http://127.0.0.1:{port}"
+        with open(os.path.join(self._folder.name, "driver.txt"), "xb") as said:
+            self._driver = subprocess.Popen([DRIVER, "--port=0"], stdout=said, stderr=subprocess.STDOUT)
+        self._base = ""
         try:
-            self._begin()
+            self._begin(said.name)
         except BaseException:
             self.__exit__()
             raise
         return self
 
-    def _begin(self):
-        for _ in range(200):
-            try:
-                if self._ask("GET", "/status")["ready"]:
-                    break
-            except OSError:
-                time.sleep(0.05)
+    def _begin(self, said):
+        """said: the file in which the driver says which port it has found."""
+        end = time.monotonic() + 60
+        while not (found := re.search(r"started successfully on port (\d+)", Path(said).read_text(errors="replace"))):
+            assert time.monotonic() < end and self._driver.poll() is None, Path(said).read_text(errors="replace")
+            time.sleep(0.02)
+        self._base = f"http://127.0.0.1:{found[1]}"
         words = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={self._folder.name}"]
         words += [f"--window-size={self.size[0]},{self.size[1]}", "--disable-dev-shm-usage", *AWAKE]
         wanted = {"goog:chromeOptions": {"binary": CHROMIUM, "args": words}, "goog:loggingPrefs": {"browser": "ALL"}}

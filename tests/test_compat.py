@@ -261,7 +261,7 @@ def test_other_threads_run_during_inference():
 
     def infer():
         started.set()
-        made.inference(40)
+        made.inference(400)
         finished.set()
 
     thread = threading.Thread(target=infer)
@@ -270,7 +270,7 @@ def test_other_threads_run_during_inference():
     while not finished.wait(0.002):
         ticks += 1
     thread.join()
-    assert ticks >= 5
+    assert ticks >= 3
 
 
 def test_environment_asks_for_exact():

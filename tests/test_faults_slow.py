@@ -34,7 +34,8 @@ def finish(out):  # in how many seconds
 
 def kill(out, after):  # in how many seconds it had ended before; None where it had not
     child, begin = start(out), time.monotonic()
-    while (passed := time.monotonic() - begin) < after:
+    begun = f"{out}/config.json" if by == signal.SIGINT else folder  # whoever is interrupted before says nothing of OUT
+    while (passed := time.monotonic() - begin) < after or not os.path.exists(begun):
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             break

@@ -404,19 +404,20 @@ def test_killed_at_any_moment(quick_path):
     names = {"__name__": "here"}
     exec(KILLED, names)
     for format in ("npz", "irn"):
-        whole, broken = Store(quick_path / f"whole {format}", format), Store(quick_path / format, format)
-        names["write"](whole, 0, False)
-        assert broken.names() == broken.mask_names() == whole.names() and len(whole.names()) == 24
-        replaced = 0
-        for name in whole.names():
-            found, expected = broken.load(name), whole.load(name)
-            if found.keys[1] == 101:  # a whole file of the other version
-                replaced += 1
-                continue
+        wholes = [Store(quick_path / f"{format} {version}", format) for version in range(2)]
+        broken = Store(quick_path / format, format)
+        for version, whole in enumerate(wholes):
+            names["write"](whole, version, False)
+        assert broken.names() == broken.mask_names() == wholes[0].names() and len(broken.names()) == 24
+        assert len(broken.metrics()) == 24
+        for name in broken.names():  # each is one version's or the other's, by when its process was killed
+            found = broken.load(name)
+            whole = wholes[found.keys[1] - 100]
+            expected = whole.load(name)
             assert torch.equal(found.cam, expected.cam) and np.array_equal(found.high_res, expected.high_res)
             if format == "npz":  # torch numbers its storages
                 assert broken.path(name).read_bytes() == whole.path(name).read_bytes()
-        assert replaced < 24 and len(broken.metrics()) == 24
+            assert any(np.array_equal(broken.load_mask(name), whole.load_mask(name)) for whole in wholes)
         left = {path.suffix for path in broken.folder.rglob("*") if path.is_file()}
         assert left <= {".partial", ".jsonl", ".png", ".npz" if format == "npz" else ".npy"}
 

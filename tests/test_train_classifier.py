@@ -1,10 +1,7 @@
 import dataclasses
-import os
 import shutil
-import socket
-import subprocess
-import sys
 
+import groups
 import numpy as np
 import pictures
 import pytest
@@ -187,23 +184,15 @@ def test_measured_statistics_normalise_every_layer():
 @pytest.mark.processes
 @pytest.mark.parametrize("frozen", [True, False])
 def test_two_processes_share_each_batch(source, weights, tmp_path, frozen):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [sys.executable, "-m", "ribfast", "train-classifier", "--data", f"folder:{source[0].image.parents[1]}"]
+    command = ["-m", "ribfast", "train-classifier", "--data", f"folder:{source[0].image.parents[1]}"]
     command += ["--weights", str(weights), "--out", str(tmp_path / "two"), "--network", "resnet10", "--epochs", "2"]
     command += ["--batch", "4", "--lr", "0.003", "--momentum", "0.9", "--long-side", "48,72", "--crop", "64"]
     command += ["--device", "cpu", "--workers", "1", *(["--no-frozen-trunk"] * (not frozen))]
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    environment |= {"OMP_NUM_THREADS": "1"}
-    children = [
-        subprocess.Popen(command, env=environment | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    alone = train_classifier(source, dataclasses.replace(SMALL, frozen_trunk=frozen), tmp_path / "one", weights=weights)
-    for child in children:
-        assert child.wait(120) == 0, child.stderr.read()[-2000:]
-        child.stderr.close()
+    with groups.ranks(*command) as children:
+        config = dataclasses.replace(SMALL, frozen_trunk=frozen)
+        alone = train_classifier(source, config, tmp_path / "one", weights=weights)
+        for code, _, said in groups.ended(children):
+            assert code == 0, said[-2000:]
     found, expected = models.load_checkpoint(tmp_path / "two" / "classifier.safetensors"), models.load_checkpoint(alone)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=2e-5, msg=name)

@@ -2,11 +2,9 @@
 
 import dataclasses
 import os
-import socket
-import subprocess
-import sys
 import threading
 
+import groups
 import numpy as np
 import pytest
 import torch
@@ -215,25 +213,16 @@ def test_resumed_training_equals_an_uninterrupted_one(source, weights, tmp_path)
 @pytest.mark.processes
 def test_two_processes_share_each_batch(source, weights, tmp_path):
     """Through the command, whose losses are those of one process."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [sys.executable, "-m", "ribfast", "train-classifier", "--method", "eader", "--network", "resnet10"]
+    command = ["-m", "ribfast", "train-classifier", "--method", "eader", "--network", "resnet10"]
     command += ["--adversary", "resnet10"]
     command += ["--data", f"folder:{source[0].image.parents[1]}", "--weights", str(weights)]
     command += ["--adversary-weights", str(weights), "--out", str(tmp_path / "two"), "--epochs", "2", "--batch", "4"]
     command += ["--lr", "0.003", "--long-side", "48,72", "--crop", "64", "--localiser-steps", "2"]
     command += ["--adversary-steps", "1", "--device", "cpu", "--workers", "1"]
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    environment |= {"OMP_NUM_THREADS": "1"}
-    children = [
-        subprocess.Popen(command, env=environment | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    alone = train_eader(source, SMALL, tmp_path / "one", weights=weights, adversary_weights=weights)
-    for child in children:
-        assert child.wait(120) == 0, child.stderr.read()[-2000:]
-        child.stderr.close()
+    with groups.ranks(*command) as children:
+        alone = train_eader(source, SMALL, tmp_path / "one", weights=weights, adversary_weights=weights)
+        for code, _, said in groups.ended(children):
+            assert code == 0, said[-2000:]
     both = [[line["loss"] for line in lines(tmp_path / name)] for name in ("one", "two")]
     assert both[0] == pytest.approx(both[1], rel=2e-3)
     found, expected = models.load_checkpoint(tmp_path / "two" / "classifier.safetensors"), models.load_checkpoint(alone)

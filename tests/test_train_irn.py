@@ -1,10 +1,9 @@
 import dataclasses
 import os
-import socket
-import subprocess
 import sys
 
 import cv2
+import groups
 import numpy as np
 import pytest
 import torch
@@ -256,27 +255,20 @@ train_irn(data.open_source(spec), labels, SMALL, out, weights=weights)
 @pytest.mark.processes
 @pytest.mark.filterwarnings("ignore:.broadcast_buffers:FutureWarning")
 def test_two_processes_share_each_batch(source, labels, weights, tmp_path, monkeypatch):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     for name, mask in labels.items():
         cv2.imwrite(str(tmp_path / f"{name}.png"), mask)
-    spec, out = f"folder:{source[0].image.parents[1]}", tmp_path / "two"
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    path = os.pathsep.join(filter(None, sys.path))
-    child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, spec, str(tmp_path), str(weights), str(out)],
-        env=os.environ | environment | {"RANK": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    alone = train_irn(source, labels, SMALL, tmp_path / "one", weights=weights)
-    with monkeypatch.context() as patch:
-        for name, value in {**environment, "RANK": "0"}.items():
-            patch.setenv(name, value)
-        together = train_irn(source, labels, SMALL, out, weights=weights)
-    assert child.wait(120) == 0, child.stderr.read()[-2000:]
-    child.stderr.close()
+    out, path = tmp_path / "two", os.pathsep.join(filter(None, sys.path))
+    words = ["-c", CHILD, f"folder:{source[0].image.parents[1]}", tmp_path, weights, out]
+    with groups.free_port() as port:
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+        with groups.started((words, groups.environment(**group, RANK="1", PYTHONPATH=path))) as children:
+            alone = train_irn(source, labels, SMALL, tmp_path / "one", weights=weights)
+            with monkeypatch.context() as patch:
+                for name, value in {**group, "RANK": "0"}.items():
+                    patch.setenv(name, value)
+                together = train_irn(source, labels, SMALL, out, weights=weights)
+            ((code, _, said),) = groups.ended(children)
+    assert code == 0, said[-2000:]
     found, expected = models.load_checkpoint(together), models.load_checkpoint(alone)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4, msg=name)

@@ -1,13 +1,10 @@
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 
 import cv2
+import groups
 import numpy as np
 import pytest
 import torch
@@ -156,34 +153,16 @@ def test_parts_of_a_batch_add_up(source, weights, tmp_path, balanced):
 
 @pytest.mark.processes
 def test_two_processes_share_each_batch(source, weights, tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    folder = source[0].image.parents[1]
-    command = [
-        sys.executable,
-        "-m",
-        "ribfast",
-        "train-seg",
-        "--data",
-        f"folder:{folder}",
-        "--out",
-        str(tmp_path / "two"),
-    ]
+    command = ["-m", "ribfast", "train-seg", "--data", f"folder:{source[0].image.parents[1]}"]
+    command += ["--out", str(tmp_path / "two")]
     command += ["--weights", str(weights), "--network", "resnet10", "--steps", "6", "--batch", "4", "--lr", "0.003"]
     command += ["--rescale", "0.75,1.25", "--crop", "57", "--save-every", "2", "--workers", "1", "--device", "cpu"]
     command += ["--under-fitting", "clamp", "--beta", "1.0", "--balanced"]
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    environment |= {"OMP_NUM_THREADS": "1"}
-    children = [
-        subprocess.Popen(command, env=environment | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    config = dataclasses.replace(SMALL, under_fitting="clamp", beta=1.0, balanced=True)
-    alone = train_segmenter(source, config, tmp_path / "one", weights=weights)
-    for child in children:
-        assert child.wait(180) == 0, child.stderr.read()[-2000:]
-        child.stderr.close()
+    with groups.ranks(*command) as children:
+        config = dataclasses.replace(SMALL, under_fitting="clamp", beta=1.0, balanced=True)
+        alone = train_segmenter(source, config, tmp_path / "one", weights=weights)
+        for code, _, said in groups.ended(children):
+            assert code == 0, said[-2000:]
     both = [[line["loss"] for line in lines(tmp_path / name)] for name in ("one", "two")]
     assert both[0] == pytest.approx(both[1], rel=1e-3)
     found, expected = tensors(tmp_path / "two" / "segmenter.safetensors"), tensors(alone)
