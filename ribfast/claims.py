@@ -28,7 +28,7 @@ log = logging.getLogger("ribfast")
 PATIENCE = 120.0  # seconds without a sign of life, after which a process of another machine counts as dead
 POLL, LONGEST_POLL = 0.2, 5.0  # seconds between looks at what others have in hand, at first and after a while
 SAID_EVERY = 60.0  # seconds between warnings of whom this waits for
-LINKLESS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # of file systems without further names
+GONE = (errno.ENOENT, errno.ESTALE)  # NFS says the second of a file that goes while it is open
 ALONE_AFTER = 2  # deaths with a unit in hand, after which it is taken by itself
 
 
@@ -41,8 +41,9 @@ class Claims:
     """
 
     def __init__(self, folder: Path):
-        self.folder, self._owner = folder, json.dumps(_this_process()).encode()
+        self.folder, self._owner = folder, json.dumps([*_this_process(), os.urandom(8).hex()]).encode()
         self._held: dict[str, list[Path]] = {}
+        self._unsure: set[Path] = set()  # being made or removed, which Ctrl-C may cut short
         self._lock, self._stop, self._thread = threading.Lock(), threading.Event(), None
         self._clock = None  # the file system's minus this process's, and when that was looked at
 
@@ -55,12 +56,36 @@ class Claims:
                 return None
             path = self._path(name, len(found))
             found.append(path)
+            self._unsure.add(path)
             if self._make(path):
+                if not all(map(self._is_void, found[:-1])):  # whoever took it up from the dead has just released it
+                    path.unlink()
+                    self._unsure.discard(path)
+                    found.clear()
+                    continue
                 with self._lock:
                     self._held[name] = found
+                self._unsure.discard(path)
                 return True
+            self._unsure.discard(path)
             if not self._is_void(path):
                 return False
+
+    def take_from_the_dead(self, name: str) -> bool:
+        """As `take`, which cannot tell at once whether a process of another machine is dead: this waits until it is,
+        or has given a sign of life."""
+        before = None
+        while not self.take(name):
+            owner, sign = self.owner(name), self._last_sign(name)
+            if owner is not None and owner[0] == json.loads(self._owner)[0]:
+                return False
+            if before is not None and sign not in (None, before):
+                return False
+            if before is None and sign is not None:
+                log.info("waiting for a sign of life of %s", self.describe(owner))
+                before = sign
+            time.sleep(min(1.0, PATIENCE / 6))
+        return True
 
     def deaths(self, name: str) -> int:
         """Of processes that had what is this process's now."""
@@ -70,7 +95,7 @@ class Claims:
         """The machine and the number of the process that has it; None: it has just gone, or come."""
         own = self._all().get(self._path(name, 0).stem, [])
         try:
-            machine, (number, _) = json.loads(own[-1].read_bytes())
+            machine, (number, _), *_ = json.loads(own[-1].read_bytes())
         except (IndexError, OSError, ValueError, TypeError):
             return None
         return machine, number
@@ -85,32 +110,40 @@ class Claims:
 
     def release(self, name: str) -> None:
         """Of what is done, or is left to others."""
+        own = self._held[name][-1]
+        self._unsure.add(own)
         with self._lock:
             paths = self._held.pop(name)
         for path in paths:
             path.unlink(missing_ok=True)
+        self._unsure.discard(own)
 
     def is_alive(self) -> bool:
         """Whether a living process has a claim here."""
-        return any(not self._is_void(generations[-1]) for generations in self._all().values())
+        return not all(self._is_void(path) for generations in self._all().values() for path in generations)
 
     def clear(self) -> None:
         """Removes those that are void, of things that are made."""
         for generations in self._all().values():
-            if self._is_void(generations[-1]):
+            if all(map(self._is_void, generations)):
                 for path in generations:
                     path.unlink(missing_ok=True)
         for name in self._names():
             if name.startswith("."):  # of a process that was killed
-                (self.folder / name).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # NFS keeps what another has open under such a name
+                    (self.folder / name).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Releases all, and removes the folder, if nobody has a claim."""
         self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
+        for path in list(self._unsure):
+            with contextlib.suppress(OSError):
+                if path.read_bytes() == self._owner:
+                    path.unlink()
         for name in list(self._held):
             self.release(name)
+        if self._thread is not None:
+            self._thread.join()
         with contextlib.suppress(OSError):
             self.folder.rmdir()
 
@@ -120,39 +153,44 @@ class Claims:
     def _all(self) -> dict[str, list[Path]]:
         """The files of each claim, in order."""
         found = {}
-        names = [name for name in self._names() if not name.startswith(".")]
+        names = [name for name in self._names() if name.rpartition(".")[2].isdecimal() and not name.startswith(".")]
         for path in sorted(map(self.folder.joinpath, names), key=lambda path: int(path.suffix[1:])):
             found.setdefault(path.stem, []).append(path)
         return found
 
     def _names(self) -> list[str]:
-        try:
+        with _gone_is_nothing():  # the last one who was here has just gone
             return os.listdir(self.folder)
-        except FileNotFoundError:  # the last one who was here has just gone
-            return []
+        return []
+
+    def _last_sign(self, name: str) -> tuple[Path, int] | None:
+        """Of whoever has it: the claim, and when it was touched. None: it is gone."""
+        with _gone_is_nothing():
+            for path in self._all().get(self._path(name, 0).stem, [])[-1:]:
+                return path, path.stat().st_mtime_ns
+        return None
 
     def _make(self, path: Path) -> bool:
         """Whether it was not there."""
+        if self._thread is None:
+            thread = threading.Thread(target=self._live, name="ribfast-claims", daemon=True)
+            thread.start()
+            self._thread = thread
         with files.explained(path):
             while True:
+                # it may be gone: nobody is here yet, the last one has just left, or another's `clear` took the draft
+                with _gone_is_nothing():
+                    return self._link(path)
                 try:
-                    made = self._link(path)
-                    break
-                except FileNotFoundError:  # nobody is here yet, the last one has just gone, or has cleared the draft
-                    try:
-                        os.makedirs(self.folder)
-                    except FileExistsError:
-                        with contextlib.suppress(FileNotFoundError):  # gone again
-                            if not stat.S_ISDIR(os.stat(self.folder).st_mode):
-                                raise
-        if made and self._thread is None:
-            self._thread = threading.Thread(target=self._live, name="ribfast-claims", daemon=True)
-            self._thread.start()
-        return made
+                    os.makedirs(self.folder)
+                except FileExistsError:
+                    with _gone_is_nothing():  # again
+                        if not stat.S_ISDIR(os.stat(self.folder).st_mode):
+                            raise
 
     def _link(self, path: Path) -> bool:
-        """Whole or not at all, at whatever moment this process is killed: what does not say whose it is, would be its
-        for as long as another machine's."""
+        """The claim appears with its owner in it, or not at all, even if this process is killed: one without an owner
+        holds for PATIENCE, as another machine's does. Only where files cannot have a second name may that happen."""
         draft = self._hidden()
         try:
             self._write(draft)
@@ -161,9 +199,9 @@ class Claims:
             except FileExistsError:
                 return os.stat(draft).st_nlink > 1  # this one, where a network's file system lost its first answer
             except OSError as error:
-                if error.errno not in LINKLESS:
+                if error.errno in GONE:
                     raise
-                try:
+                try:  # an error that is not the lack of links comes again
                     self._write(path)
                 except FileExistsError:
                     return False
@@ -174,12 +212,13 @@ class Claims:
     def _write(self, path: Path) -> None:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            os.write(descriptor, self._owner)
+            try:
+                os.write(descriptor, self._owner)
+            finally:
+                os.close(descriptor)
         except BaseException:
             path.unlink(missing_ok=True)
             raise
-        finally:
-            os.close(descriptor)
 
     def _hidden(self) -> Path:
         """A place for a file of a moment, which is no claim."""
@@ -187,22 +226,21 @@ class Claims:
 
     def _is_void(self, path: Path) -> bool:
         """Of a claim of another's. One that has just been released is not: what it was of may be done."""
-        try:
-            with open(path, "rb") as file:  # opening it, a network's file system asks its server
-                owner, touched = file.read(), os.fstat(file.fileno()).st_mtime
-        except FileNotFoundError:
+        owner = None
+        with _gone_is_nothing(), open(path, "rb") as file:  # opening it, a network's file system asks its server
+            owner, touched = file.read(), os.fstat(file.fileno()).st_mtime
+        if owner is None:
             return False
         try:
-            machine, process = json.loads(owner)
-        except ValueError:  # about to write this, where files have no further names; or killed meanwhile
+            machine, process, *_ = json.loads(owner)
+        except ValueError:  # about to write this, where files have no second name; or killed meanwhile
             machine = process = None
         here = json.loads(self._owner)
         if machine is not None and machine == here[0]:
             return _is_gone(*process)
-        try:
+        with _gone_is_nothing():  # the folder went, and the claim with it; or another cleared it
             return self._now() - touched > PATIENCE
-        except FileNotFoundError:  # the folder went, and the claim with it; or another cleared it
-            return False
+        return False
 
     def _now(self) -> float:
         """By the file system's clock, which is asked now and then: that takes a file."""
@@ -262,18 +300,19 @@ class Work:
         yield self._taken(self._units, others, suspects)
         pause, begun, said = POLL, None, 0
         while others or suspects:
+            busy = []  # suspects that another process has
             for unit in suspects:
-                yield from self._one_by_one(unit, others)
-            units, others, suspects = [unit for unit in others if self._left(unit)], [], []
+                yield from self._one_by_one(unit, busy)
+            units, others, suspects = [unit for unit in (*others, *busy) if self._left(unit)], [], []
             taken = self._taken(units, others, suspects)
             first = next(taken, None)
             if first is not None:
                 pause, begun, said = POLL, None, 0
                 yield _chain(first, taken)
-            elif others and not suspects:
+            elif (others or suspects) and all(unit in busy for unit in suspects):
                 begun = begun or time.monotonic()
                 if time.monotonic() - begun >= said * SAID_EVERY:
-                    self._say_whose(others, logging.WARNING if said else logging.INFO)
+                    self._say_whose([*others, *suspects], logging.WARNING if said else logging.INFO)
                     said += 1
                 time.sleep(pause)
                 pause = min(1.5 * pause, LONGEST_POLL)
@@ -305,13 +344,13 @@ class Work:
             else:
                 self.release(unit)
 
-    def _one_by_one(self, unit: Sequence, others: list) -> Iterator[Iterator[tuple[Sequence, list]]]:
+    def _one_by_one(self, unit: Sequence, busy: list) -> Iterator[Iterator[tuple[Sequence, list]]]:
         """A round of each thing, with a claim of its own: who dies now, dies of that."""
         name = self._name(unit)
         if not self._left(unit):
             return
         if not self._claims.take(name):
-            others.append(unit)
+            busy.append(unit)
             return
         self._by_itself = name
         try:
@@ -339,6 +378,16 @@ class Work:
         for owner, count in counts.items():
             whose = self._claims.describe(owner)
             log.log(level, "waiting for %d image%s that %s has in hand", count, "s" * (count > 1), whose)
+
+
+@contextlib.contextmanager
+def _gone_is_nothing() -> Iterator[None]:
+    """Of a file or a folder, which others remove at any moment."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in GONE:
+            raise
 
 
 def _chain(first, others: Iterator) -> Iterator:

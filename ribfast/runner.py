@@ -131,10 +131,11 @@ class Runner:
         claims = Claims(folder)
 
         def take() -> None:
-            if not claims.take("run"):
+            if not claims.take_from_the_dead("run"):
                 whose = claims.describe(claims.owner("run"))
                 raise ValueError(f"expected one run in {folder.parent}, got another that is at it, {whose}; wait for "
                                  "it, or choose another --out")  # fmt: skip
+            claims.clear()
 
         try:
             self._shared(self.first, take)

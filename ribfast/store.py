@@ -35,7 +35,7 @@ SUFFIXES = {"npz": ".npz", "irn": ".npy", "pmm": ".npy"}
 CONFIG, METRICS, FAILURES = "config.json", "metrics.jsonl", "failures.jsonl"
 EVALUATION = "evaluation.json"
 CLAIMS = "claims"  # a folder, while several processes share the images, of who makes which
-_STALE = 3600  # seconds: no file takes that long to write, so its writer was killed
+_STALE = 86_400  # seconds: no file takes that long to write, nor is a machine's clock so wrong: its writer was killed
 
 
 class Maps(NamedTuple):

@@ -1,10 +1,11 @@
-"""Processes that are started together, as torchrun does it; none outlives what started it."""
+"""Processes that are started together, as torchrun does it, and ended with what started them."""
 
 import contextlib
 import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 
@@ -15,7 +16,7 @@ def environment(**more):
 
 @contextlib.contextmanager
 def free_port():
-    """Bound, so that nobody else is given it meanwhile; who sets SO_REUSEADDR, as torch does, can listen there."""
+    """Bound, so that Linux gives it to nobody else; who sets SO_REUSEADDR, as torch does, can listen there."""
     with socket.socket() as held:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         held.bind(("127.0.0.1", 0))
@@ -34,11 +35,11 @@ def started(*commands):
         yield children
     finally:
         for child in children:
-            child.terminate()  # torchrun ends its own
+            child.terminate()  # torchrun gives its own 30 seconds
         for child in children:
             with child:
                 try:
-                    child.wait(30)
+                    child.wait(60)
                 except subprocess.TimeoutExpired:
                     child.kill()
 
@@ -55,5 +56,6 @@ def ranks(*words, count=2):
 
 def ended(children):
     """(exit code, standard output, standard error) of each."""
-    said = [child.communicate(timeout=240) for child in children]
+    with ThreadPoolExecutor(len(children)) as pool:  # all at once: pipes that nobody reads are full soon
+        said = list(pool.map(lambda child: child.communicate(timeout=240), children))
     return [(child.returncode, *texts) for child, texts in zip(children, said, strict=True)]

@@ -1,5 +1,6 @@
 """Claims of units of work: one process each, taken up again from the dead."""
 
+import contextlib
 import errno
 import json
 import logging
@@ -110,7 +111,7 @@ def test_a_claim_that_was_never_written_whole_ends_too(tmp_path):
 
 def test_a_number_that_another_process_has_now_is_no_sign_of_life(tmp_path):
     own = Claims(tmp_path)
-    machine, (number, began) = json.loads(own._owner)
+    machine, (number, began), *_ = json.loads(own._owner)
     own._path("a", 0).write_text(json.dumps([machine, [number, began - 1]]))
     own._path("b", 0).write_text(json.dumps([machine, [number, began]]))
     assert own.take("a") and not own.take("b")
@@ -201,7 +202,7 @@ def test_a_claim_that_cannot_be_written_is_none(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("call", ["open", "write", "close", "link", "unlink"])
-def test_a_process_that_is_killed_while_it_takes_one_leaves_none(tmp_path, call):
+def test_a_process_that_is_killed_while_it_takes_one_leaves_none_that_holds(tmp_path, call):
     """Before and after each of the calls that make one."""
     code = f"""
 import os, signal, sys
@@ -224,6 +225,105 @@ there.take("a")
         own.clear()
         own.close()
         assert not (tmp_path / "claims").exists()
+
+
+@pytest.mark.parametrize("call", ["open", "write", "close", "link", "unlink"])
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("what", ["take", "release"])
+def test_whoever_is_interrupted_has_none_once_it_closes(tmp_path, monkeypatch, what, moment, call):
+    """As in a notebook, whose process lives on."""
+    own, made, left = Claims(tmp_path / "claims"), getattr(os, call), 1
+    assert own.take("b") and (what == "take" or own.take("a"))
+
+    def interrupted(*given):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            return made(*given)
+        if moment == "after":
+            made(*given)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(claims.os, call, interrupted)
+        getattr(own, what)("a")
+    own.close()
+    other = Claims(tmp_path / "claims")
+    assert other.take("a") and other.take("b")
+    other.clear()
+    other.close()
+    assert not (tmp_path / "claims").exists()
+
+
+def test_files_that_go_while_they_are_open_on_a_network(dead, monkeypatch):
+    def stale(*_):
+        raise OSError(errno.ESTALE, "stale")
+
+    own = Claims(dead)
+    for call in ("fstat", "listdir"):
+        with monkeypatch.context() as patch:
+            patch.setattr(claims.os, call, stale)
+            assert (call == "listdir" or not own.take("a")) and own.owner("c") is None
+            own.clear()
+    (dead / ".nfs1").write_bytes(b"")
+    unlink = os.unlink
+
+    def busy(path):
+        if path.name.startswith(".nfs"):
+            raise OSError(errno.EBUSY, "busy")
+        unlink(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(claims.os, "unlink", busy)
+        own.clear()
+    assert [path.name for path in dead.iterdir()] == [".nfs1"]
+
+
+def test_what_is_no_claim_is_left_alone(dead):
+    (dead / "Thumbs.db").write_bytes(b"")
+    own = Claims(dead)
+    assert not own.is_alive() and own.take("a") and own.is_alive()
+    own.clear()
+    own.close()
+    assert [path.name for path in dead.iterdir()] == ["Thumbs.db"]
+
+
+def test_one_that_is_released_as_another_takes_it_from_the_dead(dead, monkeypatch):
+    """It is a third one's by then, who found it free."""
+    first, second, third = (Claims(dead) for _ in range(3))
+    assert first.take("a") and first._path("a", 1).exists()
+    make = second._make
+
+    def late(path):
+        if path == second._path("a", 1) and first._held:
+            first.release("a")
+            assert third.take("a")
+        return make(path)
+
+    monkeypatch.setattr(second, "_make", late)
+    assert not second.take("a")
+    second.close()
+    assert third._path("a", 0).exists() and not Claims(dead).take("a")
+    first._path("a", 1).write_text(json.dumps([json.loads(first._owner)[0], [os.getpid(), 1]]))  # died as it released
+    first.clear()
+    assert first.is_alive() and third._path("a", 0).exists()
+
+
+def test_one_of_another_machine_is_waited_for_until_it_is_dead_or_gives_a_sign(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "ribfast")
+    own, other = Claims(tmp_path), Claims(tmp_path)
+    assert other.take("here") and not own.take_from_the_dead("here") and not caplog.text
+    monkeypatch.setattr(claims, "PATIENCE", 3.0)
+    there = Claims(tmp_path)
+    there._owner = json.dumps(["elsewhere", [1, 1]]).encode()
+    assert there.take("a")  # a thread touches it
+    assert not own.take_from_the_dead("a") and "for a sign of life of process 1 of the machine elsewhere" in caplog.text
+    there._stop.set()
+    there._thread.join()
+    monkeypatch.setattr(claims, "PATIENCE", 0.3)
+    assert own.take_from_the_dead("a") and own._path("a", 1).exists()
+    other.close()
+    own.close()
 
 
 def test_claims_where_files_have_no_further_names(tmp_path, monkeypatch):
@@ -281,7 +381,7 @@ def test_all_leave_at_once(tmp_path):
 def die_with(folder, *names):
     """Claims of a process that has begun and ended since, beside those that are there."""
     own = Claims(folder)
-    machine, (number, began) = json.loads(own._owner)
+    machine, (number, began), *_ = json.loads(own._owner)
     folder.mkdir(exist_ok=True)
     for name in names:
         generation = len([path for path in folder.iterdir() if path.stem == own._path(name, 0).stem])
@@ -367,6 +467,32 @@ time.sleep(60)
     levels = {record.levelname for record in caplog.records if f"{said}has in hand" in record.getMessage()}
     assert "WARNING" in levels
     assert f"{said}(stopped) has in hand" in caplog.text
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["by their claims", "by an earlier run"])
+def test_what_another_makes_by_itself_is_waited_for(tmp_path, monkeypatch, caplog, known):
+    """Of processes that died with it: one has taken it up, and what waits for that looks now and then."""
+    caplog.set_level("INFO", "ribfast")
+    folder, other, made, looks, take = tmp_path / "claims", Claims(tmp_path / "claims"), set(), [], Claims.take
+    if not known:
+        die_with(folder, "0", "0")
+    assert other.take("0")
+
+    def left(unit):
+        assert len(looks) < 100, "it does nothing else"
+        if "waiting for 2 images that process" in caplog.text and other._held:
+            made.add(0)
+            other.release("0")
+        return [thing for thing in unit if thing not in made]
+
+    monkeypatch.setattr(Claims, "take", lambda *given: looks.append(given) or take(*given))
+    work = Work(folder, [(0, 1), (2,)], lambda unit: str(unit[0]), left, deaths=lambda thing: 2 * known * (thing == 0))
+    for round_ in work.rounds():
+        for unit, things in round_:
+            made.update(things)
+            work.release(unit)
+    work.close()
+    assert made == {0, 1, 2} and not other._held
 
 
 def test_whoever_is_stopped_meanwhile_is_one_process(tmp_path, monkeypatch, caplog):
