@@ -27,8 +27,8 @@ def begin(
     path = options.out / "config.json"
     refuse_another_command(options, keep=indifferent is not None)
     inputs = {name: files.digest(value) if isinstance(value, Path) else value for name, value in inputs.items()}
-    before = {}
-    if indifferent is not None and not path.is_file() and _has_unknown_results(options):
+    before, new = {}, indifferent is not None and not path.is_file()
+    if new and _has_unknown_results(options):
         if not getattr(options, "keep", False):
             raise ValueError(f"expected an empty --out or a run's, got {options.out}, with maps or masks and no "
                              f"config.json that says whose; choose another --out"
@@ -52,8 +52,9 @@ def begin(
     if write:  # each process, before its first result: nobody waits for the one that writes it
         words = {name: v for name, v in vars(options).items() if not name.startswith("field_") and v is not None}
         before = {name: value for name, value in before.items() if value}
-        config.write(path, settings, command=options.command, ribfast=__version__, options=words, inputs=inputs,
-                     **before)  # fmt: skip
+        if not config.write(path, settings, new, command=options.command, ribfast=__version__, options=words,
+                            inputs=inputs, **before):  # fmt: skip
+            begin(options, settings, indifferent, **inputs)  # another process began meanwhile, perhaps otherwise
 
 
 def refuse_another_command(options: argparse.Namespace, keep: bool = False) -> None:

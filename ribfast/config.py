@@ -78,10 +78,11 @@ def read(path: str | os.PathLike) -> dict:
     return values
 
 
-def write(path: Path, config, **beside) -> None:
-    """The configuration, and what else a run began with, as JSON; whole or not at all."""
+def write(path: Path, config, new: bool = False, **beside) -> bool:
+    """The configuration, and what else a run began with, as JSON; whole or not at all. new: as in files.write."""
     text = json.dumps({**beside, "config": plain(config)}, indent=2, default=str) + "\n"
-    files.write(path, text.encode(), lasting=True)  # results that outlived it could be mixed with another run's
+    # results that outlived it could be mixed with another run's
+    return files.write(path, text.encode(), lasting=True, new=new)
 
 
 def plain(config) -> dict:

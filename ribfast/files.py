@@ -14,9 +14,11 @@ PARTIAL = ".partial"  # ends the names of files that are being written
 LONGEST_NAME = 255  # bytes of one part of a path, on every file system in use
 
 
-def write(path: Path, *parts, lasting: bool = False) -> None:
+def write(path: Path, *parts, lasting: bool = False, new: bool = False) -> bool:
     """The file holds these bytes or what it held before, whoever is killed meanwhile, by a loss of power too.
 
+    new: only where there is none yet; of several that write it at once, one does, where files can have a second name.
+    False: there is one, which stays.
     lasting: once this returns, its name survives a loss of power as well; otherwise the file may then be missing. A
     folder's entry costs about as much again as the file, so this is for files that others rely on.
     """
@@ -31,7 +33,11 @@ def write(path: Path, *parts, lasting: bool = False) -> None:
                     file.write(part)
                 file.flush()
                 os.fsync(file.fileno())  # or the name could reach the disk before the bytes
-            os.replace(partial, path)
+            if not (new and _has_linked(partial, path)):
+                if new and path.exists():
+                    partial.unlink()
+                    return False
+                os.replace(partial, path)
         except BaseException:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
@@ -42,6 +48,17 @@ def write(path: Path, *parts, lasting: bool = False) -> None:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+    return True
+
+
+def _has_linked(partial: Path, path: Path) -> bool:
+    """As os.replace, but in place of nothing. False: there is something, or files cannot have a second name here."""
+    try:
+        os.link(partial, path)
+    except OSError:
+        return False
+    partial.unlink()
+    return True
 
 
 def link(path: Path, target: Path, *, symbolic: bool = False) -> None:

@@ -1,7 +1,10 @@
 """Folders of results: whose they are, what is refused in them, what --overwrite removes."""
 
+import argparse
+import errno
 import json
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -9,7 +12,8 @@ from faults import as_coco
 from faults import own as own
 from faults import place as place
 
-from ribfast import cli, data, models
+from ribfast import begin, cli, config, data, files, models
+from ribfast.pipeline import CamConfig
 from ribfast.store import Store
 
 
@@ -108,3 +112,47 @@ def test_a_training_is_not_lost_by_its_command(place, tmp_path, capsys):
     assert cli.main([*place.words("train-classifier", out), "--epochs", "1", "--overwrite"]) == 0
     assert sorted(files_of(out)) == ["classifier.safetensors", "config.json", "metrics.jsonl"]
     assert models.load_checkpoint(out / "classifier.safetensors")
+
+
+@pytest.mark.parametrize("numbers", [(1, 2), (1, 1)], ids=["other options", "the same"])
+def test_two_that_begin_at_once(tmp_path, monkeypatch, numbers):
+    """Both have found an empty folder; with other options, one of them is refused."""
+    both, write, waited, found = threading.Barrier(2), config.write, set(), []
+
+    def wait_once(*given, **facts):
+        if threading.get_ident() not in waited:
+            waited.add(threading.get_ident())
+            both.wait(60)
+        return write(*given, **facts)
+
+    def start(number):
+        options = argparse.Namespace(out=tmp_path / "out", command="cam", keep=False, overwrite=False)
+        try:
+            begin.begin(options, CamConfig(scales=(float(number),)), begin.INDIFFERENT)
+            found.append(number)
+        except config.AnotherRun as error:
+            found.append(error)
+
+    monkeypatch.setattr(config, "write", wait_once)
+    threads = [threading.Thread(target=start, args=(number,)) for number in numbers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    began = [number for number in found if isinstance(number, int)]
+    kept = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert len(found) == 2 and len(began) == (1 if numbers == (1, 2) else 2)
+    assert kept["config"]["scales"] == [began[0]] and "before" not in kept
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_new_file_takes_no_others_place(tmp_path, monkeypatch, links):
+    def refused(*_):
+        raise OSError(errno.EPERM, "no links")
+
+    if not links:
+        monkeypatch.setattr(files.os, "link", refused)
+    path = tmp_path / "file"
+    assert files.write(path, b"one", new=True) and not files.write(path, b"two", new=True)
+    assert path.read_bytes() == b"one" and [*tmp_path.iterdir()] == [path]
+    assert files.write(path, b"two") and path.read_bytes() == b"two"

@@ -10,7 +10,7 @@ import pictures
 import pytest
 from trainings import weights as weights
 
-from ribfast import cli, models, run
+from ribfast import claims, cli, models, run
 from ribfast.claims import Claims
 from ribfast.store import Store, open_masks
 
@@ -302,11 +302,22 @@ def test_one_run_at_a_time(words, tmp_path, capsys):
     assert other.take("run")
     assert cli.main(words) == 1
     said = f"expected one run in {tmp_path / 'run'}, got another that is at it, process {os.getpid()} of the machine "
-    assert (
-        f"{said}{os.uname().nodename}; wait for it" in capsys.readouterr().err
-        and not (tmp_path / "run" / "config.json").exists()
-    )
+    assert f"{said}{os.uname().nodename}; wait for it" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "config.json").exists()
     other.close()
+
+
+def test_a_run_after_one_that_another_machine_died_with(words, tmp_path, monkeypatch, capsys):
+    """As a job that is queued again has it. It has the folder, and then fails for what it is given."""
+    monkeypatch.setattr(claims, "PATIENCE", 0.3)
+    folder = tmp_path / "run" / "claims"
+    folder.mkdir(parents=True)
+    Claims(folder)._path("run", 0).write_text(json.dumps(["elsewhere", [1, 1]]))
+    (folder / ".killed").write_bytes(b"")
+    assert cli.main([*words, "--set", "classifier.lr=1e30"]) == 1
+    said = capsys.readouterr().err
+    assert "waiting for a sign of life of process 1 of the machine elsewhere" in said and "expected a finite" in said
+    assert not folder.exists()
 
 
 def test_refuses(words, tmp_path, monkeypatch, capsys):
